@@ -1,0 +1,217 @@
+"""Precision of the recurrent matrix products on a GPU.
+
+A recurrent layer in float32 multiplies matrices in two places: the recurrent product ``h W_hh^T``,
+once per step inside the fused kernel, and the input projection and the weight gradients, once per
+sequence in the vendor library. One mode rules both, and a forward's mode rules its backward too.
+
+=============== ================================================== ==========================
+mode            recurrent product, in the kernel                   products in the library
+=============== ================================================== ==========================
+``"ieee"``      float32, no tensor cores                           float32
+``"tf32"``      TF32 tensor cores, 10 bits of mantissa             TF32
+``"tf32x3"``    three TF32 products, about 22 bits of mantissa     float32 (has no such mode)
+``"fast"``      ``"tf32"`` where the GPU has it, else ``"ieee"``   as the mode it stands for
+``"high-prec"`` ``"tf32x3"`` where the GPU has it, else ``"ieee"`` as the mode it stands for
+``"auto"``      defers to what follows in the order below          as the mode it stands for
+=============== ================================================== ==========================
+
+The first of these that says something other than ``"auto"`` wins:
+
+1. the constructor's ``recurrent_matmul_precision=``;
+2. :func:`set_recurrent_matmul_precision`, for the whole process;
+3. the environment variable ``TORCHRL_RNN_PRECISION``, read on import and whenever the setter is
+   cleared;
+4. :func:`torch.get_float32_matmul_precision`: ``"highest"`` is ``"ieee"``, ``"high"`` is
+   ``"high-prec"``, ``"medium"`` is ``"fast"``.
+
+Points 2 and 3 are TorchRL's own state: its setter rules rnnkeys' modules and the setter here rules
+TorchRL's.
+
+On a CPU the mode changes no number: every backend multiplies in the dtype of its operands, the
+presets stand for ``"ieee"``, and a concrete mode is kept as it is, to take effect when the module
+moves to a GPU. (What torch itself does with float32 products on a CPU is set by
+:func:`torch.set_float32_matmul_precision`.) The mode says nothing about float64, bfloat16 and
+float16, which are always multiplied as they are and summed in float32 or wider.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, cast, get_args
+
+import torch
+from torchrl.modules.tensordict_module import _rnn_precision as _torchrl
+
+RecurrentMatmulPrecision = Literal["ieee", "tf32", "tf32x3"]
+RecurrentMatmulPrecisionUserMode = Literal["auto", "fast", "high-prec", "ieee", "tf32", "tf32x3"]
+
+_CONCRETE: tuple[str, ...] = get_args(RecurrentMatmulPrecision)
+_USER: tuple[str, ...] = get_args(RecurrentMatmulPrecisionUserMode)
+_ON_TENSOR_CORES = {"fast": "tf32", "high-prec": "tf32x3"}
+_FROM_TORCH = {"highest": "ieee", "high": "high-prec", "medium": "fast"}
+
+# The library's flag is one per process; two threads that set and restore it must take turns.
+_LIBRARY_FLAG = threading.RLock()
+
+
+class set_recurrent_matmul_precision:  # noqa: N801 -- called like a function, as torch.no_grad is
+    """Set the precision of recurrent products, for good or for a ``with`` block.
+
+    Called on its own it sets the mode for the whole process, all threads. Used as a context manager
+    it puts back on exit, after an exception too, what was set before the call; the same object may
+    be entered again, also inside itself.
+
+    The mode is read when a forward runs, so it takes effect at once; a backward uses the mode of
+    its forward, whatever is set by then.
+
+    Args:
+        mode: ``"ieee"``, ``"tf32"``, ``"tf32x3"``, ``"fast"`` or ``"high-prec"``; ``"auto"`` or
+            None clears the setting, so that the environment variable and torch decide. The table
+            at the top of :mod:`rnnkeys.precision` says what they mean.
+
+    Raises:
+        ValueError: if ``mode`` is none of these.
+
+    Examples:
+        >>> with set_recurrent_matmul_precision("tf32x3"):
+        ...     get_recurrent_matmul_precision()
+        'tf32x3'
+    """
+
+    def __init__(self, mode: str | None) -> None:
+        if mode is not None:
+            validate_precision(mode, argument="mode")
+        self.mode = mode
+        self._saved: list[str | None] = []
+        self._before_call: tuple[str | None] | None = (_torchrl._GLOBAL_OVERRIDE,)
+        _torchrl.set_recurrent_matmul_precision(mode)
+
+    def __enter__(self) -> set_recurrent_matmul_precision:
+        (before,) = self._before_call or (_torchrl._GLOBAL_OVERRIDE,)
+        self._before_call = None
+        self._saved.append(before)
+        _torchrl.set_recurrent_matmul_precision(self.mode)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        # Not through the setter: it would read the environment anew when nothing was set before.
+        _torchrl._GLOBAL_OVERRIDE = self._saved.pop()
+
+
+def get_recurrent_matmul_precision() -> RecurrentMatmulPrecision:
+    """Return the mode that a module left at ``"auto"`` runs at now, on the current device.
+
+    Returns:
+        ``"ieee"``, ``"tf32"`` or ``"tf32x3"``; presets are resolved for the current CUDA device,
+        or for the CPU where there is none.
+
+    Examples:
+        >>> with set_recurrent_matmul_precision("ieee"):
+        ...     get_recurrent_matmul_precision()
+        'ieee'
+    """
+    return resolve(None)
+
+
+def resolve(mode: str | None, device: torch.device | None = None) -> RecurrentMatmulPrecision:
+    """Turn a user's mode into the one that a kernel runs at.
+
+    Args:
+        mode: a module's ``recurrent_matmul_precision``; None means ``"auto"``.
+        device: where the kernel runs; presets depend on it. None: the current CUDA device, or the
+            CPU where there is none.
+
+    Returns:
+        ``"ieee"``, ``"tf32"`` or ``"tf32x3"``.
+
+    Raises:
+        ValueError: if ``mode`` is not a mode.
+
+    Examples:
+        >>> resolve("high-prec", torch.device("cpu"))
+        'ieee'
+    """
+    if mode is None or mode == "auto":
+        mode = _torchrl._GLOBAL_OVERRIDE or _FROM_TORCH[_torch_precision()]
+    validate_precision(mode)
+    if mode in _ON_TENSOR_CORES:
+        mode = _ON_TENSOR_CORES[mode] if _has_tf32(device) else "ieee"
+    return cast(RecurrentMatmulPrecision, mode)
+
+
+def validate_precision(mode: str, argument: str = "recurrent_matmul_precision") -> None:
+    """Raise if ``mode`` is not a mode, in the name of the argument that carried it.
+
+    Args:
+        mode: what the user gave.
+        argument: its name in the error.
+
+    Raises:
+        ValueError: if ``mode`` is none of ``RecurrentMatmulPrecisionUserMode``.
+
+    Examples:
+        >>> validate_precision("fast")
+    """
+    if not isinstance(mode, str) or mode not in _USER:
+        raise ValueError(
+            f"{argument}={mode!r} is not a recurrent matmul precision; "
+            f"expected one of {', '.join(map(repr, _USER))}."
+        )
+
+
+@contextmanager
+def library_matmuls(precision: RecurrentMatmulPrecision) -> Iterator[None]:
+    """Run float32 products of the CUDA library at ``precision`` inside a ``with`` block.
+
+    Touches torch's process-wide flag only where it says otherwise, and puts it back. Threads that
+    use this take turns; a thread that multiplies without it sees the flag while it is changed.
+
+    Args:
+        precision: a resolved mode; only ``"tf32"`` lets the library use TF32.
+
+    Yields:
+        Nothing.
+
+    Examples:
+        >>> with library_matmuls("tf32"):
+        ...     torch.backends.cuda.matmul.fp32_precision
+        'tf32'
+    """
+    wanted = "tf32" if precision == "tf32" else "ieee"
+    # Not `allow_tf32`: putting that back turns torch's "medium" into "high", and reading it raises
+    # for users of the newer flag.
+    flags = torch.backends.cuda.matmul
+    with _LIBRARY_FLAG:
+        before = flags.fp32_precision
+        if before == wanted:
+            yield
+            return
+        flags.fp32_precision = wanted
+        try:
+            yield
+        finally:
+            flags.fp32_precision = before
+
+
+def _torch_precision() -> str:
+    """Return torch's own setting; where old and new flags contradict, what the new one says."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        with _LIBRARY_FLAG:  # the contradiction may be another thread's `library_matmuls`
+            try:
+                return torch.get_float32_matmul_precision()
+            except RuntimeError:
+                tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+                return "high" if tf32 else "highest"
+
+
+def _has_tf32(device: torch.device | None) -> bool:
+    """Return whether ``device`` is an NVIDIA GPU with TF32 tensor cores (Ampere or newer)."""
+    if device is not None and device.type != "cuda":
+        return False
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 8
