@@ -1,0 +1,91 @@
+# Every target builds what it needs from a clean checkout: an environment in .venv with the versions
+# of constraints.txt, and caches in .cache. Nothing outside the checkout is written or relied on.
+#
+#   make test                       all checks: what CI runs
+#   make demo                       the tutorial: a recurrent DQN learns; its picture is in demo/
+#   make test PYTHON=python3.12     with another interpreter
+#
+# On Linux, PyPI's torch carries CUDA. Where PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS names a place with
+# PyTorch's CPU wheels, pip takes the smaller CPU build of the same version.
+
+PYTHON ?= python3
+JOBS ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The version is part of the stamp's name: another PYTHON builds another environment.
+STAMP := $(VENV)/.python-$(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])')
+RUN_READY := $(STAMP)-run
+DEV_READY := $(STAMP)-dev
+
+CACHE := $(CURDIR)/.cache
+export PIP_CACHE_DIR ?= $(CACHE)/pip
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export MPLCONFIGDIR ?= $(CACHE)/matplotlib
+export TORCHINDUCTOR_CACHE_DIR ?= $(CACHE)/inductor
+export TRITON_CACHE_DIR ?= $(CACHE)/triton
+# No look at the network for a newer pyright: the bundled one is the pinned one.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help env test lint typecheck pytest faults demo learn bench bench-quick format dist clean
+
+help:
+	@sed -n '/^#   make/s/^#   //p' Makefile
+	@echo 'others: env lint typecheck pytest faults learn bench bench-quick format dist clean'
+
+$(RUN_READY): pyproject.toml constraints.txt
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[tutorials]'
+	touch $@
+
+$(DEV_READY): $(RUN_READY)
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+env: $(DEV_READY)
+
+test: lint typecheck pytest faults
+
+lint: $(DEV_READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(DEV_READY)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# One thread per worker: two workers with two threads each would fight for two cores.
+pytest: $(DEV_READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --durations=10 $(PYTEST_ARGS)
+
+faults: $(DEV_READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.check_faults --jobs $(JOBS)
+
+demo: $(RUN_READY)
+	$(BIN)/python tutorials/recurrent_dqn.py --output demo $(DEMO_ARGS)
+
+learn: $(RUN_READY)
+	$(BIN)/python benchmarks/learn.py $(BENCH_ARGS)
+
+bench: $(RUN_READY)
+	$(BIN)/python benchmarks/speed.py $(BENCH_ARGS)
+
+bench-quick: $(RUN_READY)
+	$(BIN)/python benchmarks/speed.py --quick $(BENCH_ARGS)
+
+format: $(DEV_READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+dist: $(DEV_READY)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf $(VENV) .cache .hypothesis .pytest_cache .ruff_cache build dist demo *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
