@@ -18,7 +18,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     """Return ``||a - b|| / ||b||`` in float64, with ``b`` the trusted one.
 
     Raises:
-        AssertionError: if the shapes differ, or if ``b`` is zero: a comparison with zero says nothing.
+        AssertionError: if the shapes differ, or if ``b`` is zero, where a comparison says nothing.
     """
     assert a.shape == b.shape, f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}"
     a, b = a.detach().double(), b.detach().double()
@@ -42,4 +42,4 @@ def assert_equal(a: Tensor, b: Tensor, dtype: torch.dtype | str, what: str = "te
     error = relative_error(a, b)
     tolerance = TOLERANCE[dtype]
     # Written so that a NaN fails.
-    assert error <= tolerance, f"{what}: relative error {error:.2e}, allowed {tolerance:.0e} ({dtype})"
+    assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e} ({dtype})"
