@@ -82,7 +82,7 @@ class set_recurrent_matmul_precision:  # noqa: N801 -- called like a function, a
 
     def __init__(self, mode: str | None) -> None:
         if mode is not None:
-            validate_precision(mode, argument="mode")
+            validate_recurrent_matmul_precision(mode, argument="mode")
         self.mode = mode
         self._saved: list[str | None] = []
         self._before_call: tuple[str | None] | None = (_torchrl._GLOBAL_OVERRIDE,)
@@ -135,13 +135,15 @@ def resolve(mode: str | None, device: torch.device | None = None) -> RecurrentMa
     """
     if mode is None or mode == "auto":
         mode = _torchrl._GLOBAL_OVERRIDE or _FROM_TORCH[_torch_precision()]
-    validate_precision(mode)
+    validate_recurrent_matmul_precision(mode)
     if mode in _ON_TENSOR_CORES:
         mode = _ON_TENSOR_CORES[mode] if _has_tf32(device) else "ieee"
     return cast(RecurrentMatmulPrecision, mode)
 
 
-def validate_precision(mode: str, argument: str = "recurrent_matmul_precision") -> None:
+def validate_recurrent_matmul_precision(
+    mode: str, argument: str = "recurrent_matmul_precision"
+) -> None:
     """Raise if ``mode`` is not a mode, in the name of the argument that carried it.
 
     Args:
@@ -152,7 +154,7 @@ def validate_precision(mode: str, argument: str = "recurrent_matmul_precision") 
         ValueError: if ``mode`` is none of ``RecurrentMatmulPrecisionUserMode``.
 
     Examples:
-        >>> validate_precision("fast")
+        >>> validate_recurrent_matmul_precision("fast")
     """
     if not isinstance(mode, str) or mode not in _USER:
         raise ValueError(
