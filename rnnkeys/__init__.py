@@ -1,0 +1,22 @@
+"""Recurrent policies for TorchRL: right at every position, fast across episode boundaries,
+complete.
+"""
+
+from .canonical import canonicalize_rnn_subset as canonicalize_rnn_subset
+from .cells import GRUCell as GRUCell
+from .cells import LSTMCell as LSTMCell
+from .mode import recurrent_mode as recurrent_mode
+from .mode import set_recurrent_mode as set_recurrent_mode
+from .modules import GRUModule as GRUModule
+from .modules import LSTMModule as LSTMModule
+from .modules import RecurrentModule as RecurrentModule
+from .precision import RecurrentMatmulPrecision as RecurrentMatmulPrecision
+from .precision import RecurrentMatmulPrecisionUserMode as RecurrentMatmulPrecisionUserMode
+from .precision import get_recurrent_matmul_precision as get_recurrent_matmul_precision
+from .precision import set_recurrent_matmul_precision as set_recurrent_matmul_precision
+from .rnn import GRU as GRU
+from .rnn import LSTM as LSTM
+from .transforms.primers import get_env_transforms_from_module as get_env_transforms_from_module
+from .transforms.primers import get_primers_from_module as get_primers_from_module
+
+__version__ = "0.1.0"

@@ -1,0 +1,271 @@
+"""Ways to run time: one contract, one table, one rule that chooses.
+
+Every backend takes a dense ``[B, T]`` batch with resets and returns outputs and the states after
+every step. Nothing here knows a key of a TensorDict; nothing here knows an equation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import functional as F
+
+from ..cells import Cell, Weights
+from ..segments import plan
+from . import loop, pad, scan
+from .scan import in_transform as in_transform
+
+State = tuple[Tensor, ...]
+BACKENDS = ("auto", "loop", "pad", "scan", "triton")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run time.
+
+    Attributes:
+        state_grad: whether gradients flow through the returned states (through the outputs they
+            always do).
+        only_starts: whether states after the first step of each segment suffice; the others are
+            then NaN.
+        vendor: whether the vendor's kernels may be used.
+        dropout: probability of dropout between layers, 0 outside training.
+        recompute: ``"none"``, or ``"full"`` to keep no activations and compute them again in the
+            backward pass.
+        compute_dtype: of the recurrent matmul in the ``"triton"`` backend.
+        precision: recurrent matmul precision of the ``"triton"`` backend, as the user gave it.
+    """
+
+    state_grad: bool = True
+    only_starts: bool = False
+    vendor: bool = True
+    dropout: float = 0.0
+    recompute: str = "none"
+    compute_dtype: torch.dtype = torch.float32
+    precision: str = "auto"
+
+
+def why_not(name: str, cell: Cell, weights: Weights, recompute: str = "none") -> Exception | None:
+    """Return the error to raise if a backend cannot run a cell with these parameters, or None.
+
+    It names the reason and what to use instead. Constructors raise it, tests skip by it.
+
+    Args:
+        name: of the backend.
+        cell: the equation.
+        weights: of a layer, for sizes, dtype and device.
+        recompute: ``recurrent_recompute``.
+
+    Examples:
+        >>> from rnnkeys.cells import GRU_CELL
+        >>> why_not("loop", GRU_CELL, Weights(torch.zeros(3, 1), torch.zeros(3, 1))) is None
+        True
+    """
+    if recompute != "none" and name in ("pad", "auto"):
+        return ValueError(
+            f"recurrent_recompute={recompute!r} is not for recurrent_backend={name!r}, whose "
+            "vendor kernel manages its own workspace. Use recurrent_backend='scan', or "
+            "recurrent_recompute='none'."
+        )
+    if name == "triton":
+        from . import triton
+
+        reason = triton.why_not(cell, weights, weights.w_hh.device)
+        return None if reason is None else RuntimeError(reason)
+    return None
+
+
+def choose(name: str, options: Options) -> str:
+    """Return the backend that runs: a pure function of what was asked for and of where the call
+    happens.
+
+    =========  =======================  =========================  ==============
+    asked for  eager                    in vmap, in torch.compile  without vendor
+    =========  =======================  =========================  ==============
+    auto       pad                      scan                       loop
+    pad        pad                      scan                       pad
+    scan       scan                     scan                       scan
+    loop       loop                     loop                       loop
+    =========  =======================  =========================  ==============
+
+    "pad" needs the host to read the marks, which neither vmap nor compiled code allows, so "scan"
+    steps in.
+    """
+    if name == "auto" and not options.vendor:
+        name = "scan" if is_compiling() else "loop"
+    elif name == "auto":
+        name = "pad"
+    if name == "pad" and (is_compiling() or in_transform()):
+        name = "scan"
+    return name
+
+
+def unroll(
+    cell: Cell,
+    weights: Weights,
+    x: Tensor,
+    reset_state: State,
+    is_init: Tensor,
+    options: Options | None = None,
+    backend: str = "loop",
+) -> tuple[Tensor, State]:
+    """Run one layer over a batch.
+
+    Args:
+        cell: the equation.
+        weights: of the layer.
+        x: ``[B, T, I]``.
+        reset_state: per state name ``[B, T, H]``, read at t=0 and where ``is_init``.
+        is_init: bool ``[B, T]``.
+        options: how to run.
+        backend: ``"loop"``, ``"pad"``, ``"scan"`` or ``"triton"``.
+
+    Returns:
+        Outputs ``[B, T, H]`` and, per state name, the states after every step, ``[B, T, H]``.
+
+    Examples:
+        >>> from rnnkeys.cells import GRU_CELL
+        >>> weights = Weights(torch.zeros(3, 1), torch.zeros(3, 1))
+        >>> ones = torch.ones(1, 2, 1)
+        >>> y, (h,) = unroll(GRU_CELL, weights, ones, (ones,), torch.tensor([[True, False]]))
+        >>> y.flatten()
+        tensor([0.5000, 0.2500])
+    """
+    states = tuple(s.unsqueeze(2) for s in reset_state)
+    y, out = unroll_layers(cell, [weights], x, states, is_init, options or Options(), backend)
+    return y, tuple(s.squeeze(2) for s in out)
+
+
+def unroll_layers(
+    cell: Cell,
+    layers: list[Weights],
+    x: Tensor,
+    reset_state: State,
+    is_init: Tensor,
+    options: Options,
+    backend: str,
+) -> tuple[Tensor, State]:
+    """Run a stack of layers: as :func:`unroll`, with states ``[B, T, L, H]``."""
+    if options.recompute == "full" and torch.is_grad_enabled():
+        return _recomputed(cell, layers, x, reset_state, is_init, options, backend)
+    if is_init.numel() == 0:
+        return _empty(cell, layers, x, reset_state)
+    batch = _BATCHES[choose(backend, options)](cell, x, reset_state, is_init, options)
+    rows = batch.pack(x)
+    history: list[State] = []
+    for layer, weights in enumerate(layers):
+        if layer and options.dropout:
+            rows = F.dropout(rows, options.dropout)
+        history.append(batch.run(weights, rows, layer))
+        rows = history[-1][0]
+    return _collect(batch, history, is_init, options)
+
+
+def _empty(
+    cell: Cell, layers: list[Weights], x: Tensor, reset_state: State
+) -> tuple[Tensor, State]:
+    """No step to run; outputs of the right shape that still hang on the parameters."""
+    top = layers[-1]
+    width = reset_state[0].shape[-1]
+    y = F.linear(x, layers[0].w_ih)[..., :1].expand(*x.shape[:2], width) * top.w_hh.sum()
+    return y, tuple(s.detach().clone() for s in reset_state)
+
+
+def _recomputed(cell, layers, x, reset_state, is_init, options, backend):
+    from torch.utils.checkpoint import checkpoint
+
+    once = replace(options, recompute="none")
+
+    def run(x: Tensor, layers: list[Weights], reset_state: State):
+        return unroll_layers(cell, layers, x, reset_state, is_init, once, backend)
+
+    return checkpoint(run, x, layers, reset_state, use_reentrant=False)
+
+
+def _collect(
+    batch: Any, history: list[State], is_init: Tensor, options: Options
+) -> tuple[Tensor, State]:
+    """Bring outputs and states back to ``[B, T, ...]``, states apart from outputs in memory."""
+    y = batch.unpack(history[-1][0])
+    with torch.set_grad_enabled(torch.is_grad_enabled() and options.state_grad):
+        top = len(history) - 1
+        states = tuple(
+            torch.stack(
+                [
+                    y if layer == top and entry == 0 else batch.unpack(after[entry])
+                    for layer, after in enumerate(history)
+                ],
+                dim=2,
+            )
+            for entry in range(len(history[0]))
+        )
+        if options.only_starts:
+            states = tuple(_nan_after_starts(s, is_init) for s in states)
+    return y, states
+
+
+def _nan_after_starts(state: Tensor, is_init: Tensor) -> Tensor:
+    starts = is_init.clone()
+    starts[:, 0] = True
+    return state.masked_fill(~starts[:, :, None, None], float("nan"))
+
+
+class _Dense:
+    """A batch run in place, time first."""
+
+    def __init__(
+        self, cell: Cell, x: Tensor, reset_state: State, is_init: Tensor, options: Options
+    ):
+        self.cell, self.reset = cell, is_init.transpose(0, 1)
+        self.reset_state = tuple(s.transpose(0, 1) for s in reset_state)
+
+    def pack(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1)
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        return rows.transpose(0, 1)
+
+    def of_layer(self, layer: int) -> State:
+        return tuple(s[:, :, layer] for s in self.reset_state)
+
+
+class _Loop(_Dense):
+    def run(self, weights: Weights, rows: Tensor, layer: int) -> State:
+        return loop.run_dense(self.cell, weights, rows, self.reset, self.of_layer(layer))
+
+
+class _Scan(_Dense):
+    def run(self, weights: Weights, rows: Tensor, layer: int) -> State:
+        return scan.run(self.cell, weights, rows, self.reset, self.of_layer(layer))
+
+
+class _Pad:
+    """A batch packed segment by segment."""
+
+    def __init__(
+        self, cell: Cell, x: Tensor, reset_state: State, is_init: Tensor, options: Options
+    ):
+        self.cell, self.options = cell, options
+        self.vendor = pad.wants_vendor(cell, x.dtype, options.vendor, options.state_grad)
+        self.plan = plan(is_init, in_blocks=self.vendor)
+        self.start = tuple(self.plan.at_starts(s) for s in reset_state)
+        self.pack, self.unpack = self.plan.pack, self.plan.unpack
+
+    def run(self, weights: Weights, rows: Tensor, layer: int) -> State:
+        start = tuple(s[:, layer] for s in self.start)
+        return pad.run(
+            self.cell,
+            weights,
+            rows,
+            start,
+            self.plan,
+            vendor=self.vendor,
+            only_starts=self.options.only_starts,
+        )
+
+
+_BATCHES: dict[str, Any] = {"loop": _Loop, "pad": _Pad, "scan": _Scan}

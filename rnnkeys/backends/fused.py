@@ -1,0 +1,299 @@
+"""LSTM and GRU over time with hand-written backward passes, on flat time-major rows.
+
+Data is laid out as ``[N, F]``: the rows of step 0, then those of step 1, and so on. ``sizes[t]``
+counts the rows of step ``t`` and never grows; row ``j`` of a step goes on in row ``j`` of the next.
+A dense ``[T, B]`` batch is the case of constant sizes. Optionally the state is replaced before a
+step by a given one (``reset``, dense batches only).
+
+What does not depend on the state is done outside for all time at once: the input projection before,
+weight gradients after. The loops hold one matmul and a few in-place pointwise operations on
+preallocated buffers, and the factors of the backward pass that do not depend on the incoming
+gradient are computed for many steps at once. The equations are those of ``cells.py``, against which
+these functions are tested. None of them is seen by autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Rows x gates handled at once in the backward pass: large enough to amortise calls, small enough
+# for the cache.
+_CHUNK_ELEMENTS = 1 << 17
+
+
+class Resets(NamedTuple):
+    """Where (bool ``[T, B]``) the state is replaced before a step, and by what (each ``[T, B,
+    H]``).
+    """
+
+    where: Tensor
+    state: tuple[Tensor, ...]
+
+
+class LSTMGrads(NamedTuple):
+    """Gradients of :func:`lstm_forward`'s inputs; those of the resets are None unless asked for."""
+
+    gates: Tensor
+    w_hh: Tensor
+    h0: Tensor
+    c0: Tensor
+    reset_h: Tensor | None
+    reset_c: Tensor | None
+
+
+class GRUGrads(NamedTuple):
+    """Gradients of :func:`gru_forward`'s inputs; that of the resets is None unless asked for."""
+
+    gates: Tensor
+    w_hh: Tensor
+    b_hh: Tensor
+    h0: Tensor
+    reset_h: Tensor | None
+
+
+def lstm_forward(
+    gates: Tensor,
+    w_hh: Tensor,
+    state: tuple[Tensor, Tensor],
+    sizes: Sequence[int],
+    resets: Resets | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run an LSTM layer.
+
+    Args:
+        gates: projected inputs with both biases, ``[N, 4H]``.
+        w_hh: ``[4H, H]``.
+        state: ``(h, c)`` before the first step, each ``[sizes[0], H]``.
+        sizes: rows of every step.
+        resets: see the module.
+        keep: whether to return the activations, which the backward pass needs.
+
+    Returns:
+        ``h [N, H]``, ``c [N, H]`` and the activated gates ``[N, 4H]`` (``[0, 4H]`` without
+        ``keep``).
+    """
+    rows, hidden = gates.shape[0], w_hh.shape[1]
+    h, c = gates.new_empty(rows, hidden), gates.new_empty(rows, hidden)
+    act = torch.empty_like(gates, memory_format=torch.contiguous_format) if keep else None
+    buffer = gates.new_empty(sizes[0], 4 * hidden) if act is None else None
+    steps = act.split(list(sizes)) if act is not None else [buffer[:n] for n in sizes]  # pyright: ignore[reportOptionalSubscript]
+    gates_t, h_t, c_t = gates.split(list(sizes)), h.split(list(sizes)), c.split(list(sizes))
+    w = w_hh.t()
+    previous: tuple[Tensor, ...] = state
+    for t, a in enumerate(steps):
+        h_tm1, c_tm1 = _enter(previous, t, a.shape[0], resets)
+        torch.addmm(gates_t[t], h_tm1, w, out=a)
+        i_f, g, o = a[:, : 2 * hidden], a[:, 2 * hidden : 3 * hidden], a[:, 3 * hidden :]
+        i_f.sigmoid_()
+        g.tanh_()
+        o.sigmoid_()
+        torch.mul(i_f[:, hidden:], c_tm1, out=c_t[t]).addcmul_(i_f[:, :hidden], g)
+        torch.tanh(c_t[t], out=h_t[t]).mul_(o)
+        previous = (h_t[t], c_t[t])
+    return h, c, gates.new_empty(0, 4 * hidden) if act is None else act
+
+
+def lstm_backward(
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    w_hh: Tensor,
+    state: tuple[Tensor, Tensor],
+    outputs: tuple[Tensor, Tensor, Tensor],
+    sizes: Sequence[int],
+    resets: Resets | None,
+    want_reset_grad: bool,
+) -> LSTMGrads:
+    """Gradients of :func:`lstm_forward` from those of ``h`` and ``c`` (None means zero)."""
+    h, c, act = outputs
+    hidden = h.shape[1]
+    h_tm1 = _entering(state[0], h, sizes, resets, 0)
+    c_tm1 = _entering(state[1], c, sizes, resets, 1)
+    grads = torch.empty_like(act)
+    dh, dc = torch.zeros_like(state[0]), torch.zeros_like(state[1])
+    reset_grads = _reset_grads(resets, want_reset_grad)
+    for first, last, begin, end in _chunks(sizes, 4 * hidden):
+        i, f, g, o = act[begin:end].chunk(4, 1)
+        tanh_c = c[begin:end].tanh()
+        factor = act.new_empty(end - begin, 4, hidden)
+        torch.mul(g * i, 1 - i, out=factor[:, 0])
+        torch.mul(c_tm1[begin:end] * f, 1 - f, out=factor[:, 1])
+        torch.mul(i, 1 - g * g, out=factor[:, 2])
+        torch.mul(tanh_c * o, 1 - o, out=factor[:, 3])
+        c_from_h = o * (1 - tanh_c * tanh_c)
+        row = end
+        for t in range(last - 1, first - 1, -1):
+            n = sizes[t]
+            row -= n
+            k = slice(row - begin, row - begin + n)
+            d, dh_t, dc_t = grads[row : row + n].view(n, 4, hidden), dh[:n], dc[:n]
+            if grad_h is not None:
+                dh_t.add_(grad_h[row : row + n])
+            if grad_c is not None:
+                dc_t.add_(grad_c[row : row + n])
+            dc_t.addcmul_(dh_t, c_from_h[k])
+            torch.mul(factor[k, :3], dc_t.unsqueeze(1), out=d[:, :3])
+            torch.mul(factor[k, 3], dh_t, out=d[:, 3])
+            dc_t.mul_(f[k])
+            torch.mm(d.view(n, -1), w_hh, out=dh_t)
+            _leave((dh, dc), t, resets, reset_grads)
+    reset_h, reset_c = reset_grads or (None, None)
+    return LSTMGrads(grads, grads.t() @ h_tm1, dh, dc, reset_h, reset_c)
+
+
+def gru_forward(
+    gates: Tensor,
+    w_hh: Tensor,
+    b_hh: Tensor,
+    h0: Tensor,
+    sizes: Sequence[int],
+    resets: Resets | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run a GRU layer.
+
+    Args:
+        gates: projected inputs with ``b_ih``, ``[N, 3H]``.
+        w_hh: ``[3H, H]``.
+        b_hh: ``[3H]``.
+        h0: before the first step, ``[sizes[0], H]``.
+        sizes: rows of every step.
+        resets: see the module.
+        keep: whether to return what the backward pass needs.
+
+    Returns:
+        ``h [N, H]`` and ``[r, z, n, W_hn h + b_hn]``, ``[N, 4H]`` (``[0, 4H]`` without ``keep``).
+    """
+    rows, hidden = gates.shape[0], w_hh.shape[1]
+    h = gates.new_empty(rows, hidden)
+    act = gates.new_empty(rows if keep else sizes[0], 4 * hidden)
+    buffer = gates.new_empty(sizes[0], 3 * hidden)
+    gates_t, h_t = gates.split(list(sizes)), h.split(list(sizes))
+    steps = act.split(list(sizes)) if keep else [act[:n] for n in sizes]
+    w = w_hh.t()
+    previous: tuple[Tensor, ...] = (h0,)
+    for t, a in enumerate(steps):
+        n = a.shape[0]
+        (h_tm1,) = _enter(previous, t, n, resets)
+        gates_h = torch.addmm(b_hh, h_tm1, w, out=buffer[:n])
+        r_z, candidate, h_n = a[:, : 2 * hidden], a[:, 2 * hidden : 3 * hidden], a[:, 3 * hidden :]
+        torch.add(gates_t[t][:, : 2 * hidden], gates_h[:, : 2 * hidden], out=r_z).sigmoid_()
+        h_n.copy_(gates_h[:, 2 * hidden :])
+        torch.addcmul(gates_t[t][:, 2 * hidden :], r_z[:, :hidden], h_n, out=candidate).tanh_()
+        torch.lerp(candidate, h_tm1, r_z[:, hidden:], out=h_t[t])
+        previous = (h_t[t],)
+    return h, act if keep else gates.new_empty(0, 4 * hidden)
+
+
+def gru_backward(
+    grad_h: Tensor,
+    w_hh: Tensor,
+    h0: Tensor,
+    outputs: tuple[Tensor, Tensor],
+    sizes: Sequence[int],
+    resets: Resets | None,
+    want_reset_grad: bool,
+) -> GRUGrads:
+    """Gradients of :func:`gru_forward` from that of ``h``."""
+    h, act = outputs
+    hidden = h.shape[1]
+    h_tm1 = _entering(h0, h, sizes, resets, 0)
+    # Columns W_hn h, r, z, W_in x: the state's gates are the first three, the input's the last
+    # three.
+    grads = torch.empty_like(act)
+    w = torch.cat([w_hh[2 * hidden :], w_hh[: 2 * hidden]])
+    dh = torch.zeros_like(h0)
+    reset_grads = _reset_grads(resets, want_reset_grad)
+    for first, last, begin, end in _chunks(sizes, 4 * hidden):
+        r, z, n, h_n = act[begin:end].chunk(4, 1)
+        factor = act.new_empty(end - begin, 4, hidden)
+        torch.mul(1 - z, 1 - n * n, out=factor[:, 3])
+        torch.mul(factor[:, 3], r, out=factor[:, 0])
+        torch.mul(factor[:, 0] * h_n, 1 - r, out=factor[:, 1])
+        torch.mul((h_tm1[begin:end] - n) * z, 1 - z, out=factor[:, 2])
+        row = end
+        for t in range(last - 1, first - 1, -1):
+            size = sizes[t]
+            row -= size
+            k = slice(row - begin, row - begin + size)
+            d, dh_t = grads[row : row + size], dh[:size]
+            dh_t.add_(grad_h[row : row + size])
+            torch.mul(factor[k], dh_t.unsqueeze(1), out=d.view(size, 4, hidden))
+            dh_t.mul_(z[k]).addmm_(d[:, : 3 * hidden], w)
+            _leave((dh,), t, resets, reset_grads)
+    of_state = grads[:, : 3 * hidden]
+    w_grad, b_grad = (
+        torch.cat([g[hidden:], g[:hidden]]) for g in (of_state.t() @ h_tm1, of_state.sum(0))
+    )
+    return GRUGrads(grads[:, hidden:], w_grad, b_grad, dh, reset_grads[0] if reset_grads else None)
+
+
+def _enter(
+    state: tuple[Tensor, ...], t: int, rows: int, resets: Resets | None
+) -> tuple[Tensor, ...]:
+    """State entering step ``t``: the rows that go on, replaced where there is a reset."""
+    if resets is not None and t:
+        where = resets.where[t].unsqueeze(1)
+        return tuple(torch.where(where, r[t], s) for r, s in zip(resets.state, state, strict=True))
+    return state if state[0].shape[0] == rows else tuple(s[:rows] for s in state)
+
+
+def _entering(
+    first: Tensor, after: Tensor, sizes: Sequence[int], resets: Resets | None, entry: int
+) -> Tensor:
+    """States entering every step, ``[N, H]``, from those after every step."""
+    if sizes[0] == sizes[-1]:
+        before = torch.cat([first, after[: after.shape[0] - sizes[0]]])
+    else:
+        steps = after.split(list(sizes))
+        going_on = [s[:n] for s, n in zip(steps[:-1], sizes[1:], strict=True)]
+        before = torch.cat([first, *going_on])
+    if resets is None:
+        return before
+    where = resets.where.clone()
+    where[0] = False
+    steps_rows = before.view(*where.shape, -1)
+    return torch.where(where.unsqueeze(-1), resets.state[entry], steps_rows).flatten(0, 1)
+
+
+def _reset_grads(resets: Resets | None, wanted: bool) -> tuple[Tensor, ...] | None:
+    if resets is None or not wanted:
+        return None
+    return tuple(torch.zeros(s.shape, dtype=s.dtype, device=s.device) for s in resets.state)
+
+
+def _leave(
+    grads: tuple[Tensor, ...],
+    t: int,
+    resets: Resets | None,
+    reset_grads: tuple[Tensor, ...] | None,
+) -> None:
+    """Stop at a reset the gradient that leaves step ``t`` towards the past; a select, so a NaN does
+    not pass.
+    """
+    if resets is None or t == 0:
+        return
+    where = resets.where[t].unsqueeze(1)
+    for i, grad in enumerate(grads):
+        if reset_grads is not None:
+            torch.where(where, grad, grad.new_zeros(()), out=reset_grads[i][t])
+        grad.masked_fill_(where, 0)
+
+
+def _chunks(sizes: Sequence[int], width: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut time from its end into chunks: yields first and last step (exclusive), first and last row
+    (exclusive).
+    """
+    limit = max(1, _CHUNK_ELEMENTS // width)
+    last, end = len(sizes), sum(sizes)
+    while last:
+        first, begin = last, end
+        while first and (first == last or end - begin + sizes[first - 1] <= limit):
+            first -= 1
+            begin -= sizes[first]
+        yield first, last, begin, end
+        last, end = first, begin

@@ -1,0 +1,79 @@
+"""``"scan"``: time in place on the dense batch, resets by select; static shapes, no host
+synchronisation.
+
+LSTM and GRU run as one custom operator with a hand-written backward pass; other cells run the plain
+loop.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..cells import Cell, Weights
+from . import ops
+from .loop import State, run_dense
+
+
+def has_kernel(cell: Cell, weights: Weights) -> bool:
+    """Whether the fused loops know this cell with these parameters."""
+    return cell.name in ("lstm", "gru") and weights.w_hr is None
+
+
+def run(cell: Cell, weights: Weights, x: Tensor, reset: Tensor, reset_state: State) -> State:
+    """Run one layer over ``x [T, B, I]``; see ``loop.run_dense``."""
+    if not has_kernel(cell, weights):
+        return run_dense(cell, weights, x, reset, reset_state)
+    steps, batch = x.shape[:2]
+    start = tuple(s[0] for s in reset_state)
+    states = run_rows(cell, weights, x.reshape(steps * batch, -1), start, (), reset, reset_state)
+    return tuple(s.view(steps, batch, -1) for s in states)
+
+
+def run_rows(
+    cell: Cell,
+    weights: Weights,
+    x: Tensor,
+    start: State,
+    sizes: tuple[int, ...] | list[int],
+    reset: Tensor | None = None,
+    reset_state: State = (),
+) -> State:
+    """Run one layer of a cell that has a kernel over flat time-major rows ``x [N, I]``.
+
+    Args:
+        cell: LSTM or GRU.
+        weights: of the layer.
+        x: inputs.
+        start: state before the first step.
+        sizes: rows of every step, for packed rows.
+        reset: bool ``[T, B]``, for dense rows, with ``reset_state``, each ``[T, B, H]``.
+        reset_state: replaces the state where ``reset``.
+
+    Returns:
+        The states after every step, each ``[N, H]``.
+    """
+    is_lstm = cell.name == "lstm"
+    b_ih, b_hh = weights.b_ih, weights.b_hh
+    bias = b_ih + b_hh if is_lstm and b_ih is not None and b_hh is not None else b_ih
+    gates = F.linear(x, weights.w_ih, bias)
+    keep = _records((gates, weights.w_hh, *start, *reset_state))
+    resets = reset_state if reset is not None else (None,) * len(start)
+    if is_lstm:
+        h, c, _ = ops.lstm(gates, weights.w_hh, *start, sizes, reset, *resets, keep)
+        return h, c
+    if b_hh is None:
+        b_hh = gates.new_zeros(weights.w_hh.shape[0])
+    h, _ = ops.gru(gates, weights.w_hh, b_hh, *start, sizes, reset, *resets, keep)
+    return (h,)
+
+
+def _records(inputs: State) -> bool:
+    """Whether a backward pass may follow; inside a transform tensors do not tell."""
+    return torch.is_grad_enabled() and (in_transform() or any(t.requires_grad for t in inputs))
+
+
+def in_transform() -> bool:
+    """Whether the code runs inside a function transform (``torch.vmap``, ``torch.func.grad``)."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

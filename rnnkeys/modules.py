@@ -1,0 +1,664 @@
+"""Recurrent modules that keep their state as TensorDict entries."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from . import entries, rnn
+from .backends import BACKENDS, Options, in_transform, unroll_layers, why_not
+from .canonical import CanonicalKeys
+from .cells import GRU_CELL, LSTM_CELL, Cell, Weights
+from .layers import Layers
+from .mode import recurrent_mode
+from .precision import validate_recurrent_matmul_precision
+from .transforms.primers import StatePrimer
+
+_STORES = ("all", "starts")
+_RECOMPUTES = ("none", "full")
+
+
+class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
+    """A recurrent layer stack that reads its state from a TensorDict and writes the next one.
+
+    In single-step mode a call is one step: the state stored at the root is read (zeros where
+    ``init_key``), and the output and ``("next", state)`` are written. In recurrent mode (see
+    ``set_recurrent_mode``) time is the last batch dimension and a call runs whole sequences: each
+    segment starts from the state stored at its first step, and ``("next", state)`` holds the state
+    after *every* step. Dimensions between the batch and the features (agents) are batch too.
+
+    Abstract: a subclass names its cell, its default keys and the attribute that holds the
+        ``nn.RNNBase``.
+    """
+
+    cell: ClassVar[Cell]
+    rnn_attribute: ClassVar[str]
+    plain_class: ClassVar[type[nn.RNNBase]]
+    vendor_class: ClassVar[type[nn.RNNBase]]
+    DEFAULT_IN_KEYS: ClassVar[list[NestedKey]]
+    DEFAULT_OUT_KEYS: ClassVar[list[NestedKey]]
+
+    def __init__(
+        self,
+        layers: nn.RNNBase,
+        *,
+        in_key: NestedKey | None,
+        in_keys: Sequence[NestedKey] | None,
+        out_key: NestedKey | None,
+        out_keys: Sequence[NestedKey] | None,
+        init_key: NestedKey | None,
+        default_recurrent_mode: bool | None,
+        recurrent_backend: str,
+        recurrent_compute_dtype: torch.dtype,
+        recurrent_recompute: str,
+        recurrent_matmul_precision: str,
+        state_grad: bool,
+        store_states: str,
+    ) -> None:
+        super().__init__()
+        _check_choice("recurrent_backend", recurrent_backend, BACKENDS)
+        _check_choice("recurrent_recompute", recurrent_recompute, _RECOMPUTES)
+        _check_choice("store_states", store_states, _STORES)
+        validate_recurrent_matmul_precision(recurrent_matmul_precision)
+        ins = entries.join_keys("in", in_key, in_keys, self.DEFAULT_IN_KEYS)
+        outs = entries.join_keys("out", out_key, out_keys, self.DEFAULT_OUT_KEYS)
+        ins, self.init_key = entries.split_init_key(type(self).__name__, ins, init_key, self.cell)
+        entries.check_out_keys(type(self).__name__, outs, self.cell)
+        self._check_layers(layers)
+        setattr(self, self.rnn_attribute, layers)
+        self.in_keys = [*ins, self.init_key]
+        self.out_keys = outs
+        # select_out_keys() may shorten out_keys; what is written stays.
+        self._output_key, *next_keys = outs
+        self._next_keys: tuple[NestedKey, ...] = tuple(next_keys)
+        self._input_key, *state_keys = ins
+        self._state_keys: tuple[NestedKey, ...] = tuple(state_keys)
+        self._recurrent_mode = default_recurrent_mode
+        self.recurrent_backend = recurrent_backend
+        self.recurrent_compute_dtype = recurrent_compute_dtype
+        self.recurrent_recompute = recurrent_recompute
+        self.recurrent_matmul_precision = recurrent_matmul_precision
+        self.state_grad = state_grad
+        self.store_states = store_states
+        self._warned_of_missing_state = False
+        obstacle = why_not(
+            recurrent_backend, self.cell, self._layers.weights(0), recurrent_recompute
+        )
+        if obstacle:
+            raise obstacle
+
+    @abstractmethod
+    def _check_layers(self, layers: nn.RNNBase) -> None:
+        """Raise if the recurrent layers are not of this module's kind."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == self.rnn_attribute:
+            self._look_at_layers()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._look_at_layers()
+
+    def _look_at_layers(self) -> None:
+        # Copies and unpickled modules have other layers than the ones looked at before.
+        self._layers = Layers(self.layers)
+        self._has_vendor_layers = isinstance(self.layers, self.vendor_class)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_layers"}
+
+    @property
+    def layers(self) -> nn.RNNBase:
+        """The ``nn.RNNBase`` that holds the parameters."""
+        return getattr(self, self.rnn_attribute)
+
+    @property
+    def state_sizes(self) -> tuple[int, ...]:
+        """Size of the last dimension of each state entry."""
+        layers = self._layers
+        sizes = [layers.hidden_size] * len(self.cell.state_names)
+        sizes[0] = layers.proj_size or layers.hidden_size
+        return tuple(sizes)
+
+    @property
+    def state_keys(self) -> tuple[NestedKey, ...]:
+        """Keys the states are read from, in the order of the cell's ``state_names``."""
+        return self._state_keys
+
+    @property
+    def recurrent_mode(self) -> bool:
+        """Whether a call now runs whole sequences: the mode in force, or else
+        ``default_recurrent_mode``.
+        """
+        mode = recurrent_mode()
+        return bool(self._recurrent_mode) if mode is None else mode
+
+    @recurrent_mode.setter
+    def recurrent_mode(self, value: bool) -> None:
+        raise RuntimeError(
+            "recurrent_mode cannot be changed in-place. Please use the set_recurrent_mode context "
+            "manager."
+        )
+
+    @property
+    def temporal_mode(self) -> bool:
+        """Removed: use ``recurrent_mode``."""
+        raise RuntimeError("temporal_mode is deprecated, use recurrent_mode instead.")
+
+    def set_recurrent_mode(self, mode: bool = True) -> None:
+        """Raise: the mode is no property of a module; use the context manager
+        ``rnnkeys.set_recurrent_mode``.
+        """
+        raise RuntimeError(
+            f"The {self.rnn_attribute}.set_recurrent_mode() API was removed. Use the context "
+            "manager rnnkeys.set_recurrent_mode(...), or the default_recurrent_mode argument of "
+            "the constructor."
+        )
+
+    def make_python_based(self) -> RecurrentModule:
+        """Replace the layers by their twin in plain torch operations, with the same parameters;
+        returns self.
+        """
+        return self._convert(self.plain_class)
+
+    def make_cudnn_based(self) -> RecurrentModule:
+        """Replace the layers by torch's own class, with the same parameters; returns self."""
+        return self._convert(self.vendor_class)
+
+    def _convert(self, to: type[nn.RNNBase]) -> RecurrentModule:
+        old = self.layers
+        if isinstance(old, to):
+            return self
+        sizes: dict[str, Any] = {"proj_size": old.proj_size} if old.proj_size else {}
+        new = to(
+            input_size=old.input_size,
+            hidden_size=old.hidden_size,
+            num_layers=old.num_layers,
+            bias=old.bias,
+            batch_first=True,
+            dropout=old.dropout,
+            device="meta",
+            **sizes,
+        )
+        for name, parameter in old.named_parameters():
+            setattr(new, name, parameter)
+        new.train(old.training)
+        setattr(self, self.rnn_attribute, new)
+        return self
+
+    def make_tensordict_primer(self) -> StatePrimer:
+        """Make the transform that creates this module's state at every reset of an environment.
+
+        States are zeros of shape ``[L, H]``, in the dtype and on the device of the parameters.
+        Dimensions of agents come from the environment's own nested spec. It may be appended to
+        single environments or to a batch of them.
+
+        Returns:
+            A ``TensorDictPrimer``.
+
+        Raises:
+            RuntimeError: if an out key is not ``("next", <in key>)``, so that no environment would
+                carry the state.
+
+        Examples:
+            >>> primer = GRUModule(3, 5, in_key="observation", out_key="embed").make_tensordict_primer()
+            >>> primer.primers["recurrent_state"].shape
+            torch.Size([1, 5])
+        """
+        entries.check_carried(self._state_keys, self._next_keys)
+        weight = self._layers.parameter("weight_hh_l0")
+        shapes = {
+            key: (self._layers.num_layers, size)
+            for key, size in zip(self._state_keys, self.state_sizes, strict=True)
+        }
+        return StatePrimer(
+            shapes, dtype=weight.dtype, device=None if weight.is_meta else weight.device
+        )
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Run one step, or whole sequences in recurrent mode.
+
+        Args:
+            tensordict: with the entries ``in_keys``. State entries may be missing and then count as
+                zeros.
+
+        Returns:
+            The same TensorDict with the entries ``out_keys`` written. If an error is raised,
+            nothing was written.
+
+        Raises:
+            KeyError: if the input or the init key is missing.
+            RuntimeError: if a state is given and another is not, or if a shape or dtype does not
+                fit.
+            ValueError: in recurrent mode, if there is no time dimension.
+        """
+        if self.recurrent_mode:
+            y, states = self._run_sequences(tensordict)
+        else:
+            y, states = self._run_step(tensordict)
+        tensordict.set(self._output_key, y)
+        for key, state in zip(self._next_keys, states, strict=True):
+            tensordict.set(key, state)
+        return tensordict
+
+    def _run_sequences(self, tensordict: TensorDictBase) -> tuple[Tensor, tuple[Tensor, ...]]:
+        lead = tensordict.batch_size
+        if not lead:
+            raise ValueError(
+                f"{type(self).__name__} in recurrent mode needs a time dimension: the last batch "
+                "dimension of its TensorDict. Got a TensorDict of batch size []. For one step use "
+                "set_recurrent_mode(False)."
+            )
+        data = entries.read(self, tensordict)
+        entries.check_trajectories(tensordict, data.is_init, self.init_key)
+        dtype = entries.compute_dtype(data.x, self._layers.parameter("weight_hh_l0"))
+        x, states, is_init = entries.time_second(data, lead, self, dtype)
+        with entries.no_autocast(x):
+            y, after = unroll_layers(
+                self.cell,
+                self._weights(dtype),
+                x,
+                states,
+                is_init,
+                self._options(),
+                self.recurrent_backend,
+            )
+        shape = data.shape
+        restored = tuple(entries.time_last(s, lead, shape) for s in after)
+        return entries.time_last(y, lead, shape), self._stored(restored)
+
+    def _run_step(self, tensordict: TensorDictBase) -> tuple[Tensor, tuple[Tensor, ...]]:
+        data = entries.read(self, tensordict)
+        if data.states is None:
+            self._warn_of_missing_state(data.is_init)
+        dtype = entries.compute_dtype(data.x, self._layers.parameter("weight_hh_l0"))
+        x, states = entries.flat_step(data, self, dtype)
+        layers = self._weights(dtype)
+        vendor = self._has_vendor_layers and not (is_compiling() or in_transform())
+        with entries.no_autocast(x):
+            y, after = _step_layers(
+                self.cell, layers, x, states, self._layers.dropout * self.training, vendor
+            )
+        shape = data.shape
+        y = y.view(*shape, -1)
+        return y, self._stored(tuple(s.view(*shape, *s.shape[1:]) for s in after))
+
+    def _stored(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """States as they are written: in the parameters' dtype, which is the primer's."""
+        dtype = self._layers.parameter("weight_hh_l0").dtype
+        return tuple(s if s.dtype == dtype else s.to(dtype) for s in states)
+
+    def _weights(self, dtype: torch.dtype) -> list[Weights]:
+        layers = [self._layers.weights(i) for i in range(self._layers.num_layers)]
+        if layers[0].w_hh.dtype == dtype:
+            return layers
+        return [Weights(*(None if w is None else w.to(dtype) for w in layer)) for layer in layers]
+
+    def _options(self) -> Options:
+        return Options(
+            state_grad=self.state_grad,
+            only_starts=self.store_states == "starts",
+            vendor=self._has_vendor_layers,
+            dropout=self._layers.dropout if self.training else 0.0,
+            recompute=self.recurrent_recompute,
+            compute_dtype=self.recurrent_compute_dtype,
+            precision=self.recurrent_matmul_precision,
+        )
+
+    def _warn_of_missing_state(self, is_init: Tensor) -> None:
+        if self._warned_of_missing_state or is_compiling() or in_transform():
+            return
+        if not bool(is_init.all()):
+            self._warned_of_missing_state = True
+            warnings.warn(
+                f"{type(self).__name__} finds no state {list(self._state_keys)} in a step that "
+                "does not start an episode, and starts from zeros: memory is lost at every step. "
+                "Append the primer to the environment: "
+                "env.append_transform(get_primers_from_module(policy)).",
+                stacklevel=4,
+            )
+
+
+def _step_layers(
+    cell: Cell,
+    layers: list[Weights],
+    x: Tensor,
+    states: tuple[Tensor, ...],
+    dropout: float,
+    vendor: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Run one step of a stack: ``x [N, I]``, states ``[N, L, H]``; outputs apart from states in
+    memory.
+    """
+    after = []
+    for layer, weights in enumerate(layers):
+        if layer and dropout:
+            x = nn.functional.dropout(x, dropout)
+        state = tuple(s[:, layer] for s in states)
+        if vendor and weights.w_hr is None:
+            state = _vendor_step(cell, weights, x, state)
+        else:
+            state = cell.step(weights, cell.input_gates(weights, x), state)
+        x = state[0]
+        after.append(state)
+    # An in-place activation on the output must not change the state: one layer's state would share
+    # its memory.
+    if len(after) == 1:
+        return x.clone(), tuple(s.unsqueeze(1) for s in after[0])
+    return x, tuple(torch.stack(entry, 1) for entry in zip(*after, strict=True))
+
+
+def _vendor_step(
+    cell: Cell, weights: Weights, x: Tensor, state: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    parameters = weights[:4]
+    if cell.name == "lstm":
+        return torch._VF.lstm_cell(x, state, *parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    return (torch._VF.gru_cell(x, state[0], *parameters),)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class LSTMModule(RecurrentModule):
+    """A long short-term memory (LSTM) whose state lives in the TensorDict.
+
+    Drop-in for ``torchrl.modules.LSTMModule``: the same arguments, keys, attributes and
+    ``state_dict``. See :class:`RecurrentModule` for what a call does and
+    :class:`rnnkeys.cells.LongShortTermMemory` for the equations.
+
+    Args:
+        input_size: size ``I`` of the input's last dimension.
+        hidden_size: size ``H`` of ``h`` and ``c``.
+        num_layers: number ``L`` of layers.
+        bias: whether layers have biases.
+        batch_first: must be True.
+        dropout: probability of dropout between layers, in training.
+        proj_size: size of a projection of ``h``, 0 for none.
+        bidirectional: must be False: a policy cannot read the future.
+        python_based: hold the parameters in :class:`rnnkeys.LSTM` instead of ``nn.LSTM``;
+            ``"auto"`` then runs plain torch operations, which any order of autograd sees through.
+        recurrent_backend: ``"auto"``, ``"pad"``, ``"scan"``, ``"loop"`` or ``"triton"``; see
+            ``rnnkeys.backends``.
+        recurrent_compute_dtype: dtype of the recurrent matmul in the ``"triton"`` backend.
+        recurrent_recompute: ``"full"`` keeps no activations for the backward pass and computes them
+            again (``"scan"``, ``"loop"`` and ``"triton"``).
+        recurrent_matmul_precision: of the ``"triton"`` backend; see ``rnnkeys.precision``.
+        in_key: key of the input; states are then read at ``DEFAULT_IN_KEYS``.
+        in_keys: keys of the input, ``h`` and ``c``; optionally the init key last.
+        out_key: key of the output; states are then written at ``DEFAULT_OUT_KEYS``.
+        out_keys: keys of the output, ``h`` and ``c``; the latter must be ``("next", <in key>)`` for
+            environments to carry the state.
+        device: of the parameters.
+        dtype: of the parameters.
+        lstm: an ``nn.LSTM`` (or twin) to use, instead of sizes.
+        default_recurrent_mode: mode where ``set_recurrent_mode`` is not in force; False by default.
+        init_key: bool entry ``[*batch, 1]`` that marks first steps; any name and depth, shared or
+            per agent.
+        state_grad: whether states written in recurrent mode carry gradients. False by default, so
+            that no gradient reaches a target through a stored state.
+        store_states: ``"all"``, or ``"starts"`` to write states only after segments' first steps,
+            where a next view reads them (others are NaN), which costs nothing.
+
+    Raises:
+        ValueError: if arguments do not fit each other; the message names them.
+        RuntimeError: if the backend cannot run here, with the reason and the one that can.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> lstm = LSTMModule(3, 5, in_key="observation", out_key="embed")
+        >>> batch = TensorDict(observation=torch.zeros(2, 7, 3), is_init=torch.zeros(2, 7, 1).bool(), batch_size=[2, 7])
+        >>> with set_recurrent_mode(True):
+        ...     out = lstm(batch)
+        >>> out["embed"].shape, out["next", "recurrent_state_h"].shape
+        (torch.Size([2, 7, 5]), torch.Size([2, 7, 1, 5]))
+    """
+
+    cell = LSTM_CELL
+    rnn_attribute = "lstm"
+    plain_class = rnn.LSTM
+    vendor_class = nn.LSTM
+    DEFAULT_IN_KEYS = ["recurrent_state_h", "recurrent_state_c"]
+    DEFAULT_OUT_KEYS = [("next", "recurrent_state_h"), ("next", "recurrent_state_c")]
+
+    def __init__(
+        self,
+        input_size: int | None = None,
+        hidden_size: int | None = None,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = True,
+        dropout: float = 0,
+        proj_size: int = 0,
+        bidirectional: bool = False,
+        python_based: bool = False,
+        recurrent_backend: str = "auto",
+        recurrent_compute_dtype: torch.dtype = torch.float32,
+        recurrent_recompute: str = "none",
+        recurrent_matmul_precision: str = "auto",
+        *,
+        in_key: NestedKey | None = None,
+        in_keys: Sequence[NestedKey] | None = None,
+        out_key: NestedKey | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        lstm: nn.RNNBase | None = None,
+        default_recurrent_mode: bool | None = None,
+        init_key: NestedKey | None = None,
+        state_grad: bool = False,
+        store_states: str = "all",
+    ) -> None:
+        layers = _make_layers(
+            "lstm",
+            lstm,
+            rnn.LSTM if python_based else nn.LSTM,
+            input_size=input_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            proj_size=proj_size,
+            bidirectional=bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+        super().__init__(
+            layers,
+            in_key=in_key,
+            in_keys=in_keys,
+            out_key=out_key,
+            out_keys=out_keys,
+            init_key=init_key,
+            default_recurrent_mode=default_recurrent_mode,
+            recurrent_backend=recurrent_backend,
+            recurrent_compute_dtype=recurrent_compute_dtype,
+            recurrent_recompute=recurrent_recompute,
+            recurrent_matmul_precision=recurrent_matmul_precision,
+            state_grad=state_grad,
+            store_states=store_states,
+        )
+
+    def _check_layers(self, layers: nn.RNNBase) -> None:
+        _check_kind("lstm", layers, "LSTM")
+
+
+class GRUModule(RecurrentModule):
+    """A gated recurrent unit (GRU) whose state lives in the TensorDict.
+
+    Drop-in for ``torchrl.modules.GRUModule``: the same arguments, keys, attributes and
+    ``state_dict``. See :class:`RecurrentModule` for what a call does and
+    :class:`rnnkeys.cells.GatedRecurrentUnit` for the equations.
+
+    Args:
+        input_size: size ``I`` of the input's last dimension.
+        hidden_size: size ``H`` of the state.
+        num_layers: number ``L`` of layers.
+        bias: whether layers have biases.
+        batch_first: must be True.
+        dropout: probability of dropout between layers, in training.
+        bidirectional: must be False: a policy cannot read the future.
+        python_based: hold the parameters in :class:`rnnkeys.GRU` instead of ``nn.GRU``; ``"auto"``
+            then runs plain torch operations, which any order of autograd sees through.
+        recurrent_backend: ``"auto"``, ``"pad"``, ``"scan"``, ``"loop"`` or ``"triton"``; see
+            ``rnnkeys.backends``.
+        recurrent_compute_dtype: dtype of the recurrent matmul in the ``"triton"`` backend.
+        recurrent_recompute: ``"full"`` keeps no activations for the backward pass and computes them
+            again (``"scan"``, ``"loop"`` and ``"triton"``).
+        recurrent_matmul_precision: of the ``"triton"`` backend; see ``rnnkeys.precision``.
+        in_key: key of the input; the state is then read at ``DEFAULT_IN_KEYS``.
+        in_keys: keys of the input and the state; optionally the init key last.
+        out_key: key of the output; the state is then written at ``DEFAULT_OUT_KEYS``.
+        out_keys: keys of the output and the state; the latter must be ``("next", <in key>)`` for
+            environments to carry the state.
+        device: of the parameters.
+        dtype: of the parameters.
+        gru: an ``nn.GRU`` (or twin) to use, instead of sizes.
+        default_recurrent_mode: mode where ``set_recurrent_mode`` is not in force; False by default.
+        init_key: bool entry ``[*batch, 1]`` that marks first steps; any name and depth, shared or
+            per agent.
+        state_grad: whether states written in recurrent mode carry gradients. False by default, so
+            that no gradient reaches a target through a stored state.
+        store_states: ``"all"``, or ``"starts"`` to write states only after segments' first steps,
+            where a next view reads them (others are NaN), which costs nothing.
+
+    Raises:
+        ValueError: if arguments do not fit each other; the message names them.
+        RuntimeError: if the backend cannot run here, with the reason and the one that can.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> gru = GRUModule(3, 5, in_key="observation", out_key="embed")
+        >>> step = TensorDict(observation=torch.zeros(3), is_init=torch.ones(1).bool())
+        >>> gru(step)["next", "recurrent_state"].shape
+        torch.Size([1, 5])
+    """
+
+    cell = GRU_CELL
+    rnn_attribute = "gru"
+    plain_class = rnn.GRU
+    vendor_class = nn.GRU
+    DEFAULT_IN_KEYS = ["recurrent_state"]
+    DEFAULT_OUT_KEYS = [("next", "recurrent_state")]
+
+    def __init__(
+        self,
+        input_size: int | None = None,
+        hidden_size: int | None = None,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = True,
+        dropout: float = 0,
+        bidirectional: bool = False,
+        python_based: bool = False,
+        recurrent_backend: str = "auto",
+        recurrent_compute_dtype: torch.dtype = torch.float32,
+        recurrent_recompute: str = "none",
+        recurrent_matmul_precision: str = "auto",
+        *,
+        in_key: NestedKey | None = None,
+        in_keys: Sequence[NestedKey] | None = None,
+        out_key: NestedKey | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        gru: nn.RNNBase | None = None,
+        default_recurrent_mode: bool | None = None,
+        init_key: NestedKey | None = None,
+        state_grad: bool = False,
+        store_states: str = "all",
+    ) -> None:
+        layers = _make_layers(
+            "gru",
+            gru,
+            rnn.GRU if python_based else nn.GRU,
+            input_size=input_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+        super().__init__(
+            layers,
+            in_key=in_key,
+            in_keys=in_keys,
+            out_key=out_key,
+            out_keys=out_keys,
+            init_key=init_key,
+            default_recurrent_mode=default_recurrent_mode,
+            recurrent_backend=recurrent_backend,
+            recurrent_compute_dtype=recurrent_compute_dtype,
+            recurrent_recompute=recurrent_recompute,
+            recurrent_matmul_precision=recurrent_matmul_precision,
+            state_grad=state_grad,
+            store_states=store_states,
+        )
+
+    def _check_layers(self, layers: nn.RNNBase) -> None:
+        _check_kind("gru", layers, "GRU")
+
+
+def _make_layers(
+    name: str, given: nn.RNNBase | None, kind: type[nn.RNNBase], **arguments: Any
+) -> nn.RNNBase:
+    """Return the layers given, checked, or make them."""
+    if given is not None:
+        if arguments["input_size"] is not None or arguments["hidden_size"] is not None:
+            raise ValueError(
+                f"{name}= cannot be passed along with input_size or hidden_size (got input_size="
+                f"{arguments['input_size']}, hidden_size={arguments['hidden_size']}): the instance "
+                "has its sizes. Pass one or the other."
+            )
+        return given
+    for size in ("input_size", "hidden_size"):
+        if not isinstance(arguments[size], int) or arguments[size] <= 0:
+            raise ValueError(
+                f"{size} must be passed, a positive int. Got {size}={arguments[size]!r}; or pass "
+                f"{name}=, an nn.{name.upper()} to use."
+            )
+    if not arguments["batch_first"]:
+        raise ValueError(
+            "batch_first=False is not supported: in a TensorDict of batch [B, T] time comes "
+            "second. Got batch_first=False; leave it True (transpose data that has time first)."
+        )
+    if arguments.pop("bidirectional"):
+        raise ValueError(
+            "bidirectional=True is not supported: a policy cannot read the future, and one step at "
+            "a time there is none to read. Leave it False."
+        )
+    return kind(**arguments)
+
+
+def _check_kind(name: str, layers: nn.RNNBase, mode: str) -> None:
+    if not isinstance(layers, nn.RNNBase) or layers.mode != mode:
+        raise ValueError(
+            f"{name}= must be an nn.{mode} or its plain twin rnnkeys.{mode}. Got "
+            f"{type(layers).__name__}."
+        )
+    if not layers.batch_first:
+        raise ValueError(f"The input {name} must have batch_first=True. Got batch_first=False.")
+    if layers.bidirectional:
+        raise ValueError(
+            f"The input {name} must have bidirectional=False: a policy cannot read the future. Got "
+            "bidirectional=True."
+        )
+
+
+def _check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"{argument} must be one of {', '.join(map(repr, choices))}. Got {value!r}."
+        )

@@ -1,0 +1,191 @@
+"""Transforms that create recurrent state at resets and mark episode starts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from tensordict import unravel_key
+from tensordict.utils import NestedKey
+from torch import nn
+from torchrl.data import Composite, Unbounded
+from torchrl.envs.transforms import Compose, InitTracker, TensorDictPrimer, Transform
+
+
+class StatePrimer(TensorDictPrimer):
+    """Create zero states at every reset, one per agent where the environment's nested spec has
+    agents.
+
+    Args:
+        shapes: for every state key its shape without batch and agents, ``(L, H)``.
+        dtype: of the states.
+        device: of the states; the environment's once appended to one that has a device.
+
+    Examples:
+        >>> StatePrimer({("agents", "h"): (1, 5)}).primers["agents", "h"].shape
+        torch.Size([1, 5])
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[NestedKey, tuple[int, ...]],
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.shapes = {unravel_key(key): tuple(shape) for key, shape in shapes.items()}
+        self.state_dtype = dtype
+        super().__init__(_specs(self.shapes, {}, dtype, device), expand_specs=True)
+
+    def _expand_shape(self, spec: Composite) -> Composite:
+        """Give the specs the environment's batch and, for nested keys, the agents of the group they
+        belong to.
+        """
+        parent: Any = self.parent
+        agents = {
+            group: _agents(parent.observation_spec_unlocked, group, parent.batch_size)
+            for group in _groups(self.shapes)
+        }
+        fresh = _specs(self.shapes, agents, self.state_dtype, spec.device)
+        return super()._expand_shape(fresh)
+
+
+def _specs(
+    shapes: Mapping[NestedKey, tuple[int, ...]],
+    agents: Mapping[tuple[str, ...], tuple[int, ...]],
+    dtype: torch.dtype | None,
+    device: torch.device | None,
+) -> Composite:
+    spec = Composite(device=device)
+    for group, dims in agents.items():
+        spec[group] = Composite(shape=dims, device=device)
+    for key, shape in shapes.items():
+        dims = agents.get(_group(key), ())
+        spec[key] = Unbounded(shape=(*dims, *shape), dtype=dtype, device=device)
+    return spec
+
+
+def _group(key: NestedKey) -> tuple[str, ...]:
+    return () if isinstance(key, str) else tuple(key[:-1])
+
+
+def _groups(keys: Mapping[NestedKey, Any]) -> set[tuple[str, ...]]:
+    return {group for key in keys if (group := _group(key))}
+
+
+def _agents(spec: Composite, group: tuple[str, ...], batch: torch.Size) -> tuple[int, ...]:
+    try:
+        nested = spec[group]
+    except KeyError:
+        return ()
+    return tuple(nested.shape[len(batch) :])
+
+
+def get_primers_from_module(
+    module: nn.Module, warn: bool = True, strict: bool = True
+) -> Transform | None:
+    """Make the transforms that create the state of every recurrent module inside ``module``.
+
+    Args:
+        module: a policy, or any module; every submodule with ``make_tensordict_primer()`` counts,
+            TorchRL's too.
+        warn: whether to warn if there is none.
+        strict: whether an error of a submodule's primer propagates; otherwise it becomes a warning
+            and the primers of the others are returned.
+
+    Returns:
+        None, one primer, or a ``Compose`` of several. A state shared by two modules is created
+        once.
+
+    Raises:
+        ValueError: if two modules want states of different shapes under one key.
+
+    Examples:
+        >>> from rnnkeys import GRUModule
+        >>> get_primers_from_module(GRUModule(3, 5, in_key="observation", out_key="embed")).primers["recurrent_state"].shape
+        torch.Size([1, 5])
+    """
+    primers = list(_distinct(_find_primers(module, strict)))
+    if not primers:
+        if warn:
+            warnings.warn("No primers found in the module.", stacklevel=2)
+        return None
+    return primers[0] if len(primers) == 1 else Compose(*primers)
+
+
+def _find_primers(module: nn.Module, strict: bool) -> Iterator[Transform]:
+    failures = set()
+    for submodule in module.modules():
+        make = getattr(submodule, "make_tensordict_primer", None)
+        if make is None:
+            continue
+        try:
+            yield make()
+        except Exception as error:
+            if strict:
+                raise
+            failures.add(f"{type(submodule).__name__}: {error}")
+    if failures:
+        warnings.warn(
+            f"No primer could be made for: {'; '.join(sorted(failures))}. Configure these modules, "
+            "or append their "
+            "primers by hand.",
+            stacklevel=4,
+        )
+
+
+def _distinct(primers: Iterator[Transform]) -> Iterator[Transform]:
+    """Drop primers whose every key an earlier one creates with the same shape."""
+    shapes: dict[NestedKey, torch.Size] = {}
+    for primer in primers:
+        wanted = {key: spec.shape for key, spec in primer.primers.items(True, True)}  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        for key, shape in wanted.items():
+            if shapes.get(key, shape) != shape:
+                raise ValueError(
+                    f"Two modules keep a state under {key!r}, of shapes {tuple(shapes[key])} and "
+                    f"{tuple(shape)}: each would overwrite the other's. Give one of them other "
+                    "state keys (in_keys and out_keys)."
+                )
+        if not wanted.keys() <= shapes.keys():
+            yield primer
+        shapes.update(wanted)
+
+
+def get_env_transforms_from_module(
+    module: nn.Module, init_key: NestedKey | None = None
+) -> Transform:
+    """Make all that an environment needs for a recurrent policy: marks of episode starts, then
+    states.
+
+    Args:
+        module: the policy.
+        init_key: key of the marks; by default the one that the modules inside read (``"is_init"``
+            if there is none).
+
+    Returns:
+        ``Compose(InitTracker, primers)``, or the bare ``InitTracker`` for a module without state.
+
+    Examples:
+        >>> from rnnkeys import GRUModule
+        >>> policy = GRUModule(3, 5, in_key="observation", out_key="embed")
+        >>> [type(t).__name__ for t in get_env_transforms_from_module(policy)]
+        ['InitTracker', 'StatePrimer']
+    """
+    keys = [init_key] if init_key is not None else _init_keys(module)
+    # InitTracker writes beside every done entry, so a nested key is named by its last part.
+    names = dict.fromkeys(key if isinstance(key, str) else key[-1] for key in keys)
+    trackers = [InitTracker(init_key=name) for name in names]
+    primers = get_primers_from_module(module, warn=False)
+    if primers is None and len(trackers) == 1:
+        return trackers[0]
+    return Compose(*trackers, *([] if primers is None else [primers]))
+
+
+def _init_keys(module: nn.Module) -> list[NestedKey]:
+    keys = [
+        m.init_key
+        for m in module.modules()
+        if hasattr(m, "make_tensordict_primer") and hasattr(m, "init_key")
+    ]
+    return keys or ["is_init"]
