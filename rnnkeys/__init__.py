@@ -1,6 +1,4 @@
-"""Recurrent policies for TorchRL: right at every position, fast across episode boundaries,
-complete.
-"""
+"""Recurrent policies for TorchRL: right at every position, fast across episode boundaries."""
 
 from .canonical import canonicalize_rnn_subset as canonicalize_rnn_subset
 from .cells import GRUCell as GRUCell

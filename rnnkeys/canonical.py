@@ -14,11 +14,8 @@ from torch import Tensor
 class CanonicalKeys:
     """Mixin: the entries of a module whose memory layout matters."""
 
-    in_keys: Any
-    out_keys: Any
-
     @property
-    def canonical_keys(self) -> list[NestedKey]:
+    def canonical_keys(self: Any) -> list[NestedKey]:
         """Keys that the module reads and writes; other entries may keep any layout."""
         return [*self.in_keys, *self.out_keys]
 

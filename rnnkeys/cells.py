@@ -29,10 +29,14 @@ class Weights(NamedTuple):
     b_hh: Tensor | None = None
     w_hr: Tensor | None = None
 
+    def to(self, dtype: torch.dtype) -> Weights:
+        """Cast every parameter."""
+        b_ih, b_hh, w_hr = (None if w is None else w.to(dtype) for w in self[2:])
+        return Weights(self.w_ih.to(dtype), self.w_hh.to(dtype), b_ih, b_hh, w_hr)
+
 
 class Cell(ABC):
-    """One step of a recurrent network: ``state = pointwise(input_gates(x), state_gates(h),
-    state)``.
+    """One step: ``state = pointwise(input_gates(x), state_gates(h), state)``.
 
     The input projection does not depend on the state, so a backend computes it for all time at
     once; the recurrent projection is computed once per step; ``pointwise`` is what is left.
@@ -60,9 +64,7 @@ class Cell(ABC):
     def pointwise(
         self, gates_x: Tensor, gates_h: Tensor, state: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        """Return the next state from the two projections ``[..., G*H]`` and the state before the
-        step.
-        """
+        """Return the next state from both projections ``[..., G*H]`` and the state before."""
 
     def step(
         self, weights: Weights, gates_x: Tensor, state: tuple[Tensor, ...]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase, unravel_key, unravel_key_list
@@ -42,9 +42,7 @@ def join_keys(
     keys: Sequence[NestedKey] | None,
     defaults: list[NestedKey],
 ) -> list[NestedKey]:
-    """Return the keys given, or the one given with the default state keys; exactly one form is
-    allowed.
-    """
+    """Return the keys given, or the one given with the default state keys."""
     if (key is None) == (keys is None):
         raise ValueError(
             f"Either {side}_keys or {side}_key must be specified but not both or none. "
@@ -52,20 +50,18 @@ def join_keys(
         )
     if keys is None:
         keys = [key, *defaults]  # pyright: ignore[reportAssignmentType]
-    elif not isinstance(keys, (list, tuple)):
+    if not isinstance(keys, (list, tuple)):
         raise TypeError(
             f"{side}_keys must be a list of keys. Got {keys!r}, a {type(keys).__name__}; "
             f"for the default state keys use {side}_key={keys!r}."
         )
-    return unravel_key_list(list(keys))
+    return unravel_key_list([*keys])
 
 
 def split_init_key(
     name: str, keys: list[NestedKey], init_key: NestedKey | None, cell: Cell
 ) -> tuple[list[NestedKey], NestedKey]:
-    """Split in keys into those of input and states, and the init key, which may stand last among
-    them.
-    """
+    """Split in keys into those of input and states, and the init key (optionally last)."""
     expected = 1 + len(cell.state_names)
     wanted = "is_init" if init_key is None else unravel_key(init_key)
     if len(keys) == expected + 1 and keys[-1] == wanted:
@@ -103,13 +99,11 @@ def _check_distinct(name: str, side: str, keys: list[NestedKey]) -> None:
 def as_tuple(key: NestedKey) -> tuple[str, ...]:
     """Return a key as a tuple of strings."""
     key = unravel_key(key)
-    return (key,) if isinstance(key, str) else key
+    return (key,) if isinstance(key, str) else tuple(str(part) for part in key)
 
 
 def check_carried(state_keys: Sequence[NestedKey], next_keys: Sequence[NestedKey]) -> None:
-    """Raise unless every state is written where the environment carries it to the next step's
-    root.
-    """
+    """Raise unless every state is written where environments carry it to the next root."""
     for in_key, out_key in zip(state_keys, next_keys, strict=True):
         if as_tuple(out_key) != ("next", *as_tuple(in_key)):
             raise RuntimeError(
@@ -167,9 +161,7 @@ def _read_states(
 
 
 def _marks(module: RecurrentModule, marks: Tensor, lead: torch.Size, shape: torch.Size) -> Tensor:
-    """Bring marks ``[*lead, 1]`` (or per agent, ``[*lead, *agents, 1]``) to bool ``[*lead,
-    *agents]``.
-    """
+    """Bring marks, shared ``[*lead, 1]`` or per agent, to bool ``[*lead, *agents]``."""
     if marks.dtype != torch.bool:
         marks = marks != 0
     if marks.ndim > len(lead) and marks.shape[-1] == 1:
@@ -187,8 +179,7 @@ def _marks(module: RecurrentModule, marks: Tensor, lead: torch.Size, shape: torc
 
 
 def check_trajectories(tensordict: TensorDictBase, is_init: Tensor, init_key: NestedKey) -> None:
-    """Raise if neighbours along time come from different trajectories and no start is marked
-    between them.
+    """Raise if trajectories change along time where no start is marked.
 
     Looks only where it costs nothing: in eager mode, on the CPU, where a collector has written
     trajectory ids.
@@ -216,9 +207,7 @@ def check_trajectories(tensordict: TensorDictBase, is_init: Tensor, init_key: Ne
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """Dtype a call computes in: the parameters', or autocast's; raises if the input's is
-    another.
-    """
+    """Return the dtype to compute in, the parameters' or autocast's; the input must fit."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -231,7 +220,7 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Switch autocast off: operands have been cast once, and states are kept in that dtype."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
@@ -256,9 +245,7 @@ def flat_step(
 def time_second(
     data: Entries, lead: torch.Size, module: RecurrentModule, dtype: torch.dtype
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """Fold all batch and agent dimensions: ``x [B, T, I]``, states ``[B, T, L, H]``, marks ``[B,
-    T]``.
-    """
+    """Fold batch and agents: ``x [B, T, I]``, states ``[B, T, L, H]``, marks ``[B, T]``."""
     steps, time = lead[-1], len(lead) - 1
     agents = len(data.shape) - len(lead)
 
@@ -286,7 +273,7 @@ def time_last(entry: Tensor, lead: torch.Size, shape: torch.Size) -> Tensor:
 
 
 def _name(module: RecurrentModule) -> str:
-    return type(module).__name__
+    return str(type(module).__name__)
 
 
 def _dims(lead: torch.Size) -> str:

@@ -16,8 +16,7 @@ _NAMES: dict[str, bool] = {"recurrent": True, "sequential": False}
 
 
 def recurrent_mode() -> bool | None:
-    """Return the mode in force: True (sequences), False (single steps) or None (each module's
-    default).
+    """Return the mode in force: sequences (True), single steps (False), modules' default (None).
 
     It is TorchRL's own state, so both libraries' modules always agree.
 

@@ -69,14 +69,16 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         _check_choice("recurrent_recompute", recurrent_recompute, _RECOMPUTES)
         _check_choice("store_states", store_states, _STORES)
         validate_recurrent_matmul_precision(recurrent_matmul_precision)
+        name = str(type(self).__name__)
         ins = entries.join_keys("in", in_key, in_keys, self.DEFAULT_IN_KEYS)
         outs = entries.join_keys("out", out_key, out_keys, self.DEFAULT_OUT_KEYS)
-        ins, self.init_key = entries.split_init_key(type(self).__name__, ins, init_key, self.cell)
-        entries.check_out_keys(type(self).__name__, outs, self.cell)
+        ins, self.init_key = entries.split_init_key(name, ins, init_key, self.cell)
+        entries.check_out_keys(name, outs, self.cell)
         self._check_layers(layers)
         setattr(self, self.rnn_attribute, layers)
-        self.in_keys = [*ins, self.init_key]
-        self.out_keys = outs
+        # tensordict's own annotations of keys know no nesting.
+        self.in_keys = [*ins, self.init_key]  # pyright: ignore[reportAttributeAccessIssue]
+        self.out_keys = outs  # pyright: ignore[reportAttributeAccessIssue]
         # select_out_keys() may shorten out_keys; what is written stays.
         self._output_key, *next_keys = outs
         self._next_keys: tuple[NestedKey, ...] = tuple(next_keys)
@@ -137,9 +139,7 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
 
     @property
     def recurrent_mode(self) -> bool:
-        """Whether a call now runs whole sequences: the mode in force, or else
-        ``default_recurrent_mode``.
-        """
+        """Whether a call now runs whole sequences."""
         mode = recurrent_mode()
         return bool(self._recurrent_mode) if mode is None else mode
 
@@ -156,9 +156,7 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         raise RuntimeError("temporal_mode is deprecated, use recurrent_mode instead.")
 
     def set_recurrent_mode(self, mode: bool = True) -> None:
-        """Raise: the mode is no property of a module; use the context manager
-        ``rnnkeys.set_recurrent_mode``.
-        """
+        """Raise: use the context manager ``rnnkeys.set_recurrent_mode``."""
         raise RuntimeError(
             f"The {self.rnn_attribute}.set_recurrent_mode() API was removed. Use the context "
             "manager rnnkeys.set_recurrent_mode(...), or the default_recurrent_mode argument of "
@@ -166,13 +164,11 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         )
 
     def make_python_based(self) -> RecurrentModule:
-        """Replace the layers by their twin in plain torch operations, with the same parameters;
-        returns self.
-        """
+        """Hold the same parameters in the plain twin of the layers; returns self."""
         return self._convert(self.plain_class)
 
     def make_cudnn_based(self) -> RecurrentModule:
-        """Replace the layers by torch's own class, with the same parameters; returns self."""
+        """Hold the same parameters in torch's own class; returns self."""
         return self._convert(self.vendor_class)
 
     def _convert(self, to: type[nn.RNNBase]) -> RecurrentModule:
@@ -211,8 +207,8 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
                 carry the state.
 
         Examples:
-            >>> primer = GRUModule(3, 5, in_key="observation", out_key="embed").make_tensordict_primer()
-            >>> primer.primers["recurrent_state"].shape
+            >>> gru = GRUModule(3, 5, in_key="observation", out_key="embed")
+            >>> gru.make_tensordict_primer().primers["recurrent_state"].shape
             torch.Size([1, 5])
         """
         entries.check_carried(self._state_keys, self._next_keys)
@@ -225,8 +221,11 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
             shapes, dtype=weight.dtype, device=None if weight.is_meta else weight.device
         )
 
-    @dispatch
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+    # tensordict types dispatch as a class, which it is not once it has decorated.
+    @dispatch  # pyright: ignore[reportArgumentType]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, tensordict: TensorDictBase
+    ) -> TensorDictBase:
         """Run one step, or whole sequences in recurrent mode.
 
         Args:
@@ -303,7 +302,7 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         layers = [self._layers.weights(i) for i in range(self._layers.num_layers)]
         if layers[0].w_hh.dtype == dtype:
             return layers
-        return [Weights(*(None if w is None else w.to(dtype) for w in layer)) for layer in layers]
+        return [layer.to(dtype) for layer in layers]
 
     def _options(self) -> Options:
         return Options(
@@ -338,9 +337,7 @@ def _step_layers(
     dropout: float,
     vendor: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Run one step of a stack: ``x [N, I]``, states ``[N, L, H]``; outputs apart from states in
-    memory.
-    """
+    """Run one step of a stack: ``x [N, I]``, states ``[N, L, H]``."""
     after = []
     for layer, weights in enumerate(layers):
         if layer and dropout:
@@ -414,8 +411,10 @@ class LSTMModule(RecurrentModule):
 
     Examples:
         >>> from tensordict import TensorDict
+        >>> from rnnkeys import set_recurrent_mode
         >>> lstm = LSTMModule(3, 5, in_key="observation", out_key="embed")
-        >>> batch = TensorDict(observation=torch.zeros(2, 7, 3), is_init=torch.zeros(2, 7, 1).bool(), batch_size=[2, 7])
+        >>> batch = TensorDict(observation=torch.zeros(2, 7, 3), batch_size=[2, 7])
+        >>> batch["is_init"] = torch.zeros(2, 7, 1, dtype=torch.bool)
         >>> with set_recurrent_mode(True):
         ...     out = lstm(batch)
         >>> out["embed"].shape, out["next", "recurrent_state_h"].shape

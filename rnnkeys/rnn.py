@@ -45,8 +45,7 @@ class _PlainRNN(nn.RNNBase):
 
 
 class LSTM(_PlainRNN):
-    """``nn.LSTM`` in plain torch operations, so that vmap, compile and any order of autograd see
-    through it.
+    """``nn.LSTM`` in plain torch operations, which vmap and any order of autograd see through.
 
     Parameters, initialisation and ``state_dict`` are those of ``nn.LSTM``. Note
     ``batch_first=True`` by default and the position of the argument, both as in TorchRL.
@@ -129,8 +128,7 @@ class LSTM(_PlainRNN):
 
 
 class GRU(_PlainRNN):
-    """``nn.GRU`` in plain torch operations, so that vmap, compile and any order of autograd see
-    through it.
+    """``nn.GRU`` in plain torch operations, which vmap and any order of autograd see through.
 
     Parameters, initialisation and ``state_dict`` are those of ``nn.GRU``. Note ``batch_first=True``
     by default, as in TorchRL.

@@ -1,5 +1,4 @@
-"""From ``is_init`` to segments, and from segments to rows that a kernel can run without knowing
-resets.
+"""From ``is_init`` to segments, and from segments to rows that need no resets.
 
 A segment is a maximal run of steps of one row with no reset after its first step. Segments do not
 depend on each other, so they need not run one after the other: sorted by falling length and laid
@@ -80,9 +79,7 @@ class Plan:
 
 
 class _Gather(torch.autograd.Function):
-    """Gather rows; backward gathers too, since every real row is taken once (``unused`` rows get
-    zero).
-    """
+    """Gather rows; backward gathers too: every real row is taken once, ``unused`` ones never."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor, unused: Tensor | None):
@@ -147,8 +144,7 @@ def _rows_per_step(lengths: np.ndarray) -> np.ndarray:
 
 
 def _pad_to_blocks(sizes: np.ndarray) -> np.ndarray:
-    """Round sizes up to few distinct values, where a further block would cost more than the padding
-    it saves.
+    """Round sizes up to few values, until one more block would cost more than it saves.
 
     Dynamic programming over the steps at which the size falls: ``best[j]`` is the least cost of all
     steps before candidate ``j`` when a block ends there.

@@ -80,8 +80,7 @@ def why_not(name: str, cell: Cell, weights: Weights, recompute: str = "none") ->
 
 
 def choose(name: str, options: Options) -> str:
-    """Return the backend that runs: a pure function of what was asked for and of where the call
-    happens.
+    """Return the backend that runs, by what was asked for and by where the call happens.
 
     =========  =======================  =========================  ==============
     asked for  eager                    in vmap, in torch.compile  without vendor

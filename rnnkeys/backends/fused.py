@@ -26,9 +26,7 @@ _CHUNK_ELEMENTS = 1 << 17
 
 
 class Resets(NamedTuple):
-    """Where (bool ``[T, B]``) the state is replaced before a step, and by what (each ``[T, B,
-    H]``).
-    """
+    """Where a state is replaced before a step (bool ``[T, B]``), by what (each ``[T, B, H]``)."""
 
     where: Tensor
     state: tuple[Tensor, ...]
@@ -272,9 +270,7 @@ def _leave(
     resets: Resets | None,
     reset_grads: tuple[Tensor, ...] | None,
 ) -> None:
-    """Stop at a reset the gradient that leaves step ``t`` towards the past; a select, so a NaN does
-    not pass.
-    """
+    """Stop the gradient towards the past at a reset before step ``t``; a NaN does not pass."""
     if resets is None or t == 0:
         return
     where = resets.where[t].unsqueeze(1)
@@ -285,9 +281,7 @@ def _leave(
 
 
 def _chunks(sizes: Sequence[int], width: int) -> Iterator[tuple[int, int, int, int]]:
-    """Cut time from its end into chunks: yields first and last step (exclusive), first and last row
-    (exclusive).
-    """
+    """Cut time into chunks, from its end: first step, end step, first row, end row."""
     limit = max(1, _CHUNK_ELEMENTS // width)
     last, end = len(sizes), sum(sizes)
     while last:

@@ -50,9 +50,7 @@ def run_steps(
 
 
 def select(where: Tensor, chosen: State, other: State) -> State:
-    """Take ``chosen`` where ``where [B]`` is True: a select, so a NaN in ``other`` does not
-    pass.
-    """
+    """Take ``chosen`` where ``where [B]``; a NaN in ``other`` does not pass."""
     where = where.unsqueeze(-1)
     return tuple(torch.where(where, a, b) for a, b in zip(chosen, other, strict=True))
 

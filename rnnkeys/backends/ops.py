@@ -1,5 +1,4 @@
-"""The fused sequence loops as custom operators: one node each for autograd, vmap and
-``torch.compile``.
+"""The fused sequence loops as custom operators: one node each for autograd, vmap and compile.
 
 A graph that holds such an operator does not grow with the number of steps. Second derivatives are
 not defined; asking for them raises an error that names the backend that has them.
@@ -35,9 +34,7 @@ def lstm(
     reset_c: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run :func:`fused.lstm_forward`; ``where [T, B]`` and its states are given for dense batches
-    with resets.
-    """
+    """Run :func:`fused.lstm_forward`; dense batches give ``where [T, B]`` and its states."""
     resets = _resets(where, reset_h, reset_c)
     return fused.lstm_forward(
         gates, w_hh, (h0, c0), _sizes(sizes, where, gates.shape[0]), resets, keep
@@ -82,9 +79,7 @@ def gru(
     reset_h: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Run :func:`fused.gru_forward`; ``where [T, B]`` and its states are given for dense batches
-    with resets.
-    """
+    """Run :func:`fused.gru_forward`; dense batches give ``where [T, B]`` and its states."""
     resets = _resets(where, reset_h)
     return fused.gru_forward(
         gates, w_hh, b_hh, h0, _sizes(sizes, where, gates.shape[0]), resets, keep

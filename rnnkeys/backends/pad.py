@@ -22,9 +22,7 @@ _VENDOR_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def wants_vendor(cell: Cell, dtype: torch.dtype, vendor: bool, state_grad: bool) -> bool:
-    """Whether the vendor's kernel serves: it has no gradient through ``c`` and is fast for these
-    dtypes only.
-    """
+    """Whether the vendor's kernel serves: fast for these dtypes, no gradient through ``c``."""
     return vendor and not state_grad and cell.name == "lstm" and dtype in _VENDOR_DTYPES
 
 
@@ -79,9 +77,7 @@ def _vendor_lstm(weights: Weights, x: Tensor, start: State, plan: Plan) -> Tenso
 
 
 class _FirstOrderOnly(torch.autograd.Function):
-    """Identity that refuses a backward pass which is itself recorded: the vendor's kernel cannot be
-    differentiated twice.
-    """
+    """Identity that refuses to be differentiated twice, which the vendor's kernel cannot be."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor):
@@ -101,9 +97,7 @@ class _FirstOrderOnly(torch.autograd.Function):
 def _recover_c(
     weights: Weights, x: Tensor, h: Tensor, start: State, plan: Plan, only_starts: bool
 ) -> Tensor:
-    """Cell states after every step (after the first of each segment only, the rest NaN) from the
-    outputs.
-    """
+    """Compute cell states from outputs; with ``only_starts`` NaN after segments' first steps."""
     hidden = h.shape[1]
     gates = 3 * hidden
     sizes = plan.sizes[:1] if only_starts else plan.sizes

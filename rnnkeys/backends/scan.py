@@ -1,6 +1,6 @@
-"""``"scan"``: time in place on the dense batch, resets by select; static shapes, no host
-synchronisation.
+"""``"scan"``: time in place on the dense batch, resets by select.
 
+Shapes are static and nothing synchronises with the host.
 LSTM and GRU run as one custom operator with a hand-written backward pass; other cells run the plain
 loop.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.nn import functional as F
 
 from ..cells import Cell, Weights
@@ -76,4 +77,4 @@ def _records(inputs: State) -> bool:
 
 def in_transform() -> bool:
     """Whether the code runs inside a function transform (``torch.vmap``, ``torch.func.grad``)."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return peek_interpreter_stack() is not None

@@ -9,3 +9,6 @@ from .next_init import (
 )
 from .next_init import NextInitStreamingSliceSampler as NextInitStreamingSliceSampler
 from .next_init import NextInitTracker as NextInitTracker
+from .primers import StatePrimer as StatePrimer
+from .primers import get_env_transforms_from_module as get_env_transforms_from_module
+from .primers import get_primers_from_module as get_primers_from_module

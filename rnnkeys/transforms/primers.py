@@ -15,8 +15,7 @@ from torchrl.envs.transforms import Compose, InitTracker, TensorDictPrimer, Tran
 
 
 class StatePrimer(TensorDictPrimer):
-    """Create zero states at every reset, one per agent where the environment's nested spec has
-    agents.
+    """Create zero states at every reset, one per agent where the environment has agents.
 
     Args:
         shapes: for every state key its shape without batch and agents, ``(L, H)``.
@@ -39,15 +38,15 @@ class StatePrimer(TensorDictPrimer):
         super().__init__(_specs(self.shapes, {}, dtype, device), expand_specs=True)
 
     def _expand_shape(self, spec: Composite) -> Composite:
-        """Give the specs the environment's batch and, for nested keys, the agents of the group they
-        belong to.
-        """
+        """Give the specs the environment's batch and, for nested keys, their group's agents."""
         parent: Any = self.parent
         agents = {
             group: _agents(parent.observation_spec_unlocked, group, parent.batch_size)
             for group in _groups(self.shapes)
         }
-        fresh = _specs(self.shapes, agents, self.state_dtype, spec.device)
+        # The spec's device may have become the environment's since construction.
+        device = None if spec.device is None else torch.device(spec.device)
+        fresh = _specs(self.shapes, agents, self.state_dtype, device)
         return super()._expand_shape(fresh)
 
 
@@ -59,15 +58,15 @@ def _specs(
 ) -> Composite:
     spec = Composite(device=device)
     for group, dims in agents.items():
-        spec[group] = Composite(shape=dims, device=device)
+        spec[group] = Composite(shape=torch.Size(dims), device=device)
     for key, shape in shapes.items():
         dims = agents.get(_group(key), ())
-        spec[key] = Unbounded(shape=(*dims, *shape), dtype=dtype, device=device)
+        spec[key] = Unbounded(shape=torch.Size((*dims, *shape)), dtype=dtype, device=device)
     return spec
 
 
 def _group(key: NestedKey) -> tuple[str, ...]:
-    return () if isinstance(key, str) else tuple(key[:-1])
+    return () if isinstance(key, str) else tuple(str(part) for part in key[:-1])
 
 
 def _groups(keys: Mapping[NestedKey, Any]) -> set[tuple[str, ...]]:
@@ -103,7 +102,8 @@ def get_primers_from_module(
 
     Examples:
         >>> from rnnkeys import GRUModule
-        >>> get_primers_from_module(GRUModule(3, 5, in_key="observation", out_key="embed")).primers["recurrent_state"].shape
+        >>> policy = GRUModule(3, 5, in_key="observation", out_key="embed")
+        >>> get_primers_from_module(policy).primers["recurrent_state"].shape
         torch.Size([1, 5])
     """
     primers = list(_distinct(_find_primers(module, strict)))
@@ -111,7 +111,12 @@ def get_primers_from_module(
         if warn:
             warnings.warn("No primers found in the module.", stacklevel=2)
         return None
-    return primers[0] if len(primers) == 1 else Compose(*primers)
+    return primers[0] if len(primers) == 1 else _compose(*primers)
+
+
+def _compose(*transforms: Any) -> Compose:
+    # Typed apart: torchrl annotates the starred argument as if it were the list.
+    return Compose(*transforms)
 
 
 def _find_primers(module: nn.Module, strict: bool) -> Iterator[Transform]:
@@ -129,8 +134,7 @@ def _find_primers(module: nn.Module, strict: bool) -> Iterator[Transform]:
     if failures:
         warnings.warn(
             f"No primer could be made for: {'; '.join(sorted(failures))}. Configure these modules, "
-            "or append their "
-            "primers by hand.",
+            "or append their primers by hand.",
             stacklevel=4,
         )
 
@@ -155,8 +159,7 @@ def _distinct(primers: Iterator[Transform]) -> Iterator[Transform]:
 def get_env_transforms_from_module(
     module: nn.Module, init_key: NestedKey | None = None
 ) -> Transform:
-    """Make all that an environment needs for a recurrent policy: marks of episode starts, then
-    states.
+    """Make what an environment needs for a recurrent policy: marks of starts, then states.
 
     Args:
         module: the policy.
@@ -174,18 +177,15 @@ def get_env_transforms_from_module(
     """
     keys = [init_key] if init_key is not None else _init_keys(module)
     # InitTracker writes beside every done entry, so a nested key is named by its last part.
-    names = dict.fromkeys(key if isinstance(key, str) else key[-1] for key in keys)
+    names = dict.fromkeys(key if isinstance(key, str) else str(key[-1]) for key in keys)
     trackers = [InitTracker(init_key=name) for name in names]
     primers = get_primers_from_module(module, warn=False)
     if primers is None and len(trackers) == 1:
         return trackers[0]
-    return Compose(*trackers, *([] if primers is None else [primers]))
+    return _compose(*trackers, *([] if primers is None else [primers]))
 
 
 def _init_keys(module: nn.Module) -> list[NestedKey]:
-    keys = [
-        m.init_key
-        for m in module.modules()
-        if hasattr(m, "make_tensordict_primer") and hasattr(m, "init_key")
-    ]
+    recurrent = (m for m in module.modules() if hasattr(m, "make_tensordict_primer"))
+    keys: list[Any] = [m.init_key for m in recurrent if hasattr(m, "init_key")]
     return keys or ["is_init"]
