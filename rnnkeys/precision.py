@@ -164,7 +164,7 @@ def validate_recurrent_matmul_precision(
 
 
 @contextmanager
-def library_matmuls(precision: RecurrentMatmulPrecision) -> Iterator[None]:
+def library_matmuls(precision: str) -> Iterator[None]:
     """Run float32 products of the CUDA library at ``precision`` inside a ``with`` block.
 
     Touches torch's process-wide flag only where it says otherwise, and puts it back. Threads that
@@ -197,6 +197,7 @@ def library_matmuls(precision: RecurrentMatmulPrecision) -> Iterator[None]:
             flags.fp32_precision = before
 
 
+@torch.compiler.assume_constant_result
 def _torch_precision() -> str:
     """Return torch's own setting; where old and new flags contradict, what the new one says."""
     try:
@@ -210,6 +211,7 @@ def _torch_precision() -> str:
                 return "high" if tf32 else "highest"
 
 
+@torch.compiler.assume_constant_result
 def _has_tf32(device: torch.device | None) -> bool:
     """Return whether ``device`` is an NVIDIA GPU with TF32 tensor cores (Ampere or newer)."""
     if device is not None and device.type != "cuda":
