@@ -59,7 +59,8 @@ def run_rows(
     b_ih, b_hh = weights.b_ih, weights.b_hh
     bias = b_ih + b_hh if is_lstm and b_ih is not None and b_hh is not None else b_ih
     gates = F.linear(x, weights.w_ih, bias)
-    keep = _records((gates, weights.w_hh, *start, *reset_state))
+    given = (gates, weights.w_hh, b_hh, *start, *reset_state)
+    keep = _records(tuple(t for t in given if t is not None))
     resets = reset_state if reset is not None else (None,) * len(start)
     if is_lstm:
         h, c, _ = ops.lstm(gates, weights.w_hh, *start, sizes, reset, *resets, keep)
