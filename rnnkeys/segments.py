@@ -122,7 +122,9 @@ def plan(is_init: Tensor, in_blocks: bool = False) -> Plan:
         if found is not None:
             _plans.move_to_end(key)
             return found
-    made = Plan(marks, in_blocks, is_init.device)
+    # A plan made while evaluating in inference mode must serve the training that follows.
+    with torch.inference_mode(False):
+        made = Plan(marks, in_blocks, is_init.device)
     with _plans_lock:
         _plans[key] = made
         while len(_plans) > _CACHE_ENTRIES:

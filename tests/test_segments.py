@@ -1,0 +1,209 @@
+"""Packing is a permutation of steps, planned once per content, and exact in both directions."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rnnkeys import segments
+from rnnkeys.segments import Plan, plan
+from tests.problems import MARKS
+
+in_both_forms = pytest.mark.parametrize("in_blocks", [False, True], ids=["exact", "blocks"])
+
+
+@st.composite
+def _marks(draw: st.DrawFn) -> Tensor:
+    batch, steps = draw(st.integers(1, 6)), draw(st.integers(1, 40))
+    if draw(st.booleans()):
+        torch.manual_seed(draw(st.integers(0, 2**16)))
+        return torch.rand(batch, steps) < draw(st.sampled_from([0.02, 0.1, 0.5]))
+    return MARKS[draw(st.sampled_from(list(MARKS)))](batch, steps)
+
+
+def _lengths(is_init: Tensor) -> dict[int, int]:
+    """Lengths of segments by the flat position of their first step, counted by hand."""
+    lengths: dict[int, int] = {}
+    for b, row in enumerate(is_init.tolist()):
+        cuts = [0, *(t for t in range(1, len(row)) if row[t]), len(row)]
+        lengths |= {b * len(row) + start: end - start for start, end in pairwise(cuts)}
+    return lengths
+
+
+def _steps(made: Plan) -> list[list[int]]:
+    """Which flat position fills each row of each step."""
+    return [s.tolist() for s in made.source.split(made.sizes)]
+
+
+def _numbered(is_init: Tensor) -> Tensor:
+    return torch.arange(is_init.numel()).view(*is_init.shape, 1).double()
+
+
+@in_both_forms
+@given(is_init=_marks())
+def test_packing_then_unpacking_is_the_identity(in_blocks, is_init):
+    made = plan(is_init, in_blocks)
+    x = _numbered(is_init)
+    assert torch.equal(made.unpack(made.pack(x)), x)
+
+
+@in_both_forms
+@given(is_init=_marks())
+def test_every_segment_runs_down_one_row_of_its_own(in_blocks, is_init):
+    made, lengths = plan(is_init, in_blocks), _lengths(is_init)
+    steps = _steps(made)
+    assert sorted(made.starts.tolist()) == sorted(lengths)
+    assert made.starts.tolist() == steps[0]
+    for row, start in enumerate(steps[0]):
+        down = [step[row] for step in steps if row < len(step)]
+        last = start + lengths[start] - 1
+        assert down == [min(start + t, last) for t in range(len(down))]
+        assert len(down) >= lengths[start]
+
+
+@in_both_forms
+@given(is_init=_marks())
+def test_steps_never_grow_and_blocks_cover_them(in_blocks, is_init):
+    made, lengths = plan(is_init, in_blocks), _lengths(is_init)
+    assert made.sizes == sorted(made.sizes, reverse=True)
+    assert len(made.sizes) == max(lengths.values())
+    assert sum(made.sizes) == len(made.source)
+    assert [n for _, steps, n in made.blocks for _ in range(steps)] == made.sizes
+    assert [t for t, *_ in made.blocks] == [made.sizes.index(n) for *_, n in made.blocks]
+
+
+@given(is_init=_marks())
+def test_an_exact_plan_has_no_padding_and_a_plan_in_blocks_says_where_it_is(is_init):
+    assert plan(is_init).padding is None
+    assert len(plan(is_init).source) == is_init.numel()
+    made = plan(is_init, in_blocks=True)
+    padding = [] if made.padding is None else made.padding.tolist()
+    assert sorted([*padding, *made.position.tolist()]) == list(range(len(made.source)))
+    assert len(made.blocks) <= len(plan(is_init).blocks)
+    assert len(made.source) <= len(made.starts) * len(made.sizes)
+
+
+def test_blocks_pad_little_where_one_segment_is_long_and_many_are_short():
+    is_init = torch.ones(64, 100, dtype=torch.bool)
+    is_init[0] = False
+    made = plan(is_init, in_blocks=True)
+    assert len(made.source) < 1.05 * is_init.numel()
+    assert len(made.blocks) == 2
+
+
+def test_segments_of_many_lengths_run_in_few_blocks():
+    is_init = torch.rand(8, 1024) < 0.02
+    made = plan(is_init, in_blocks=True)
+    assert len(made.blocks) < len(plan(is_init).blocks) / 3
+    assert len(made.source) < 1.3 * is_init.numel()
+
+
+def test_marks_may_have_any_strides():
+    is_init = torch.rand(7, 5) < 0.3
+    for view in (is_init.t().contiguous().t(), torch.stack([is_init, ~is_init], -1)[..., 0]):
+        assert _steps(Plan(view.numpy(), False, view.device)) == _steps(
+            Plan(is_init.numpy(), False, is_init.device)
+        )
+
+
+@given(is_init=_marks())
+def test_states_are_taken_at_the_starts_of_segments(is_init):
+    made = plan(is_init)
+    x = _numbered(is_init)
+    assert made.at_starts(x).squeeze(1).tolist() == made.starts.tolist()
+    assert torch.equal(made.at_starts(x), made.pack(x)[: made.sizes[0]])
+
+
+@in_both_forms
+@pytest.mark.parametrize("marks", MARKS)
+def test_gradients_pass_both_ways_to_any_order(in_blocks, marks):
+    made = plan(MARKS[marks](3, 5), in_blocks)
+    x = torch.randn(3, 5, 2, dtype=torch.float64, requires_grad=True)
+
+    def there_and_back(x: Tensor) -> Tensor:
+        return made.unpack(made.pack(x).sin())
+
+    torch.autograd.gradcheck(there_and_back, x)
+    torch.autograd.gradgradcheck(there_and_back, x)
+
+
+def test_no_gradient_reaches_padding_not_even_nan():
+    is_init = torch.zeros(20, 30, dtype=torch.bool)
+    is_init[:, ::7] = True
+    is_init[:, 3::5] = True
+    made = plan(is_init, in_blocks=True)
+    assert made.padding is not None
+    rows = torch.zeros(len(made.source), 1, requires_grad=True)
+    made.unpack(rows).backward(torch.full((20, 30, 1), float("nan")))
+    assert rows.grad is not None
+    assert not rows.grad[made.padding].any()
+    assert rows.grad.isnan().sum() == is_init.numel()
+
+
+def test_equal_marks_share_a_plan_and_others_do_not():
+    is_init = torch.rand(3, 5) < 0.5
+    made = plan(is_init)
+    assert plan(is_init.clone()) is made
+    assert plan(is_init.t().contiguous().t()) is made
+    assert plan(is_init, in_blocks=True) is not made
+    assert plan(is_init.view(5, 3)) is not made
+    changed = is_init.clone()
+    changed[2, 4] = ~changed[2, 4]
+    assert plan(changed) is not made
+
+
+def test_marks_changed_in_place_are_planned_anew():
+    is_init = torch.zeros(2, 6, dtype=torch.bool)
+    assert plan(is_init).sizes == [2] * 6
+    is_init[0, 4] = True
+    assert plan(is_init).sizes == [3, 3, 2, 2, 1, 1]
+
+
+def test_plans_kept_are_few():
+    for steps in range(1, 200):
+        plan(torch.zeros(1, steps, dtype=torch.bool))
+    assert len(segments._plans) <= segments._CACHE_ENTRIES
+
+
+def test_a_plan_made_in_inference_mode_serves_training():
+    is_init = torch.rand(4, 9) < 0.3
+    with torch.inference_mode():
+        made = plan(is_init)
+    assert plan(is_init) is made
+    x = torch.randn(4, 9, 2, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradgradcheck(lambda x: made.unpack(made.pack(x).sin()), x)
+
+
+def test_threads_may_plan_at_once():
+    """Learner and evaluator threads share the plans; none sees another's half-made one."""
+    masks = [torch.rand(3, 12) < 0.3 for _ in range(4 * segments._CACHE_ENTRIES)]
+    failures: list[object] = []
+
+    def work(offset: int) -> None:
+        try:
+            for i in range(400):
+                is_init = masks[(offset * 7 + i) % len(masks)]
+                x = _numbered(is_init)
+                made = plan(is_init)
+                assert torch.equal(made.unpack(made.pack(x)), x)
+        except Exception as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures
