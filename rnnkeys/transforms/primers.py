@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from tensordict import unravel_key
+from tensordict import TensorDictBase, unravel_key
 from tensordict.utils import NestedKey
 from torch import nn
 from torchrl.data import Composite, Unbounded
@@ -35,19 +35,43 @@ class StatePrimer(TensorDictPrimer):
     ) -> None:
         self.shapes = {unravel_key(key): tuple(shape) for key, shape in shapes.items()}
         self.state_dtype = dtype
+        self._fitted = False
         super().__init__(_specs(self.shapes, {}, dtype, device), expand_specs=True)
 
+    def set_container(self, container: Any) -> None:
+        """Take the states' shapes from another environment."""
+        super().set_container(container)
+        self._fitted = False
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        """Add the states to the specs, those of observations and those of inputs alike."""
+        self._fit()
+        return super().transform_observation_spec(observation_spec)
+
+    def _reset(
+        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        # Agents are there without a batch too, and a reset may come before anyone reads the specs.
+        if not self._fitted:
+            self._fit()
+        return super()._reset(tensordict, tensordict_reset)
+
     def _expand_shape(self, spec: Composite) -> Composite:
+        self._fit()
+        return self.primers
+
+    def _fit(self) -> None:
         """Give the specs the environment's batch and, for nested keys, their group's agents."""
-        parent: Any = self.parent
-        agents = {
-            group: _agents(parent.observation_spec_unlocked, group, parent.batch_size)
-            for group in _groups(self.shapes)
-        }
+        parent = self.parent
+        if parent is None:
+            return
+        env_spec, batch = parent.observation_spec, parent.batch_size
+        agents = {group: _agents(env_spec, group, batch) for group in _groups(self.shapes)}
         # The spec's device may have become the environment's since construction.
-        device = None if spec.device is None else torch.device(spec.device)
+        device = None if self.primers.device is None else torch.device(self.primers.device)
         fresh = _specs(self.shapes, agents, self.state_dtype, device)
-        return super()._expand_shape(fresh)
+        self.primers = fresh.expand((*batch, *fresh.shape)) if batch else fresh
+        self._fitted = True
 
 
 def _specs(
