@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..cells import Cell, Weights
 from ..segments import plan
-from . import loop, pad, scan
+from . import loop, pad, scan, triton
 from .scan import in_transform as in_transform
 
 State = tuple[Tensor, ...]
@@ -72,8 +72,6 @@ def why_not(name: str, cell: Cell, weights: Weights, recompute: str = "none") ->
             "recurrent_recompute='none'."
         )
     if name == "triton":
-        from . import triton
-
         reason = triton.why_not(cell, weights, weights.w_hh.device)
         return None if reason is None else RuntimeError(reason)
     return None
@@ -149,7 +147,8 @@ def unroll_layers(
     backend: str,
 ) -> tuple[Tensor, State]:
     """Run a stack of layers: as :func:`unroll`, with states ``[B, T, L, H]``."""
-    if options.recompute == "full" and torch.is_grad_enabled():
+    # "triton" recomputes by itself, without running time again.
+    if options.recompute == "full" and backend != "triton" and torch.is_grad_enabled():
         return _recomputed(cell, layers, x, reset_state, is_init, options, backend)
     if is_init.numel() == 0:
         return _empty(cell, layers, x, reset_state)
@@ -267,4 +266,24 @@ class _Pad:
         )
 
 
-_BATCHES: dict[str, Any] = {"loop": _Loop, "pad": _Pad, "scan": _Scan}
+class _Triton:
+    """A batch as it is, for kernels that know resets."""
+
+    def __init__(
+        self, cell: Cell, x: Tensor, reset_state: State, is_init: Tensor, options: Options
+    ):
+        self.cell, self.options = cell, options
+        self.reset_state, self.is_init = reset_state, is_init
+
+    def pack(self, x: Tensor) -> Tensor:
+        return x
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def run(self, weights: Weights, rows: Tensor, layer: int) -> State:
+        start = tuple(s[:, :, layer] for s in self.reset_state)
+        return triton.unroll(self.cell, weights, rows, start, self.is_init, self.options)[1]
+
+
+_BATCHES: dict[str, Any] = {"loop": _Loop, "pad": _Pad, "scan": _Scan, "triton": _Triton}

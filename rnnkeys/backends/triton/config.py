@@ -14,6 +14,9 @@ MAX_HIDDEN = 16384
 # A launch per step costs the host about as much as streaming this much from the L2 cache.
 _STREAMED_BYTES = 512 * 1024
 _MIN_DOT = 16
+# Float32 rows of H that a resident kernel keeps in shared memory per batch row, at most: loads
+# ahead, and what changes its layout. The backward kernel of the LSTM needs the most.
+_ROW_BUFFERS = 13
 
 
 @dataclass(frozen=True)
@@ -82,30 +85,35 @@ def choose_config(
     device = device or Device()
     scalar = itemsize == 4 and precision == "ieee"
     split = itemsize == 4 and precision == "tf32x3"
-    rows = _power_of_two(-(-batch // device.processors))
-    block_h = max(_power_of_two(hidden), _MIN_DOT)
     # Without tensor cores a product takes any number of rows, and fewer leave more programs.
     smallest, largest = (1, 16) if scalar else (16, 16 if split else 32)
+    rows = _power_of_two(-(-batch // device.processors))
     block_b = min(max(rows, smallest), largest)
+    block_h = max(_power_of_two(hidden), _MIN_DOT)
     # The compiler keeps tf32x3's high and low parts apart.
     weights = gates * block_h * block_h * itemsize * (2 if split else 1)
-    buffers = 8 * max(block_b, 8) * block_h * 4
-    if weights + buffers <= device.shared_memory:
-        warps = 4 if block_h <= 32 else 8
-        return Config(True, False, block_b, block_h, block_h, warps, stages=2)
+    for fewer in _halves(block_b, smallest):
+        if weights + _ROW_BUFFERS * fewer * block_h * 4 <= device.shared_memory:
+            warps = 4 if block_h <= 32 else 8
+            return Config(True, False, fewer, block_h, block_h, warps, stages=2)
     if gates * hidden * hidden * itemsize <= _STREAMED_BYTES:
         return _tiled(False, block_b, 64, scalar, device)
     block_b = min(max(_power_of_two(batch), 4 if scalar else 16), 32 if scalar or split else 64)
-    programs = -(-batch // block_b) * -(-hidden // 64)
-    return _tiled(True, block_b, 64 if programs >= device.processors else 32, scalar, device)
+    if -(-batch // block_b) * -(-hidden // 64) >= device.processors:
+        return _tiled(True, block_b, 64, scalar, device)
+    return _tiled(True, min(block_b, 16) if split else block_b, 32, scalar, device)
 
 
 def _tiled(stepwise: bool, block_b: int, block_n: int, scalar: bool, device: Device) -> Config:
     block_k = 32
     stage = (block_b + 4 * block_n) * block_k * 4
     stages = 1 if scalar else min(3, max(1, (device.shared_memory - 16384) // stage))
-    warps = 8 if block_n == 64 else 4
+    warps = 8 if block_n == 64 or block_b == 64 else 4
     return Config(False, stepwise, block_b, block_n, block_k, warps, stages)
+
+
+def _halves(block: int, smallest: int) -> list[int]:
+    return [block >> i for i in range(block.bit_length()) if block >> i >= smallest]
 
 
 def _power_of_two(n: int) -> int:
