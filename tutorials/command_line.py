@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from records import load_checkpoint
+from learning_records import load_checkpoint
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:

@@ -33,7 +33,7 @@ import torch
 from cartpole import make_env
 from command_line import Settings, StopOnInterrupt, read_settings
 from evaluation import Evaluation
-from records import Records, save_checkpoint
+from learning_records import Records, save_checkpoint
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey
@@ -220,6 +220,7 @@ class Trainer:
         self.selection = self._make_evaluation(settings.eval_episodes)
         self.draws = torch.Generator().manual_seed(settings.seed)
         self.frames = self.episodes = 0
+        self.seconds = 0.0
         self.best: dict[str, Any] = {"return": -1.0}
         self.returns: deque[float] = deque(maxlen=100)
         self.losses: deque[float] = deque(maxlen=100)
@@ -239,9 +240,10 @@ class Trainer:
                 if self.frames - first >= settings.warmup:
                     self._learn(replay)
                 self._show(bar)
+                self.seconds += time.perf_counter() - clock
+                clock = time.perf_counter()
                 if self._evaluation_is_due():
-                    self._evaluate(time.perf_counter() - clock)
-                    clock = time.perf_counter()
+                    self._evaluate()
             collector.shutdown()
             replay.shutdown()
         self.save()
@@ -285,26 +287,21 @@ class Trainer:
         env = make_env(self.settings.observation, episodes, self.settings.device)
         return Evaluation(env, self.learner.policy)
 
-    def _evaluate(self, seconds: float) -> None:
-        """Play greedy episodes, keep the weights if none did better, and record it.
-
-        Args:
-            seconds: since the last evaluation.
-        """
+    def _evaluate(self) -> None:
+        """Play greedy episodes, keep the weights if none did better, and record it."""
         returns = self.selection(SELECTION_SEED + self.settings.seed)
         mean = returns.mean().item()
         if mean >= self.best["return"]:
             weights = {k: v.clone() for k, v in self.learner.policy.state_dict().items()}
             self.best = {"return": mean, "frames": self.frames, "policy": weights}
-        since = self.frames - self.records.last("frames", default=0)
         self.records.add(
             frames=self.frames,
+            seconds=self.seconds,
             episodes=self.episodes,
             training_return=_mean(self.returns),
             loss=_mean(self.losses),
             epsilon=self.learner.explore.eps.item(),
             learning_rate=self.learner.optimizer.param_groups[0]["lr"],
-            frames_per_second=since / seconds,
             greedy_return=mean,
             greedy_return_min=returns.min().item(),
             greedy_return_max=returns.max().item(),
@@ -346,6 +343,7 @@ class Trainer:
             "learner": self.learner.state_dict(),
             "frames": self.frames,
             "episodes": self.episodes,
+            "seconds": self.seconds,
             "rows": self.records.rows,
             "best": self.best,
             "rng": rng,
@@ -354,6 +352,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.learner.load_state_dict(state["learner"])
         self.frames, self.episodes = state["frames"], state["episodes"]
+        self.seconds = state["seconds"]
         self.records.rows, self.best = state["rows"], state["best"]
         torch.set_rng_state(state["rng"]["torch"])
         self.draws.set_state(state["rng"]["draws"])

@@ -17,12 +17,12 @@ from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen before
 
 COLUMNS = (
     "frames",
+    "seconds",
     "episodes",
     "training_return",
     "loss",
     "epsilon",
     "learning_rate",
-    "frames_per_second",
     "greedy_return",
     "greedy_return_min",
     "greedy_return_max",
