@@ -183,6 +183,8 @@ def _gru_setup(ctx, inputs, output):
 
 
 def _gru_grad(ctx, grad_h, _):
+    if grad_h is None:
+        return (None,) * 8
     w_hh, h0, h, act, where, reset_h = ctx.saved_tensors
     want = _wants(ctx, 6)
     gates, d_w, d_b, dh, d_reset = gru_backward(

@@ -1,15 +1,16 @@
 """``"scan"``: time in place on the dense batch, resets by select.
 
 Shapes are static and nothing synchronises with the host.
-LSTM and GRU run as one custom operator with a hand-written backward pass; other cells run the plain
-loop.
+LSTM and GRU run as one custom operator with a hand-written backward pass; other cells, and
+derivatives taken by ``torch.func``, run the plain loop.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from ..cells import Cell, Weights
@@ -24,7 +25,7 @@ def has_kernel(cell: Cell, weights: Weights) -> bool:
 
 def run(cell: Cell, weights: Weights, x: Tensor, reset: Tensor, reset_state: State) -> State:
     """Run one layer over ``x [T, B, I]``; see ``loop.run_dense``."""
-    if not has_kernel(cell, weights):
+    if not has_kernel(cell, weights) or _in_derivative():
         return run_dense(cell, weights, x, reset, reset_state)
     steps, batch = x.shape[:2]
     start = tuple(s[0] for s in reset_state)
@@ -79,3 +80,10 @@ def _records(inputs: State) -> bool:
 def in_transform() -> bool:
     """Whether the code runs inside a function transform (``torch.vmap``, ``torch.func.grad``)."""
     return peek_interpreter_stack() is not None
+
+
+def _in_derivative() -> bool:
+    """Whether ``torch.func.grad`` or its like is at work, for which operators have no rule."""
+    if is_compiling() or not in_transform():
+        return False
+    return any(t.key() != TransformType.Vmap for t in get_interpreter_stack() or ())
