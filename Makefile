@@ -70,7 +70,7 @@ demo: $(RUN_READY)
 	$(BIN)/python tutorials/recurrent_dqn.py --output demo $(DEMO_ARGS)
 
 learn: $(RUN_READY)
-	$(BIN)/python benchmarks/learn.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/learn_dqn.py $(BENCH_ARGS)
 
 bench: $(RUN_READY)
 	$(BIN)/python benchmarks/speed.py $(BENCH_ARGS)
