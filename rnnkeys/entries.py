@@ -231,15 +231,17 @@ def flat_step(
     data: Entries, module: RecurrentModule, dtype: torch.dtype
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Flatten one step to ``x [N, I]`` and states ``[N, L, H]``, zero where an episode starts."""
-    x = data.x.reshape(-1, data.x.shape[-1]).to(dtype)
+    x = data.x.reshape(-1, data.x.shape[-1])
+    if x.dtype != dtype:
+        x = x.to(dtype)
     num_layers = module._layers.num_layers
     if data.states is None:
         sizes = module.state_sizes
         return x, tuple(x.new_zeros(x.shape[0], num_layers, size) for size in sizes)
     # A select: a NaN in a stale state does not pass.
     fresh = data.is_init.reshape(-1, 1, 1)
-    states = (s.reshape(-1, *s.shape[-2:]).masked_fill(fresh, 0) for s in data.states)
-    return x, tuple(s.to(dtype) for s in states)
+    states = tuple([s.reshape(-1, *s.shape[-2:]).masked_fill(fresh, 0) for s in data.states])
+    return x, states if states[0].dtype == dtype else tuple(s.to(dtype) for s in states)
 
 
 def time_second(

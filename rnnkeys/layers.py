@@ -23,16 +23,39 @@ class Layers:
         self.num_layers: int = rnn.num_layers
         self.proj_size: int = rnn.proj_size
         self.bias: bool = rnn.bias
-        self.dropout = float(rnn.dropout)
+        self._rnn = rnn
         self._attributes = rnn.__dict__
 
+    @property
+    def dropout(self) -> float:
+        """Probability of dropout between layers; a schedule may change it on the ``nn.RNNBase``."""
+        return self._attributes["dropout"]
+
     def parameter(self, name: str) -> Tensor:
-        """Return a parameter, or the tensor that stands for it in a functional call."""
+        """Return a parameter, or the tensor that stands for it.
+
+        That is: in a functional call, or after ``torch.nn.utils.parametrize``, ``weight_norm`` or
+        ``prune``.
+        """
         attributes = self._attributes
         if name in attributes:
+            if attributes["_forward_pre_hooks"]:
+                self._recompute(name)
             return attributes[name]
-        parameters = attributes["_parameters"]
-        return parameters[name] if name in parameters else attributes["_buffers"][name]
+        for tensors in ("_parameters", "_buffers"):
+            if name in attributes[tensors]:
+                return attributes[tensors][name]
+        return attributes["_modules"]["parametrizations"][name]()
+
+    def _recompute(self, name: str) -> None:
+        """Call the hook that computes a weight.
+
+        Those of ``weight_norm``, ``spectral_norm`` and ``prune`` wait for a forward of the
+        ``nn.RNNBase``, which is not called here.
+        """
+        for hook in self._attributes["_forward_pre_hooks"].values():
+            if name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)):
+                hook(self._rnn, ())
 
     def weights(self, layer: int) -> Weights:
         """Return the parameters of one layer."""

@@ -290,7 +290,7 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
                 self.cell, layers, x, states, self._layers.dropout * self.training, vendor
             )
         shape = data.shape
-        y = y.view(*shape, -1)
+        y = y.view(*shape, y.shape[-1])
         return y, self._stored(tuple(s.view(*shape, *s.shape[1:]) for s in after))
 
     def _stored(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -11,9 +11,9 @@ the source that it changes is gone: then the fault is rewritten, not dropped.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,11 +23,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 from tests.faults import FAULTS, Fault
 
 PROJECT = Path(__file__).resolve().parent.parent
 COPIED = ("pyproject.toml", "rnnkeys", "tests")
 TIMEOUT_S = 180
+# Tests run in forks of a server that has imported what takes long and is not changed by a fault.
+FORKS = multiprocessing.get_context("forkserver")
+IMPORTED_ONCE = ["torch", "torchrl.envs", "torchrl.modules", "torchrl.objectives", "pytest"]
 
 CAUGHT, SURVIVED, UNUSABLE = "caught", "SURVIVED", "UNUSABLE"
 
@@ -64,10 +69,10 @@ def judge(fault: Fault, project: Path) -> Result:
         try:
             plant(fault, copy)
             code, output = _run_tests(fault.tests, copy)
-        except (LookupError, subprocess.TimeoutExpired) as error:
+        except (LookupError, TimeoutError) as error:
             return Result(fault, UNUSABLE, str(error), time.monotonic() - began)
     # pytest: 0 all passed, 1 some failed; else it could not run them, so they showed nothing.
-    verdict = {0: SURVIVED, 1: CAUGHT}.get(code, UNUSABLE)
+    verdict = SURVIVED if code == 0 else CAUGHT if code == 1 else UNUSABLE
     detail = "" if verdict == CAUGHT else output
     return Result(fault, verdict, detail, time.monotonic() - began)
 
@@ -96,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faults = [fault for fault in FAULTS if options.only in fault.name]
     if not faults:
         parser.error(f"no fault has {options.only!r} in its name")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    FORKS.set_forkserver_preload(IMPORTED_ONCE)
     return report(check(faults, PROJECT, options.jobs))
 
 
@@ -125,20 +132,31 @@ def _copy_of(project: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _run_tests(tests: Sequence[str], project: Path) -> tuple[int, str]:
+def _run_tests(tests: Sequence[str], project: Path) -> tuple[int | None, str]:
     """Run pytest until the first failure; returns its exit status and the end of its output."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
-    process = subprocess.run(
-        command,
-        cwd=project,
-        env=environment | {"PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    return process.returncode, (process.stdout + process.stderr)[-2000:].strip()
+    log = project / "output.txt"
+    process = FORKS.Process(target=_pytest, args=(tuple(tests), project, log))
+    process.start()
+    process.join(TIMEOUT_S)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise TimeoutError(f"timed out after {TIMEOUT_S} s")
+    return process.exitcode, log.read_text(encoding="utf-8")[-2000:].strip()
+
+
+def _pytest(tests: tuple[str, ...], project: Path, log: Path) -> None:
+    """Run pytest in this process, which does nothing else, on the copy and not on the original."""
+    with log.open("w", encoding="utf-8") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.chdir(project)
+    os.environ.pop("PYTEST_ADDOPTS", None)
+    sys.dont_write_bytecode = True
+    copied = {path.stem for path in project.iterdir()}
+    for name in [name for name in sys.modules if name.partition(".")[0] in copied]:
+        del sys.modules[name]
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
 
 
 if __name__ == "__main__":
