@@ -1,4 +1,4 @@
-"""Recurrent modules and batches for tests: made the same way everywhere, run step by step by hand."""
+"""Recurrent modules and batches for tests, and runs of them step by step by hand."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def batch(
 
 
 def by_hand(module: Any, data: TensorDictBase) -> TensorDictBase:
-    """Run sequences one step at a time; a segment starts from the state stored at its first step."""
+    """Run sequences one step at a time, segments from the state stored at their first step."""
     time = data.ndim - 1
     marks = data.get(module.in_keys[-1])
     read = data.select(*module.in_keys, strict=False)
@@ -75,7 +75,7 @@ def by_hand(module: Any, data: TensorDictBase) -> TensorDictBase:
             # The state is chosen here, so that single-step mode must not reset it to zero.
             step.set(module.in_keys[-1], torch.zeros_like(step.get(module.in_keys[-1])))
             steps.append(module(step))
-    return torch.stack(steps, time)
+    return torch.stack(steps, time)  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
 def _carry(module: Any, step: TensorDictBase, before: TensorDictBase, starts: Tensor) -> None:
@@ -103,4 +103,4 @@ def discrete_policy(module: Any, num_actions: int = 2) -> TensorDictSequential:
     width = next(m for m in module.modules() if isinstance(m, nn.RNNBase)).hidden_size
     head = TensorDictModule(nn.Linear(width, num_actions), ["embed"], ["logits"])
     best = TensorDictModule(lambda logits: logits.argmax(-1), ["logits"], ["action"])
-    return TensorDictSequential(module, head, best)
+    return TensorDictSequential(module, head, best)  # pyright: ignore[reportArgumentType]
