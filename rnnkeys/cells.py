@@ -164,13 +164,24 @@ class _StepModule(RNNCellBase):
         name = type(self).__name__
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        if input.shape[-1] != self.input_size:
+            raise ValueError(
+                f"{name}: input has shape {tuple(input.shape)}; expected input_size="
+                f"{self.input_size} last."
+            )
         if state is None:
             zeros = input.new_zeros(*input.shape[:-1], self.hidden_size)
             state = (zeros,) * len(self.cell.state_names)
+        expected = (*input.shape[:-1], self.hidden_size)
         for i, value in enumerate(state):
             if value.dim() not in (1, 2):
                 raise ValueError(
                     f"{name}: Expected hx[{i}] to be 1D or 2D, got {value.dim()}D instead"
+                )
+            if value.shape != expected:
+                raise ValueError(
+                    f"{name}: hx[{i}] has shape {tuple(value.shape)}; expected {expected}, as many "
+                    "rows as the input has, and hidden_size."
                 )
         # nn.RNNCellBase types these as Tensor although they are None without bias.
         weights = Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
@@ -211,7 +222,7 @@ class LSTMCell(_StepModule):
             The next ``(h, c)``.
 
         Raises:
-            ValueError: if a rank is neither 1 nor 2.
+            ValueError: if a rank is neither 1 nor 2, or a shape does not fit.
         """
         h, c = self._advance(input, hx)
         return h, c
@@ -248,6 +259,6 @@ class GRUCell(_StepModule):
             The next ``h``.
 
         Raises:
-            ValueError: if a rank is neither 1 nor 2.
+            ValueError: if a rank is neither 1 nor 2, or a shape does not fit.
         """
         return self._advance(input, None if hx is None else (hx,))[0]

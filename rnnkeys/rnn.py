@@ -16,22 +16,44 @@ class _PlainRNN(nn.RNNBase):
 
     cell: Cell
 
-    def _zero_state(self, input: Tensor) -> tuple[Tensor, ...]:
-        batch = input.size(0 if self.batch_first else 1)
+    def _state_shapes(self, batch: int) -> list[tuple[int, int, int]]:
         sizes = [self.hidden_size] * len(self.cell.state_names)
         sizes[0] = self.proj_size or self.hidden_size
-        return tuple(input.new_zeros(self.num_layers, batch, size) for size in sizes)
+        return [(self.num_layers, batch, size) for size in sizes]
+
+    def _check(self, input: Tensor, state: tuple[Tensor, ...] | None, mask: Tensor | None) -> None:
+        name = type(self).__name__
+        if input.dim() != 3:
+            raise ValueError(f"{name}: Expected input to be 3D, got {input.dim()}D instead")
+        if input.shape[2] != self.input_size:
+            raise ValueError(
+                f"{name}: input has shape {tuple(input.shape)}; expected input_size="
+                f"{self.input_size} last."
+            )
+        shapes = self._state_shapes(input.shape[0 if self.batch_first else 1])
+        for i, (value, shape) in enumerate(zip(state or (), shapes, strict=False)):
+            if value.shape != shape:
+                raise ValueError(
+                    f"{name}: hx[{i}] has shape {tuple(value.shape)}; expected {shape}: "
+                    "num_layers, the input's batch, and the size of the state."
+                )
+        if mask is not None and mask.shape != input.shape[:2]:
+            raise ValueError(
+                f"{name}: mask has shape {tuple(mask.shape)}; expected {tuple(input.shape[:2])}, "
+                "as the input without its last dimension."
+            )
 
     def _unroll(
         self, input: Tensor, state: tuple[Tensor, ...] | None, mask: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if input.dim() != 3:
-            raise ValueError(
-                f"{type(self).__name__}: Expected input to be 3D, got {input.dim()}D instead"
-            )
-        state = self._zero_state(input) if state is None else state
+        self._check(input, state, mask)
         y = input.transpose(0, 1) if self.batch_first else input
+        if state is None:
+            state = tuple(y.new_zeros(shape) for shape in self._state_shapes(y.shape[1]))
         active = mask.transpose(0, 1) if mask is not None and self.batch_first else mask
+        if active is not None:
+            # Zero times the NaN of a step that is not taken would be NaN in the gradient.
+            y = y.masked_fill(~active.unsqueeze(-1), 0)
         layers, last = Layers(self), []
         for layer in range(self.num_layers):
             if layer and self.dropout:
@@ -121,7 +143,7 @@ class LSTM(_PlainRNN):
             Outputs ``[B, T, H]`` and the last ``(h, c)``, each ``[L, B, H]``.
 
         Raises:
-            ValueError: if ``input`` is not of rank 3.
+            ValueError: if ``input`` is not of rank 3, or a shape does not fit.
         """
         y, (h, c) = self._unroll(input, hx, mask)
         return y, (h, c)
@@ -197,7 +219,7 @@ class GRU(_PlainRNN):
             Outputs ``[B, T, H]`` and the last ``h``, ``[L, B, H]``.
 
         Raises:
-            ValueError: if ``input`` is not of rank 3.
+            ValueError: if ``input`` is not of rank 3, or a shape does not fit.
         """
         y, (h,) = self._unroll(input, None if hx is None else (hx,), mask)
         return y, h
