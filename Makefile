@@ -73,10 +73,10 @@ learn: $(RUN_READY)
 	$(BIN)/python benchmarks/learn_dqn.py $(BENCH_ARGS)
 
 bench: $(RUN_READY)
-	$(BIN)/python benchmarks/speed.py $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.bench_cpu $(BENCH_ARGS)
 
 bench-quick: $(RUN_READY)
-	$(BIN)/python benchmarks/speed.py --quick $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.bench_cpu --quick $(BENCH_ARGS)
 
 format: $(DEV_READY)
 	$(BIN)/ruff check --fix .
