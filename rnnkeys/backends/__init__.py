@@ -189,6 +189,9 @@ def _collect(
 ) -> tuple[Tensor, State]:
     """Bring outputs and states back to ``[B, T, ...]``, states apart from outputs in memory."""
     y = batch.unpack(history[-1][0])
+    if batch.keeps_output and y.requires_grad:
+        # An activation in place must not spoil what the operator reads in its backward pass.
+        y = y.clone(memory_format=torch.contiguous_format)
     with torch.set_grad_enabled(torch.is_grad_enabled() and options.state_grad):
         top = len(history) - 1
         states = tuple(
@@ -215,6 +218,8 @@ def _nan_after_starts(state: Tensor, is_init: Tensor) -> Tensor:
 class _Dense:
     """A batch run in place, time first."""
 
+    keeps_output = False
+
     def __init__(
         self, cell: Cell, x: Tensor, reset_state: State, is_init: Tensor, options: Options
     ):
@@ -237,12 +242,16 @@ class _Loop(_Dense):
 
 
 class _Scan(_Dense):
+    keeps_output = True
+
     def run(self, weights: Weights, rows: Tensor, layer: int) -> State:
         return scan.run(self.cell, weights, rows, self.reset, self.of_layer(layer))
 
 
 class _Pad:
     """A batch packed segment by segment."""
+
+    keeps_output = False
 
     def __init__(
         self, cell: Cell, x: Tensor, reset_state: State, is_init: Tensor, options: Options
@@ -268,6 +277,8 @@ class _Pad:
 
 class _Triton:
     """A batch as it is, for kernels that know resets."""
+
+    keeps_output = True
 
     def __init__(
         self, cell: Cell, x: Tensor, reset_state: State, is_init: Tensor, options: Options
