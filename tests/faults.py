@@ -166,17 +166,10 @@ _SCAN = (
 
 _PAD = (
     Fault(
-        "pad: cell states are recovered without the state before",
-        "rnnkeys/backends/pad.py",
-        "previous = c_now.addcmul_(f_now, previous[: c_now.shape[0]])",
-        "previous = c_now",
-        _reference("vendor-lstm-float32"),
-    ),
-    Fault(
-        "pad: the recovery reads the output of the same step",
-        "rnnkeys/backends/pad.py",
-        "return torch.cat([start, *(s[:n] for s, n in zip(steps[:-1], sizes[1:], strict=True))])",
-        "return torch.cat(steps)",
+        "pad: a block goes on from the segments' starts",
+        "rnnkeys/backends/vendor.py",
+        "entering = (state[0][:rows].contiguous(), state[1][:rows].contiguous())",
+        "entering = (start[0][:rows].contiguous(), start[1][:rows].contiguous())",
         _reference("vendor-lstm-float32"),
     ),
     Fault(

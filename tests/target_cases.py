@@ -566,9 +566,9 @@ def collect(case: Case, policy: Any, frames: int, batch: tuple[int, ...] = ()) -
     """Collect with a real collector; its second batch starts in the midst of episodes."""
     primer = get_primers_from_module(policy)
     assert primer is not None
-    transforms = Compose(InitTracker(), StepCounter(), primer)
+    compose: Any = Compose
     wrap: Any = TransformedEnv
-    env = wrap(ShortEpisodes(case.kind, batch), transforms)
+    env = wrap(ShortEpisodes(case.kind, batch), compose(InitTracker(), StepCounter(), primer))
     make: Any = Collector
     collector = make(env, policy, frames_per_batch=frames, total_frames=-1)
     batches = iter(collector)
@@ -590,7 +590,7 @@ def sampled(data: TensorDictBase, steps: int, sampler: Any) -> TensorDictBase:
 
 def flat(case: Case, policy: Any) -> TensorDictBase:
     data = collect(case, policy, 80)
-    batch = sampled(data, 40, SliceSampler(slice_len=6, strict_length=False))
+    batch = sampled(data, 48, SliceSampler(slice_len=6, strict_length=False))
     # SAC with a value network splits a batch in two halves.
     even: Any = batch[: len(batch) // 2 * 2]
     return even

@@ -95,7 +95,7 @@ def test_attributes_hold_what_the_constructor_was_given(kind):
 def test_sizes_may_be_given_by_position(kind):
     more = {"in_key": "observation", "out_key": "embed"}
     projection = (2, False, True) if kind == "lstm" else (False, True)
-    module = KINDS[kind](3, 5, 2, False, True, 0.25, *projection, "scan", **more)
+    module = KINDS[kind](3, 5, 2, False, True, 0.25, *projection, "scan", **more)  # pyright: ignore[reportCallIssue]
     layers = module.layers
     assert (layers.input_size, layers.hidden_size, layers.num_layers) == (3, 5, 2)
     assert (layers.bias, layers.dropout, layers.proj_size) == (False, 0.25, projection[0] * 1)
@@ -231,7 +231,7 @@ def test_the_init_key_has_any_name_and_is_shared_or_per_agent(kind, init_key, sh
     assert_equal(recurrently(module, data)["embed"], by_hand(module, data)["embed"], F64)
     step = module(data[:, 0].clone())
     fresh = data.get(init_key)[:, 0].view(2, -1).expand(2, 3)
-    without = data[:, 0].clone().exclude(*module.state_keys).set(init_key, torch.ones(2, 1).bool())
+    without = data[:, 0].clone().exclude(*module.state_keys).set(init_key, torch.ones(2, 1).bool())  # pyright: ignore[reportAttributeAccessIssue]
     zeros = module(without)["embed"]
     assert torch.equal(step["embed"][fresh], zeros[fresh])
     assert not torch.isclose(step["embed"][~fresh], zeros[~fresh]).all(-1).any()

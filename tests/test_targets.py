@@ -114,7 +114,7 @@ def perturbed(batch: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
     number = oracle.starts_of(batch).cumsum(0)
     inside = number == number[len(number) // 2]
     other = batch.clone()
-    for key, value in other.items(True, True):
+    for value in other.values(True, True):
         if value.is_floating_point():
             value[inside] += torch.randn_like(value[inside]) * 0.5
     assert inside.any() and not inside[0] and not inside[-1]
@@ -183,7 +183,8 @@ def test_padding_is_masked_and_changes_nothing(name: str) -> None:
     padded = cases.sampled(data, 40, _slices(pad_output=True))
     mask = padded.get(("collector", "mask"))
     assert mask.any() and not mask.all()
-    plain = padded[mask].exclude(("collector", "mask"))
+    plain: Any = padded[mask]
+    plain = plain.exclude(("collector", "mask"))
     truth = expected(case, setup, plain)
     seen = run(setup.loss, padded)
     assert seen.next_value is not None

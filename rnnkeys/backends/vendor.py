@@ -112,8 +112,10 @@ def _cells_from_workspace(workspace: Any, before: Tensor, last: Tensor, out: Ten
         c = before
         for f_t, c_t in zip(forget.unbind(0), out.unbind(0), strict=True):
             c = c_t.addcmul_(f_t, c)
-        error = (c - last).abs().max()
-        return bool(error <= _END_TOLERANCE * last.abs().max())
+        # A row that is not finite tells nothing and must not change how the others are computed.
+        finite = last.isfinite()
+        error = torch.where(finite, c - last, 0).abs().max()
+        return bool(error <= _END_TOLERANCE * torch.where(finite, last, 0).abs().max())
 
 
 def _gates_in(workspace: Tensor, steps: int, rows: int, hidden: int) -> Tensor:
