@@ -166,12 +166,29 @@ _SCAN = (
 
 _PAD = (
     Fault(
-        "pad: a block goes on from the segments' starts",
+        "vendor: recovered cell states miss the state before",
         "rnnkeys/backends/vendor.py",
-        "entering = (state[0][:rows].contiguous(), state[1][:rows].contiguous())",
-        "entering = (start[0][:rows].contiguous(), start[1][:rows].contiguous())",
-        _reference("vendor-lstm-float32"),
+        "previous = c_now.addcmul_(f_now, previous[: c_now.shape[0]])",
+        "previous = c_now",
+        ("tests/test_modules.py::test_states_may_be_stored_at_starts_only[pad-lstm]",),
     ),
+    Fault(
+        "vendor: the recovery reads the output of the same step",
+        "rnnkeys/backends/vendor.py",
+        "return torch.cat([start, *(s[:n] for s, n in zip(steps[:-1], sizes[1:], strict=True))])",
+        "return torch.cat(steps)",
+        ("tests/test_modules.py::test_states_may_be_stored_at_starts_only[pad-lstm]",),
+    ),
+    Fault(
+        "vendor: gradients are differentiated twice in silence",
+        "rnnkeys/backends/vendor.py",
+        "if torch.is_grad_enabled():\n            raise",
+        "if False:\n            raise",
+        ("tests/test_ops.py::test_a_second_derivative_is_refused_by_name[vendor-lstm]",),
+    ),
+)
+
+_LAYERS = (
     Fault(
         "states of lower layers are those of the top one",
         "rnnkeys/backends/__init__.py",
@@ -179,6 +196,138 @@ _PAD = (
         "for layer, after in enumerate([history[-1]] * len(history))",
         _reference("loop-lstm-float64", shape="three layers"),
     ),
+    Fault(
+        "states that nobody asked a gradient of carry one",
+        "rnnkeys/backends/__init__.py",
+        "torch.is_grad_enabled() and options.state_grad",
+        "torch.is_grad_enabled()",
+        ("tests/test_modules.py::test_written_states_are_detached_unless_asked_for[scan-gru]",),
+    ),
+    Fault(
+        "a state that is not stored is a stale number, not NaN",
+        "rnnkeys/backends/__init__.py",
+        'return state.masked_fill(~starts[:, :, None, None], float("nan"))',
+        "return state",
+        ("tests/test_modules.py::test_states_may_be_stored_at_starts_only[scan-gru]",),
+    ),
 )
 
-FAULTS: tuple[Fault, ...] = (*_CELLS, *_SEGMENTS, *_LOOP, *_SCAN, *_PAD)
+_LEAKS = (
+    Fault(
+        "loop: resets multiply instead of selecting",
+        "rnnkeys/backends/loop.py",
+        "torch.where(where, a, b) for a, b",
+        "where * a + ~where * b for a, b",
+        (
+            "tests/test_leaks.py::test_what_is_not_finite_stays_in_its_segment"
+            "[loop-gru-one step-nan]",
+        ),
+    ),
+    Fault(
+        "fused: a reset multiplies the gradient by zero",
+        "rnnkeys/backends/fused.py",
+        "grad.masked_fill_(where, 0)",
+        "grad.mul_(~where)",
+        (
+            "tests/test_leaks.py::test_an_incoming_gradient_that_is_not_finite_stays_in_its_segment"
+            "[scan-gru-one step-nan]",
+        ),
+    ),
+    Fault(
+        "a single step multiplies a stale state by zero",
+        "rnnkeys/entries.py",
+        ".masked_fill(fresh, 0) for s in data.states",
+        ".mul(~fresh) for s in data.states",
+        (
+            "tests/test_modules.py::test_a_stale_state_that_is_not_a_number_does_not_pass[False-gru]",
+        ),
+    ),
+)
+
+_MODULES = (
+    Fault(
+        "agents: time is put back in the wrong place",
+        "rnnkeys/entries.py",
+        "return unfolded.movedim(time + agents, time) if agents else unfolded",
+        "return unfolded.reshape(*shape, *entry.shape[2:])",
+        ("tests/test_modules.py::test_sequences_equal_steps[dtype0-[B, T, A]-scan-gru]",),
+    ),
+    Fault(
+        "a single step feeds every layer with the input",
+        "rnnkeys/modules.py",
+        "        x = state[0]\n        after.append(state)",
+        "        x = state[0] if layer == len(layers) - 1 else state[0] * 0\n"
+        "        after.append(state)",
+        ("tests/test_modules.py::test_sequences_equal_steps[dtype0-[B, T]-scan-gru]",),
+    ),
+    Fault(
+        "the output of a single step shares memory with the state",
+        "rnnkeys/modules.py",
+        "return x.clone(), tuple(",
+        "return x, tuple(",
+        ("tests/test_modules.py::test_an_activation_in_place_changes_no_state[False-1-loop-gru]",),
+    ),
+    Fault(
+        "states are written in autocast's dtype, not the primer's",
+        "rnnkeys/modules.py",
+        "return tuple(s if s.dtype == dtype else s.to(dtype) for s in states)",
+        "return states",
+        (
+            "tests/test_modules.py::"
+            "test_autocast_computes_in_its_dtype_and_keeps_states_in_the_parameters[True-gru]",
+        ),
+    ),
+    Fault(
+        "a copy reads the parameters of the original",
+        "rnnkeys/modules.py",
+        "        super().__setstate__(state)\n        self._look_at_layers()\n",
+        "        super().__setstate__(state)\n",
+        ("tests/test_modules.py::test_a_copy_reads_its_own_parameters[gru]",),
+    ),
+    Fault(
+        "the mode is not restored",
+        "rnnkeys/mode.py",
+        "recurrent_mode_state_manager.set_mode(stack.pop())",
+        "stack.pop()",
+        ("rnnkeys/mode.py",),
+    ),
+)
+
+_TARGETS = (
+    Fault(
+        "the next view is not marked",
+        "rnnkeys/starts.py",
+        "        marked.set(next_key(key), _next_marks(tensordict, key, starts))\n",
+        "",
+        ("tests/test_targets.py::test_next_values[DQN double delayed TD0-flat]",),
+    ),
+    Fault(
+        "a step that follows a done starts nothing",
+        "rnnkeys/starts.py",
+        "return marks | torch.cat([torch.zeros_like(done.narrow(time, 0, 1)), follows], time)",
+        "return marks",
+        (
+            "tests/test_targets.py::"
+            "test_prioritized_slices_are_marked_although_their_sampler_marks_none[DDPG]",
+        ),
+    ),
+    Fault(
+        "returns run on into the slice behind",
+        "rnnkeys/objectives/wiring.py",
+        "    _mark_ends(loss, marked, wiring.init_keys)\n",
+        "",
+        ("tests/test_targets.py::test_returns_stop_at_slices_that_nobody_truncated[GAE]",),
+    ),
+    Fault(
+        "TD3 cuts the critic's state away",
+        "rnnkeys/objectives/wiring.py",
+        "    _keep_cut_keys(loss)\n",
+        "",
+        ("tests/test_targets.py::test_the_critic_keeps_its_state_in_the_actor_loss_too[TD3]",),
+    ),
+)
+
+FAULTS: tuple[Fault, ...] = (
+    *(*_CELLS, *_SEGMENTS, *_LOOP, *_SCAN, *_PAD),
+    *(*_LAYERS, *_LEAKS, *_MODULES, *_TARGETS),
+)

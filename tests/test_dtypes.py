@@ -23,8 +23,9 @@ in_every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 def _as_double(module: Any, data: TensorDictBase) -> tuple[Any, TensorDictBase]:
     """Return the same problem in float64."""
-    twin = copy.deepcopy(module).double()
-    return twin, data.apply(lambda t: t.double() if t.is_floating_point() else t)
+    doubled = data.apply(lambda t: t.double() if t.is_floating_point() else t)
+    assert doubled is not None
+    return copy.deepcopy(module).double(), doubled
 
 
 def _gradients(module: Any, out: TensorDictBase) -> dict[str, Tensor]:

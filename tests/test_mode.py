@@ -11,13 +11,14 @@ import pytest
 import torch
 import torchrl.modules
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
+from torchrl.modules import QValueModule
 from torchrl.objectives import DQNLoss
 from torchrl.objectives.common import LossModule
 
 from rnnkeys import recurrent_mode, set_recurrent_mode
-from tests.recurrent import KINDS, THEIRS, batch, discrete_policy, make, make_theirs
+from tests.recurrent import KINDS, THEIRS, batch, make, make_theirs
 
 in_both_kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -26,8 +27,7 @@ in_both_kinds = pytest.mark.parametrize("kind", KINDS)
 def _leaves_no_mode() -> Iterator[None]:
     assert recurrent_mode() is None
     yield
-    left, _ = recurrent_mode(), torchrl.modules.set_recurrent_mode(None).__enter__()
-    assert left is None
+    assert recurrent_mode() is None
 
 
 @pytest.mark.parametrize(
@@ -255,10 +255,7 @@ def test_losses_of_torchrl_run_our_modules_recurrently():
     module = make("gru")
     probe = _Probe()
     head = TensorDictModule(nn.Sequential(nn.Linear(5, 2), probe), ["embed"], ["action_value"])
-    policy = discrete_policy(module)
-    policy.module[1] = head
-    network = TensorDictModule(lambda values: values.argmax(-1), ["action_value"], ["action"])
-    policy.module[2] = network
+    policy = TensorDictSequential(module, head, QValueModule(action_space="categorical"))
     loss = DQNLoss(policy, action_space="categorical", delay_value=False)
     data = batch(module)
     done = torch.zeros(2, 7, 1, dtype=torch.bool)
@@ -268,9 +265,10 @@ def test_losses_of_torchrl_run_our_modules_recurrently():
         after[key] = data[key].clone()
     data["next"] = TensorDict(after, batch_size=[2, 7])
     data["action"] = torch.zeros(2, 7, dtype=torch.long)
-    probe.seen.clear()
-    loss(data)
-    assert probe.seen and all(probe.seen)
+    loss(data)["loss"].backward()
+    assert len(probe.seen) == 2, "the root and the next view"
+    assert all(probe.seen)
+    assert all(p.grad is not None and p.grad.any() for p in loss.parameters())
     assert recurrent_mode() is None
 
 

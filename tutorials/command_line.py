@@ -21,7 +21,11 @@ def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any
 class Settings:
     """What a run can be told; each entry is an option of the command line."""
 
-    observation: str = option("positions", "what the policy sees", ["positions", "pixels"])
+    observation: str = option(
+        "positions",
+        "what the policy sees; pixels lower the defaults of frames, environments and batches",
+        ["positions", "pixels"],
+    )
     cell: str = option("lstm", "the recurrent layer", ["lstm", "gru"])
     memoryless: bool = option(False, "a linear layer in place of the recurrent one")
     frames: int = option(100_000, "environment steps to learn from")

@@ -93,9 +93,9 @@ def _onednn_block(weights: Weights, x: Tensor, state: tuple[Tensor, Tensor]):
         tensors = tuple(t.detach() for t in tensors)
     lstm_mode = 2
     with torch.enable_grad():
-        y, h, c, workspace = torch.mkldnn_rnn_layer(  # pyright: ignore[reportAttributeAccessIssue]
+        y, h, c, workspace = torch.mkldnn_rnn_layer(  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
             *tensors,
-            *(False, [], lstm_mode, hidden, 1, True, False, False, True),  # pyright: ignore[reportCallIssue]
+            *(False, [], lstm_mode, hidden, 1, True, False, False, True),
         )
     return y, (h, c), workspace
 
