@@ -98,9 +98,14 @@ def recurrently(module: Any, data: TensorDictBase) -> TensorDictBase:
         return module(data.clone())
 
 
+def chain(*modules: nn.Module) -> TensorDictSequential:
+    """Return modules run one after the other (their constructor's types admit only lists)."""
+    return TensorDictSequential(*modules)  # pyright: ignore[reportArgumentType]
+
+
 def discrete_policy(module: Any, num_actions: int = 2) -> TensorDictSequential:
     """Return a greedy policy: the recurrent module, a linear head, the best action."""
     width = next(m for m in module.modules() if isinstance(m, nn.RNNBase)).hidden_size
     head = TensorDictModule(nn.Linear(width, num_actions), ["embed"], ["logits"])
     best = TensorDictModule(lambda logits: logits.argmax(-1), ["logits"], ["action"])
-    return TensorDictSequential(module, head, best)  # pyright: ignore[reportArgumentType]
+    return chain(module, head, best)
