@@ -9,7 +9,6 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.data.replay_buffers.samplers import (
-    PrioritizedSliceSampler,
     SliceSampler,
     SliceSamplerWithoutReplacement,
     StreamingSliceSampler,
@@ -17,6 +16,7 @@ from torchrl.data.replay_buffers.samplers import (
 from torchrl.data.replay_buffers.storages import Storage
 from torchrl.envs import Transform
 
+from ..replay import PrioritizedSliceSampler
 from ..starts import as_keys, mark_next, next_key
 
 _TRUNCATED = ("next", "truncated")
