@@ -92,7 +92,8 @@ def run(network: nn.Module, view: TensorDictBase, starts: Tensor) -> TensorDictB
 
 def _run_recurrent(module: Any, view: TensorDictBase, starts: Tensor) -> None:
     layers = module.lstm if hasattr(module, "lstm") else module.gru
-    input_key, *state_keys = [key for key in module.in_keys if not _is_mark(key)]
+    # In keys: the input, a state for each one that is written, and the marks, whatever their name.
+    input_key, *state_keys = module.in_keys[: len(module.out_keys)]
     x, stored = view.get(input_key), tuple(view.get(key) for key in state_keys)
     lead = view.batch_size
     agents = x.ndim - 1 - len(lead)
@@ -108,10 +109,6 @@ def _run_recurrent(module: Any, view: TensorDictBase, starts: Tensor) -> None:
     shape = x.movedim(time, time + agents).shape[:-1]
     for key, value in zip(module.out_keys, (y, *after), strict=True):
         view.set(key, value.reshape(*shape, *value.shape[2:]).movedim(time + agents, time))
-
-
-def _is_mark(key: Any) -> bool:
-    return "init" in str(key)
 
 
 def with_params(network: Any, params: Any, view: TensorDictBase, starts: Tensor) -> TensorDictBase:
