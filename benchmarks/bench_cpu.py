@@ -109,9 +109,8 @@ def _say_with_time(start: float) -> Say:
     return say
 
 
-def _keep(results: Results, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    results.save(folder / _FIGURES)
+def _render(folder: Path) -> None:
+    results = Results.load(folder / _FIGURES)
     (folder / _PAGE).write_text(write_report(results, draw_all(results, folder)))
 
 
@@ -134,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _arguments(argv)
     folder = arguments.output or RESULTS
     if arguments.render:
-        _keep(Results.load(folder / _FIGURES), folder)
+        _render(folder)
         return
     grid = quick_grid() if arguments.quick else full_grid()
     say = _say_with_time(time.perf_counter())
@@ -142,7 +141,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(write_report(results))
     # A quick look, or a part of a run, must not replace the kept figures of a whole one.
     if arguments.output or not (arguments.quick or arguments.only != list(PARTS)):
-        _keep(results, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        results.save(folder / _FIGURES)
+        _render(folder)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def _draw_resets(results: Results) -> Any:
     figure, grid = _figure(len(GATES), len(shapes), height=3.4, sharex=True)
     for row, cell in zip(grid, GATES, strict=True):
         for axes, shape in zip(row, shapes, strict=True):
-            records = sorted(curves[cell, shape], key=lambda r: r.case.resets)
+            records = sorted(curves.get((cell, shape), []), key=lambda r: r.case.resets)
             # Even distances: 0 has no place on a logarithmic axis.
             _plot(axes, range(len(records)), records, 1e3)
             axes.set_xticks(range(len(records)), [case_columns(r.case)[1] for r in records])

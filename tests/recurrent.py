@@ -100,7 +100,7 @@ def recurrently(module: Any, data: TensorDictBase) -> TensorDictBase:
 
 def chain(*modules: nn.Module) -> TensorDictSequential:
     """Return modules run one after the other (their constructor's types admit only lists)."""
-    return TensorDictSequential(*modules)  # pyright: ignore[reportArgumentType]
+    return TensorDictSequential(*modules)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def discrete_policy(module: Any, num_actions: int = 2) -> TensorDictSequential:
