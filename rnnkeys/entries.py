@@ -52,8 +52,8 @@ def join_keys(
         keys = [key, *defaults]  # pyright: ignore[reportAssignmentType]
     if not isinstance(keys, (list, tuple)):
         raise TypeError(
-            f"{side}_keys must be a list of keys. Got {keys!r}, a {type(keys).__name__}; "
-            f"for the default state keys use {side}_key={keys!r}."
+            f"incompatible function arguments: {side}_keys must be a list of keys. Got {keys!r}, a "
+            f"{type(keys).__name__}; for the default state keys use {side}_key={keys!r}."
         )
     return unravel_key_list([*keys])
 

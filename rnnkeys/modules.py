@@ -13,6 +13,7 @@ from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torchrl.envs.transforms import TensorDictPrimer
 
 from . import entries, rnn
 from .backends import BACKENDS, Options, in_transform, unroll_layers, why_not
@@ -21,7 +22,7 @@ from .cells import GRU_CELL, LSTM_CELL, Cell, Weights
 from .layers import Layers
 from .mode import recurrent_mode
 from .precision import validate_recurrent_matmul_precision
-from .transforms.primers import StatePrimer
+from .transforms.primers import make_primer
 
 _STORES = ("all", "starts")
 _RECOMPUTES = ("none", "full")
@@ -192,7 +193,7 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         setattr(self, self.rnn_attribute, new)
         return self
 
-    def make_tensordict_primer(self) -> StatePrimer:
+    def make_tensordict_primer(self) -> TensorDictPrimer:
         """Make the transform that creates this module's state at every reset of an environment.
 
         States are zeros of shape ``[L, H]``, in the dtype and on the device of the parameters.
@@ -217,7 +218,7 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
             key: (self._layers.num_layers, size)
             for key, size in zip(self._state_keys, self.state_sizes, strict=True)
         }
-        return StatePrimer(
+        return make_primer(
             shapes, dtype=weight.dtype, device=None if weight.is_meta else weight.device
         )
 

@@ -74,6 +74,31 @@ class StatePrimer(TensorDictPrimer):
         self._fitted = True
 
 
+def make_primer(
+    shapes: Mapping[NestedKey, tuple[int, ...]],
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> TensorDictPrimer:
+    """Make the transform that creates zero states at every reset.
+
+    Args:
+        shapes: for every state key its shape without batch and agents, ``(L, H)``.
+        dtype: of the states.
+        device: of the states.
+
+    Returns:
+        A ``TensorDictPrimer``; a :class:`StatePrimer` if a key is nested, since its group may have
+        agents.
+
+    Examples:
+        >>> [type(make_primer({key: (1, 5)})).__name__ for key in ("h", ("agents", "h"))]
+        ['TensorDictPrimer', 'StatePrimer']
+    """
+    if _groups(keys := {unravel_key(key): tuple(shape) for key, shape in shapes.items()}):
+        return StatePrimer(keys, dtype, device)
+    return TensorDictPrimer(_specs(keys, {}, dtype, device), expand_specs=True)
+
+
 def _specs(
     shapes: Mapping[NestedKey, tuple[int, ...]],
     agents: Mapping[tuple[str, ...], tuple[int, ...]],
@@ -197,7 +222,7 @@ def get_env_transforms_from_module(
         >>> from rnnkeys import GRUModule
         >>> policy = GRUModule(3, 5, in_key="observation", out_key="embed")
         >>> [type(t).__name__ for t in get_env_transforms_from_module(policy)]
-        ['InitTracker', 'StatePrimer']
+        ['InitTracker', 'TensorDictPrimer']
     """
     keys = [init_key] if init_key is not None else _init_keys(module)
     # InitTracker writes beside every done entry, so a nested key is named by its last part.
