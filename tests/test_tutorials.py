@@ -169,6 +169,10 @@ def test_resume_refuses_another_network(
         (["--batch-frames", "100"], "expected a multiple of --num-envs, 16"),
         (["--warmup", "100"], "--warmup is 100: expected at least --num-envs times --slice-len"),
         (["--frames", "0"], "--frames is 0: expected at least 1"),
+        (["--frames", "2000"], "--frames is 2000: expected more than --warmup, 2000"),
+        (["--gamma", "1.5"], "--gamma is 1.5: expected at most 1"),
+        (["--device", "gpu"], "--device is gpu: torch cannot use it here"),
+        (["--output", str(SCRIPT)], f"--output is {SCRIPT}: expected a folder"),
         (["--observation", "smells"], "invalid choice: 'smells'"),
     ],
 )
@@ -178,6 +182,31 @@ def test_bad_options_are_refused(
     with pytest.raises(SystemExit):
         tutorial.main(argv)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["no tutorial's", ""])
+def test_only_checkpoints_are_resumed(
+    tutorial: ModuleType, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    if content:
+        torch.save({"weights": content}, path)
+    else:
+        path.touch()
+    with pytest.raises(SystemExit):
+        tutorial.main(["--resume", str(path)])
+    assert f"--resume is {path}: expected a checkpoint.pt" in capsys.readouterr().err
+
+
+def test_resuming_a_finished_run_says_so(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run(*POSITIONS)
+    weights = read_checkpoint(folder)["learner"]["loss"]
+    capsys.readouterr()
+    run("--resume", str(folder / "checkpoint.pt"))
+    out, _ = capsys.readouterr()
+    assert "1024 of 1024 frames are done" in out and "A larger --frames would go on" in out
+    assert_same(read_checkpoint(folder)["learner"]["loss"], weights)
+    assert_complete(folder, [512, 1024])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to another process")

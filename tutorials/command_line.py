@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from learning_records import load_checkpoint
 
 
@@ -62,6 +63,18 @@ class Settings:
             least = 1 if isinstance(item.default, int) and item.name != "seed" else 0
             if isinstance(value, (int, float)) and value < least and item.name != "memoryless":
                 raise ValueError(f"{_flag(item.name)} is {value}: expected at least {least}")
+        for name in SHARES:
+            if getattr(self, name) > 1:
+                raise ValueError(f"{_flag(name)} is {getattr(self, name)}: expected at most 1")
+        self._check_frames()
+        _check_device(self.device)
+
+    def _check_frames(self) -> None:
+        if self.frames <= self.warmup:
+            raise ValueError(
+                f"--frames is {self.frames}: expected more than --warmup, {self.warmup}, because "
+                "nothing is learned before"
+            )
         if self.batch_frames % self.num_envs:
             raise ValueError(
                 f"--batch-frames is {self.batch_frames}: expected a multiple of --num-envs, "
@@ -94,6 +107,8 @@ PRESETS = {
     },
 }
 
+SHARES = ("gamma", "lmbda", "tau", "epsilon")
+
 # Weights of one network do not fit another: what a resumed run may not change.
 ARCHITECTURE = ("observation", "cell", "memoryless", "hidden_size")
 
@@ -103,7 +118,9 @@ def read_settings(
 ) -> tuple[Settings, dict[str, Any] | None]:
     """Read the command line; what it leaves open comes from the checkpoint of ``--resume``."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="%(prog)s [options], of which --help shows a list",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--resume", metavar="CHECKPOINT", help="go on from this checkpoint.pt")
     _add_options(parser)
@@ -117,6 +134,7 @@ def read_settings(
             settings = _parse(parser, argv, checkpoint["settings"])
             _check_same_network(settings, checkpoint["settings"])
         settings.check()
+        _make_output(Path(settings.output))
     except ValueError as error:
         parser.error(str(error))
     return settings, checkpoint
@@ -129,6 +147,24 @@ def _check_same_network(settings: Settings, saved: dict[str, Any]) -> None:
                 f"{_flag(name)} is {getattr(settings, name)!r}, but the checkpoint "
                 f"was made with {saved[name]!r}: leave it out, or start a new run without --resume"
             )
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device is {device}: torch cannot use it here ({reason})") from error
+
+
+def _make_output(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--output is {folder}: expected a folder, or a place where one can be made "
+            f"({error.strerror})"
+        ) from error
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

@@ -33,7 +33,7 @@ class Records:
     """The rows of a run, one for each evaluation, and the files they are written to.
 
     Args:
-        folder: where the files go; made if it does not exist.
+        folder: where the files go.
         title: what the picture is called.
     """
 
@@ -42,7 +42,6 @@ class Records:
         self.checkpoint = folder / "checkpoint.pt"
         self.title = title
         self.rows: list[dict[str, float]] = []
-        folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, **row: float) -> None:
         """Append a row, with an entry for each of ``COLUMNS``, and write the CSV."""
@@ -81,12 +80,16 @@ class Records:
         training = [row["training_return"] for row in self.rows]
         fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
         ax.fill_between(frames, low, high, color="tab:blue", alpha=0.15, lw=0)
-        ax.plot(frames, greedy, color="tab:blue", label="greedy: mean and range of an evaluation")
-        ax.plot(frames, training, color="tab:orange", label="while training, with exploration")
+        for values, color, label in (
+            (greedy, "tab:blue", "greedy: mean and range of an evaluation"),
+            (training, "tab:orange", "while training, with exploration"),
+        ):
+            ax.plot(frames, values, color=color, marker="o", ms=3, label=label)
         if test_return is not None:
             label = f"best checkpoint on fresh episodes: {test_return:.1f}"
             ax.axhline(test_return, color="tab:green", ls="--", label=label)
         ax.set(title=self.title, xlabel="frames", ylabel="return of an episode", ylim=(0, 515))
+        ax.set_xlim(left=0)
         ax.legend(loc="best", fontsize="small")
         ax.grid(alpha=0.3)
         fig.savefig(self.folder / "learning_curve.png", dpi=120)
@@ -106,13 +109,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if there is no such file, or no checkpoint in it.
     """
+    if not path.exists():
+        raise ValueError(f"--resume is {path}: no such file; a run leaves one in its --output")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(
-            f"--resume is {path}: no such file; a run leaves one in its --output"
-        ) from None
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"--resume is {path}: expected a checkpoint.pt of this tutorial"
-        ) from error
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
+        checkpoint = None
+    if not isinstance(checkpoint, dict) or "settings" not in checkpoint:
+        raise ValueError(f"--resume is {path}: expected a checkpoint.pt of this tutorial")
+    return checkpoint

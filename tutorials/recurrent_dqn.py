@@ -34,6 +34,7 @@ from cartpole import make_env
 from command_line import Settings, StopOnInterrupt, read_settings
 from evaluation import Evaluation
 from learning_records import Records, save_checkpoint
+from progress import make_bar, show
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey
@@ -232,7 +233,8 @@ class Trainer:
         frames with the policy it has before it learns on.
         """
         settings, first, clock = self.settings, self.frames, time.perf_counter()
-        with tempfile.TemporaryDirectory(prefix="recurrent_dqn_") as folder, self._bar() as bar:
+        bar = make_bar(settings.frames, self.frames)
+        with tempfile.TemporaryDirectory(prefix="recurrent_dqn_") as folder, bar:
             replay = make_replay(settings, folder, self.draws)
             collector = self._make_collector()
             while self.frames < settings.frames and not stopped():
@@ -316,19 +318,14 @@ class Trainer:
         self.learner.policy.load_state_dict(self.best["policy"])
         return self._make_evaluation(TEST_EPISODES)(TEST_SEED + self.settings.seed)
 
-    def _bar(self) -> tqdm:
-        frames = self.settings.frames
-        return tqdm(total=frames, initial=min(self.frames, frames), unit=" frames", smoothing=0.1)
-
     def _show(self, bar: tqdm) -> None:
-        bar.set_postfix_str(
-            f"return {_mean(self.returns):.0f}, "
-            f"greedy {self.records.last('greedy_return', default=math.nan):.0f}, "
-            f"loss {_mean(self.losses):.3f}, "
-            f"epsilon {self.learner.explore.eps.item():.2f}",
-            refresh=False,
-        )
-        bar.update(min(self.frames, self.settings.frames) - bar.n)
+        numbers = {
+            "return": f"{_mean(self.returns):.0f}",
+            "greedy": f"{self.records.last('greedy_return', default=math.nan):.0f}",
+            "loss": f"{_mean(self.losses):.3f}",
+            "epsilon": f"{self.learner.explore.eps.item():.2f}",
+        }
+        show(bar, self.frames, numbers)
 
     def save(self) -> None:
         save_checkpoint(self.state_dict(), self.records.checkpoint)
@@ -373,6 +370,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = Trainer(settings, records)
     if checkpoint is not None:
         trainer.load_state_dict(checkpoint)
+    print(f"{settings.title}: {trainer.frames} of {settings.frames} frames are done. Ctrl-C stops.")
+    if trainer.frames >= settings.frames:
+        print("A larger --frames would go on; the best checkpoint is tested again.")
     with StopOnInterrupt() as stop:
         trainer.run(stop)
     records.draw()
