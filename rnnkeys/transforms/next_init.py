@@ -14,7 +14,7 @@ from torchrl.data.replay_buffers.samplers import (
     StreamingSliceSampler,
 )
 from torchrl.data.replay_buffers.storages import Storage
-from torchrl.envs import Transform
+from torchrl.envs import EnvBase, Transform
 
 from ..replay import PrioritizedSliceSampler
 from ..starts import as_keys, mark_next, next_key
@@ -93,7 +93,11 @@ class NextInitTracker(Transform):
             RuntimeError: if it is appended to an environment.
         """
         super().set_container(container)
-        if self.container is not None:
+        # Not self.container, which raises for a Compose that belongs to no environment.
+        while isinstance(container, Transform):
+            outer = container.__dict__["_container"]
+            container = None if outer is None else outer()
+        if isinstance(container, EnvBase):
             raise RuntimeError(
                 f"{type(self).__name__} is no transform of an environment: it marks batches of "
                 "sequences. Pass it as the collector's postproc, or call it on the batch. What "
@@ -144,7 +148,7 @@ class _MarksNextView:
             marks[starts.to(marks.device)] = True
             info[key] = marks
             ahead = steps.get(next_key(key), None)
-            info[next_key(key)] = marks if ahead is None else marks | ahead
+            info[next_key(key)] = marks.clone() if ahead is None else marks | ahead
 
 
 class NextInitSliceSampler(_MarksNextView, SliceSampler):
