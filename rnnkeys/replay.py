@@ -87,7 +87,6 @@ class AnyTrees:
     dtype: torch.dtype
     _max_capacity: int
     _device: torch.device | None
-    _max_priority: Any
 
     def _init(self) -> None:
         on_cuda = self._device is not None and self._device.type == "cuda"
@@ -99,7 +98,8 @@ class AnyTrees:
             )
         self._sum_tree = _SumTree(self._max_capacity, self.dtype)
         self._min_tree = _MinTree(self._max_capacity, self.dtype)
-        self._max_priority = None
+        # A property of TorchRL's class, which a declaration here would hide.
+        setattr(self, "_max_priority", None)  # noqa: B010
 
 
 class PrioritizedSampler(AnyTrees, samplers.PrioritizedSampler):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,7 @@ def _no_extension(monkeypatch):
     monkeypatch.setattr("torchrl._utils.RL_WARNINGS", False)
 
 
-def _filled(values, kind=replay._SumTree):
+def _filled(values, kind: Any = replay._SumTree):
     tree = kind(len(values), torch.float64)
     tree[torch.arange(len(values))] = torch.tensor(values, dtype=torch.float64)
     return tree
@@ -69,7 +71,7 @@ def test_draws_follow_priorities_and_weights_undo_them():
     np.random.seed(0)
     sampler = replay.PrioritizedSampler(4, alpha=1.0, beta=1.0, eps=0.0)
     rb = ReplayBuffer(storage=LazyTensorStorage(4), sampler=sampler, batch_size=20_000)
-    index = rb.extend(torch.arange(4))
+    index = rb.extend(torch.arange(4))  # pyright: ignore[reportArgumentType]
     sampler.update_priority(index, torch.tensor([1.0, 2.0, 3.0, 4.0]))
     drawn, info = rb.sample(return_info=True)
     share = torch.bincount(drawn, minlength=4) / drawn.numel()

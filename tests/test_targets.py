@@ -24,6 +24,7 @@ from torchrl.objectives.value import GAE, TDLambdaEstimator
 import rnnkeys
 from rnnkeys import set_recurrent_mode
 from rnnkeys.objectives import recurrent_loss
+from rnnkeys.replay import PrioritizedSliceSampler
 from rnnkeys.transforms import NextInitTracker
 from tests import target_cases as cases
 from tests import target_oracle as oracle
@@ -168,7 +169,7 @@ def test_prioritized_slices_are_marked_although_their_sampler_marks_none(name: s
     case = BY_NAME[name]
     setup = wired(case, "lstm")
     data = cases.collect(case, setup.policy, 80)
-    sampler = rnnkeys.replay.PrioritizedSliceSampler(80, 0.7, 0.9, slice_len=4)
+    sampler = PrioritizedSliceSampler(80, 0.7, 0.9, slice_len=4)
     batch = cases.sampled(data, 40, sampler)
     assert not batch.get("is_init").flatten()[::4].all()
     check_next_values(case, setup, batch)
