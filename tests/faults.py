@@ -327,7 +327,51 @@ _TARGETS = (
     ),
 )
 
+_MINIBATCHES = (
+    Fault(
+        "sequences are cut one step late",
+        "rnnkeys/objectives/minibatches.py",
+        "cuts |= (where - origin) % self.seq_len == 0",
+        "cuts |= (where - origin) % self.seq_len == 1",
+        ("tests/test_minibatches.py::test_minibatches_have_the_size_asked_for",),
+    ),
+    Fault(
+        "advantages are normalised over masked steps too",
+        "rnnkeys/objectives/minibatches.py",
+        "chosen = advantage[valid]",
+        "chosen = advantage.flatten()",
+        ("tests/test_minibatches.py::test_advantages_are_normalised_over_unmasked_steps",),
+    ),
+    Fault(
+        "refreshed states run on into the next episode",
+        "rnnkeys/objectives/minibatches.py",
+        "torch.where(keep, stored, before)",
+        "before",
+        ("tests/test_minibatches.py::test_states_are_refreshed_between_epochs",),
+    ),
+    Fault(
+        "a copy that fills a sequence up runs on from the step before",
+        "rnnkeys/objectives/minibatches.py",
+        "            _mark_filling(batch, self.init_key, chosen.length)\n",
+        "",
+        (
+            "tests/test_policy_gradients.py::"
+            "test_ratios_of_the_first_epoch_are_one[7-discrete-gru-shared]",
+        ),
+    ),
+    Fault(
+        "a critic without states starts from zeros in silence",
+        "rnnkeys/objectives/refusals.py",
+        "            refuse_lost_memory(tensordict, one, str(type(loss).__name__))\n",
+        "            pass\n",
+        (
+            "tests/test_policy_gradients.py::"
+            "test_a_critic_whose_states_nobody_collected_is_refused[GAE]",
+        ),
+    ),
+)
+
 FAULTS: tuple[Fault, ...] = (
     *(*_CELLS, *_SEGMENTS, *_LOOP, *_SCAN, *_PAD),
-    *(*_LAYERS, *_LEAKS, *_MODULES, *_TARGETS),
+    *(*_LAYERS, *_LEAKS, *_MODULES, *_TARGETS, *_MINIBATCHES),
 )

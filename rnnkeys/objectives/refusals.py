@@ -8,11 +8,14 @@ from typing import Any
 from tensordict import TensorDictBase
 from torch import nn
 from torchrl.objectives import (
+    A2CLoss,
     CQLLoss,
     DiscreteCQLLoss,
     DiscreteSACLoss,
     DQNLoss,
+    PPOLoss,
     QMixerLoss,
+    ReinforceLoss,
     SACLoss,
     TQCLoss,
 )
@@ -24,6 +27,9 @@ from .networks import Recurrent
 
 # They take their next view from the batch that their own forward on the root has just written.
 READS_OWN_STATES = (DQNLoss, QMixerLoss)
+
+# They learn from what their own policy collected, so that zeros in place of a state are a mistake.
+ON_POLICY = (A2CLoss, PPOLoss, ReinforceLoss, ValueEstimatorBase)
 
 _LOSSES: dict[type[nn.Module], str] = {
     CQLLoss: (
@@ -103,7 +109,8 @@ def refuse_batch(
     """Raise if no marks can make this batch right for this loss.
 
     Raises:
-        KeyError: if states are stored at the root, and the next ones that the loss reads are not.
+        KeyError: if states are stored at the root, and the next ones that the loss reads are not;
+            if a loss on collected data starts in the midst of an episode without a state.
         ValueError: if the batch holds multi-step transitions, if a mask would be ignored, or if
             value networks would be run on pieces of time.
     """
@@ -121,6 +128,9 @@ def refuse_batch(
         _refuse_mask(tensordict)
     if isinstance(loss, ValueEstimatorBase):
         _refuse_chunks(loss, tensordict)
+    if isinstance(loss, ON_POLICY):
+        for one in recurrent:
+            refuse_lost_memory(tensordict, one, str(type(loss).__name__))
     if _reads_stored_states(loss, tensordict):
         for one in recurrent:
             _refuse_missing_states(loss, tensordict, one)
@@ -169,3 +179,47 @@ def _refuse_missing_states(
                 "would run its next view from zeros. Store both in the replay buffer, or neither "
                 "(then sequences start from zeros in both views)."
             )
+
+
+def refuse_lost_memory(tensordict: TensorDictBase, recurrent: Recurrent, reader: str) -> None:
+    """Raise if a row starts in the midst of an episode and holds no state to start from.
+
+    Args:
+        tensordict: ``[*, T]``, time last.
+        recurrent: the module that would run on it.
+        reader: what runs it, for the message.
+
+    Raises:
+        KeyError: with the keys that are missing, and how they get there.
+    """
+    missing = [key for key in recurrent.state_keys if tensordict.get(key, None) is None]
+    marks = tensordict.get(recurrent.init_key, None)
+    if not missing or marks is None or not tensordict.ndim:
+        return
+    if not marks.select(tensordict.ndim - 1, 0).all():
+        raise KeyError(
+            f"{reader} would run {type(recurrent.module).__name__} from zeros in the midst of "
+            f"episodes: the state {missing} is not in the data. Collect with it, "
+            "TensorDictSequential(actor, critic) as the collector's policy, and append "
+            "get_env_transforms_from_module(...) of the same to the environment."
+        )
+
+
+def refuse_unknown_states(recurrent: Recurrent, reader: str) -> None:
+    """Raise unless a module writes the state after every step.
+
+    Raises:
+        ValueError: with the module and the remedy.
+    """
+    module = recurrent.module
+    if not recurrent.writes_states:
+        raise ValueError(
+            f"{reader} reads the states that networks write, and {type(module).__name__} of "
+            f"{type(module).__module__.split('.')[0]} writes zeros in place of most. Use rnnkeys': "
+            "the same arguments, keys and state_dict."
+        )
+    if isinstance(module, RecurrentModule) and module.store_states != "all":
+        raise ValueError(
+            f"{reader} reads the state after every step. Got a {type(module).__name__} with "
+            f"store_states={module.store_states!r}: make it with store_states='all'."
+        )
