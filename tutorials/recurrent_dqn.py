@@ -378,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     records.draw()
     if stop.asked:
         print(f"Stopped after {trainer.frames} frames; what there is lies in {records.folder}.")
-        print(f"To go on: python {sys.argv[0]} --resume {records.checkpoint}")
+        print(f"To go on: {sys.executable} {sys.argv[0]} --resume {records.checkpoint}")
         return
     returns = trainer.test_best()
     records.write_result(asdict(settings), trainer.best, returns)
