@@ -167,24 +167,37 @@ def gru_forward(
         ``h [N, H]`` and ``[r, z, n, W_hn h + b_hn]``, ``[N, 4H]`` (``[0, 4H]`` without ``keep``).
     """
     rows, hidden = gates.shape[0], w_hh.shape[1]
+    steps = list(sizes)
     h = gates.new_empty(rows, hidden)
     act = gates.new_empty(rows if keep else sizes[0], 4 * hidden)
-    buffer = gates.new_empty(sizes[0], 3 * hidden)
-    gates_t, h_t = gates.split(list(sizes)), h.split(list(sizes))
-    steps = act.split(list(sizes)) if keep else [act[:n] for n in sizes]
-    w = w_hh.t()
+    views = [p.split(steps) if keep else [p[:n] for n in steps] for p in _gru_planes(act)]
+    gates_rz, gates_n = gates[:, : 2 * hidden].split(steps), gates[:, 2 * hidden :].split(steps)
+    buffer, w = gates.new_empty(sizes[0], 3 * hidden), w_hh.t()
     previous: tuple[Tensor, ...] = (h0,)
-    for t, a in enumerate(steps):
-        n = a.shape[0]
-        (h_tm1,) = _enter(previous, t, n, resets)
-        gates_h = torch.addmm(b_hh, h_tm1, w, out=buffer[:n])
-        r_z, candidate, h_n = a[:, : 2 * hidden], a[:, 2 * hidden : 3 * hidden], a[:, 3 * hidden :]
-        torch.add(gates_t[t][:, : 2 * hidden], gates_h[:, : 2 * hidden], out=r_z).sigmoid_()
-        h_n.copy_(gates_h[:, 2 * hidden :])
-        torch.addcmul(gates_t[t][:, 2 * hidden :], r_z[:, :hidden], h_n, out=candidate).tanh_()
-        torch.lerp(candidate, h_tm1, r_z[:, hidden:], out=h_t[t])
-        previous = (h_t[t],)
+    for t, (h_t, r_z, r, z, candidate, h_n) in enumerate(zip(h.split(steps), *views, strict=True)):
+        (h_tm1,) = _enter(previous, t, steps[t], resets)
+        if t == 0 or steps[t] != steps[t - 1]:
+            gates_h = buffer[: steps[t]]
+            of_rz, of_n = gates_h.split([2 * hidden, hidden], 1)
+        torch.addmm(b_hh, h_tm1, w, out=gates_h)
+        torch.add(gates_rz[t], of_rz, out=r_z).sigmoid_()
+        h_n.copy_(of_n)
+        torch.addcmul(gates_n[t], r, h_n, out=candidate).tanh_()
+        torch.lerp(candidate, h_tm1, z, out=h_t)
+        previous = (h_t,)
     return h, act if keep else gates.new_empty(0, 4 * hidden)
+
+
+def _gru_planes(act: Tensor) -> tuple[Tensor, ...]:
+    """View what :func:`gru_forward` keeps: ``[r, z]``, ``r``, ``z``, ``n``, ``W_hn h + b_hn``.
+
+    The parts lie one after the other, each contiguous, since pointwise functions of torch are
+    vectorised and parallel only over contiguous memory.
+    """
+    rows, hidden = act.shape[0], act.shape[1] // 4
+    r_z, n, h_n = act.view(-1).split([2 * rows * hidden, rows * hidden, rows * hidden])
+    r_z = r_z.view(rows, 2 * hidden)
+    return r_z, r_z[:, :hidden], r_z[:, hidden:], n.view(rows, hidden), h_n.view(rows, hidden)
 
 
 def gru_backward(
@@ -198,36 +211,47 @@ def gru_backward(
 ) -> GRUGrads:
     """Gradients of :func:`gru_forward` from that of ``h``."""
     h, act = outputs
-    hidden = h.shape[1]
+    hidden, steps = h.shape[1], list(sizes)
     h_tm1 = _entering(h0, h, sizes, resets, 0)
     # Columns W_hn h, r, z, W_in x: the state's gates are the first three, the input's the last
     # three.
     grads = torch.empty_like(act)
+    of_state = grads[:, : 3 * hidden]
+    grad_t, d_t = grad_h.split(steps), grads.view(-1, 4, hidden).split(steps)
+    of_state_t = of_state.split(steps)
     w = torch.cat([w_hh[2 * hidden :], w_hh[: 2 * hidden]])
     dh = torch.zeros_like(h0)
     reset_grads = _reset_grads(resets, want_reset_grad)
     for first, last, begin, end in _chunks(sizes, 4 * hidden):
-        r, z, n, h_n = act[begin:end].chunk(4, 1)
-        factor = act.new_empty(end - begin, 4, hidden)
-        torch.mul(1 - z, 1 - n * n, out=factor[:, 3])
-        torch.mul(factor[:, 3], r, out=factor[:, 0])
-        torch.mul(factor[:, 0] * h_n, 1 - r, out=factor[:, 1])
-        torch.mul((h_tm1[begin:end] - n) * z, 1 - z, out=factor[:, 2])
-        row = end
+        _, r, z, n, h_n = (plane[begin:end] for plane in _gru_planes(act))
+        factor = _gru_factors(r, z, n, h_n, h_tm1[begin:end]).split(steps[first:last])
+        z_t = z.split(steps[first:last])
         for t in range(last - 1, first - 1, -1):
-            size = sizes[t]
-            row -= size
-            k = slice(row - begin, row - begin + size)
-            d, dh_t = grads[row : row + size], dh[:size]
-            dh_t.add_(grad_h[row : row + size])
-            torch.mul(factor[k], dh_t.unsqueeze(1), out=d.view(size, 4, hidden))
-            dh_t.mul_(z[k]).addmm_(d[:, : 3 * hidden], w)
+            dh_t = dh if steps[t] == steps[0] else dh[: steps[t]]
+            dh_t.add_(grad_t[t])
+            torch.mul(factor[t - first], dh_t.unsqueeze(1), out=d_t[t])
+            dh_t.mul_(z_t[t - first]).addmm_(of_state_t[t], w)
             _leave((dh,), t, resets, reset_grads)
-    of_state = grads[:, : 3 * hidden]
     w_grad, b_grad = (
         torch.cat([g[hidden:], g[:hidden]]) for g in (of_state.t() @ h_tm1, of_state.sum(0))
     )
     return GRUGrads(grads[:, hidden:], w_grad, b_grad, dh, reset_grads[0] if reset_grads else None)
+
+
+def _gru_factors(r: Tensor, z: Tensor, n: Tensor, h_n: Tensor, h_tm1: Tensor) -> Tensor:
+    """Derivatives of the new state by ``W_hn h``, ``r``, ``z`` and ``W_in x``, ``[rows, 4, H]``.
+
+    Those by gates are by what goes into their sigmoid or tanh.
+    """
+    factor = n.new_empty(n.shape[0], 4, n.shape[1])
+    by_h_n, by_r, by_z, by_n = factor.unbind(1)
+    not_z = 1 - z
+    torch.addcmul(not_z, not_z * n, n, value=-1, out=by_n)
+    torch.mul(by_n, r, out=by_h_n)
+    through_r = by_h_n * h_n
+    torch.addcmul(through_r, through_r, r, value=-1, out=by_r)
+    torch.mul((h_tm1 - n).mul_(z), not_z, out=by_z)
+    return factor
 
 
 def _enter(
