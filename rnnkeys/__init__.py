@@ -1,6 +1,7 @@
 """Recurrent policies for TorchRL: right at every position, fast across episode boundaries."""
 
 from .canonical import canonicalize_rnn_subset as canonicalize_rnn_subset
+from .cells import Cell as Cell
 from .cells import GRUCell as GRUCell
 from .cells import LSTMCell as LSTMCell
 from .mode import recurrent_mode as recurrent_mode
@@ -8,6 +9,8 @@ from .mode import set_recurrent_mode as set_recurrent_mode
 from .modules import GRUModule as GRUModule
 from .modules import LSTMModule as LSTMModule
 from .modules import RecurrentModule as RecurrentModule
+from .policies import drqn_policy as drqn_policy
+from .policies import recurrent_module as recurrent_module
 from .precision import RecurrentMatmulPrecision as RecurrentMatmulPrecision
 from .precision import RecurrentMatmulPrecisionUserMode as RecurrentMatmulPrecisionUserMode
 from .precision import get_recurrent_matmul_precision as get_recurrent_matmul_precision

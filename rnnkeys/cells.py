@@ -8,7 +8,7 @@ time, modules know keys. Letters: ``B`` batch, ``I`` input size, ``H`` hidden si
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ class Weights(NamedTuple):
     """Parameters of one recurrent layer, in torch's layout and gate order.
 
     ``w_ih [G*H, I]``, ``w_hh [G*H, H]`` (``[G*H, P]`` with a projection), ``b_ih`` and ``b_hh``
-    ``[G*H]`` or None, ``w_hr [P, H]`` or None (LSTM's projection of ``h``).
+    ``[G*H]`` or None, ``w_hr [P, H]`` or None (LSTM's projection of ``h``), ``extra`` the
+    parameters that only this cell has, by name.
     """
 
     w_ih: Tensor
@@ -28,11 +29,19 @@ class Weights(NamedTuple):
     b_ih: Tensor | None = None
     b_hh: Tensor | None = None
     w_hr: Tensor | None = None
+    # A mapping of tensors; typed so that the others can be unpacked from any sequence.
+    extra: Any = {}
 
     def to(self, dtype: torch.dtype) -> Weights:
         """Cast every parameter."""
-        b_ih, b_hh, w_hr = (None if w is None else w.to(dtype) for w in self[2:])
-        return Weights(self.w_ih.to(dtype), self.w_hh.to(dtype), b_ih, b_hh, w_hr)
+        b_ih, b_hh, w_hr = (None if w is None else w.to(dtype) for w in self[2:5])
+        extra = {name: w.to(dtype) for name, w in self.extra.items()}
+        return Weights(self.w_ih.to(dtype), self.w_hh.to(dtype), b_ih, b_hh, w_hr, extra)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every parameter."""
+        return [*(w for w in self[:5] if w is not None), *self.extra.values()]
 
 
 class Cell(ABC):
@@ -42,8 +51,11 @@ class Cell(ABC):
     once; the recurrent projection is computed once per step; ``pointwise`` is what is left.
     ``state`` is a tuple in the order of ``state_names`` and its first element is the output ``h``.
 
+    A cell of your own overrides ``pointwise``, or ``step`` where that form does not fit; see
+    ``docs/custom_cells.md``.
+
     Attributes:
-        name: lower-case name, ``"lstm"`` or ``"gru"``.
+        name: lower-case name, such as ``"lstm"`` or ``"gru"``.
         num_gates: ``G``.
         state_names: names of the state's entries.
     """
@@ -51,6 +63,26 @@ class Cell(ABC):
     name: str
     num_gates: int
     state_names: tuple[str, ...]
+
+    def parameter_shapes(
+        self, input_size: int, hidden_size: int, bias: bool = True
+    ) -> dict[str, tuple[int, ...]]:
+        """Return the parameters of a layer: names, without ``_l0``, and shapes.
+
+        ``weight_ih``, ``weight_hh``, ``bias_ih`` and ``bias_hh`` become the fields of
+        :class:`Weights`; others are in its ``extra``. The first two must be there.
+        """
+        gates = self.num_gates * hidden_size
+        shapes: dict[str, tuple[int, ...]] = {
+            "weight_ih": (gates, input_size),
+            "weight_hh": (gates, hidden_size),
+        }
+        return {**shapes, "bias_ih": (gates,), "bias_hh": (gates,)} if bias else shapes
+
+    def reset_parameter(self, name: str, parameter: Tensor, hidden_size: int) -> None:
+        """Initialise a parameter in place: uniform within ``1 / sqrt(H)``, as torch's layers."""
+        bound = hidden_size**-0.5
+        torch.nn.init.uniform_(parameter, -bound, bound)
 
     def input_gates(self, weights: Weights, x: Tensor) -> Tensor:
         """Project inputs ``x [..., I]`` to gates ``[..., G*H]``."""
@@ -139,8 +171,69 @@ class GatedRecurrentUnit(Cell):
         return ((1 - z) * n + z * state[0],)
 
 
+class LayerNormLongShortTermMemory(Cell):
+    r"""Long short-term memory with normalised projections, gates in the order i, f, o, u.
+
+    .. math::
+        g = \mathrm{LN}_x(W_x x) + \mathrm{LN}_h(W_h h) + b, \quad i, f, o = \sigma(\cdot), \quad
+        u = \tanh(\cdot), \quad c_t = f \odot c_{t-1} + i \odot u, \quad
+        h_t = o \odot \tanh(c_t)
+
+    Both norms run over all ``4 H`` gates, with weight and bias; ``c`` is not normalised. See
+    "Layer Normalization", Ba et al., 2016 (arXiv:1607.06450); this is the form of DI-engine's
+    ``normal`` LSTM.
+
+    Examples:
+        >>> LAYER_NORM_LSTM_CELL.parameter_shapes(3, 5)["norm_x_weight"]
+        (20,)
+    """
+
+    name = "lstm_ln"
+    num_gates = 4
+    state_names = ("h", "c")
+    eps = 1e-5
+
+    def parameter_shapes(
+        self, input_size: int, hidden_size: int, bias: bool = True
+    ) -> dict[str, tuple[int, ...]]:
+        """See the base; one bias, and a weight and a bias for each norm."""
+        shapes = super().parameter_shapes(input_size, hidden_size, bias)
+        shapes.pop("bias_hh", None)
+        norms = ("norm_x_weight", "norm_x_bias", "norm_h_weight", "norm_h_bias")
+        return {**shapes, **dict.fromkeys(norms, (4 * hidden_size,))}
+
+    def reset_parameter(self, name: str, parameter: Tensor, hidden_size: int) -> None:
+        """See the base; norms start as the identity."""
+        if name.startswith("norm"):
+            torch.nn.init.constant_(parameter, float(name.endswith("weight")))
+        else:
+            super().reset_parameter(name, parameter, hidden_size)
+
+    def input_gates(self, weights: Weights, x: Tensor) -> Tensor:
+        """See the base."""
+        gates = self._norm("x", F.linear(x, weights.w_ih), weights)
+        return gates if weights.b_ih is None else gates + weights.b_ih
+
+    def state_gates(self, weights: Weights, h: Tensor) -> Tensor:
+        """See the base."""
+        return self._norm("h", F.linear(h, weights.w_hh), weights)
+
+    def _norm(self, which: str, gates: Tensor, weights: Weights) -> Tensor:
+        weight, bias = (weights.extra[f"norm_{which}_{name}"] for name in ("weight", "bias"))
+        return F.layer_norm(gates, gates.shape[-1:], weight, bias, self.eps)
+
+    def pointwise(
+        self, gates_x: Tensor, gates_h: Tensor, state: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """See the class."""
+        i, f, o, u = (gates_x + gates_h).chunk(4, -1)
+        c = f.sigmoid() * state[1] + i.sigmoid() * u.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+
 LSTM_CELL = LongShortTermMemory()
 GRU_CELL = GatedRecurrentUnit()
+LAYER_NORM_LSTM_CELL = LayerNormLongShortTermMemory()
 
 
 class _StepModule(RNNCellBase):

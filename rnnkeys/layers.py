@@ -23,6 +23,7 @@ class Layers:
         self.num_layers: int = rnn.num_layers
         self.proj_size: int = rnn.proj_size
         self.bias: bool = rnn.bias
+        self._num_states = 2 if rnn.mode == "LSTM" else 1
         self._rnn = rnn
         self._attributes = rnn.__dict__
 
@@ -56,6 +57,26 @@ class Layers:
         for hook in self._attributes["_forward_pre_hooks"].values():
             if name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)):
                 hook(self._rnn, ())
+
+    @property
+    def sample(self) -> Tensor:
+        """A parameter, which tells dtype and device of all."""
+        return self.parameter("weight_hh_l0")
+
+    def enter(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Turn stored states into those that backends carry: the same."""
+        return states
+
+    def leave(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Turn states that backends carry into those that are stored: the same."""
+        return states
+
+    @property
+    def state_sizes(self) -> tuple[int, ...]:
+        """Size of the last dimension of each state."""
+        sizes = [self.hidden_size] * self._num_states
+        sizes[0] = self.proj_size or self.hidden_size
+        return tuple(sizes)
 
     def weights(self, layer: int) -> Weights:
         """Return the parameters of one layer."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +21,7 @@ from .cells import GRU_CELL, LSTM_CELL, Cell, Weights
 from .layers import Layers
 from .mode import recurrent_mode
 from .precision import validate_recurrent_matmul_precision
+from .stacks import make_stack
 from .transforms.primers import make_primer
 
 _STORES = ("all", "starts")
@@ -37,35 +37,95 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
     segment starts from the state stored at its first step, and ``("next", state)`` holds the state
     after *every* step. Dimensions between the batch and the features (agents) are batch too.
 
-    Abstract: a subclass names its cell, its default keys and the attribute that holds the
-        ``nn.RNNBase``.
+    It runs a cell of your own; see ``docs/custom_cells.md``. ``LSTMModule`` and ``GRUModule`` are
+    this with torch's cells, and say what the other arguments are.
+
+    Args:
+        cell: a ``rnnkeys.cells.Cell``, or an ``nn.Module`` that maps ``(input, *state)`` of one
+            step to the tuple ``(output, *state)``, or a list of such modules, one for each layer.
+        input_size: size ``I`` of the input; a module may have it as an attribute.
+        hidden_size: size ``H`` of a cell's states.
+        num_layers: number ``L`` of layers of a cell.
+        bias: whether the layers of a cell have biases.
+        dropout: probability of dropout between layers, in training.
+        state_sizes: of a module: size of each state by name, in order; or its attribute.
+        recurrent_backend: ``"auto"``, ``"pad"``, ``"scan"`` or ``"loop"``.
+        recurrent_compute_dtype: as for ``LSTMModule``.
+        recurrent_recompute: as for ``LSTMModule``; of cells only.
+        recurrent_matmul_precision: as for ``LSTMModule``.
+        in_key: key of the input. States are then read at ``"recurrent_state"`` if there is one, or
+            else ``"recurrent_state_<name>"``.
+        in_keys: keys of the input and the states; optionally the init key last.
+        out_key: key of the output; states are then written at ``("next", <in key>)``.
+        out_keys: keys of the output and the states.
+        device: of a cell's parameters.
+        dtype: of a cell's parameters.
+        default_recurrent_mode: as for ``LSTMModule``.
+        init_key: as for ``LSTMModule``.
+        state_grad: as for ``LSTMModule``.
+        store_states: as for ``LSTMModule``.
+
+    Raises:
+        TypeError: if ``cell`` is nothing that can run.
+        ValueError: if arguments do not fit each other; the message names them.
+        RuntimeError: if the backend cannot run here, with the reason and the one that can.
+
+    Examples:
+        >>> from rnnkeys.cells import LAYER_NORM_LSTM_CELL
+        >>> module = RecurrentModule(LAYER_NORM_LSTM_CELL, 3, 5, in_key="observation", out_key="y")
+        >>> module.in_keys
+        ['observation', 'recurrent_state_h', 'recurrent_state_c', 'is_init']
     """
 
-    cell: ClassVar[Cell]
-    rnn_attribute: ClassVar[str]
-    plain_class: ClassVar[type[nn.RNNBase]]
-    vendor_class: ClassVar[type[nn.RNNBase]]
-    DEFAULT_IN_KEYS: ClassVar[list[NestedKey]]
-    DEFAULT_OUT_KEYS: ClassVar[list[NestedKey]]
+    cell: Cell
+    rnn_attribute: ClassVar[str] = "rnn"
+    plain_class: ClassVar[type[nn.RNNBase]] = nn.RNNBase
+    vendor_class: ClassVar[type[nn.RNNBase]] = nn.RNNBase
+    DEFAULT_IN_KEYS: list[NestedKey]
+    DEFAULT_OUT_KEYS: list[NestedKey]
 
     def __init__(
         self,
-        layers: nn.RNNBase,
+        cell: Cell | nn.Module | Sequence[nn.Module],
+        input_size: int | None = None,
+        hidden_size: int | None = None,
+        num_layers: int = 1,
+        bias: bool = True,
+        dropout: float = 0.0,
+        state_sizes: Mapping[str, int] | None = None,
+        recurrent_backend: str = "auto",
+        recurrent_compute_dtype: torch.dtype = torch.float32,
+        recurrent_recompute: str = "none",
+        recurrent_matmul_precision: str = "auto",
         *,
-        in_key: NestedKey | None,
-        in_keys: Sequence[NestedKey] | None,
-        out_key: NestedKey | None,
-        out_keys: Sequence[NestedKey] | None,
-        init_key: NestedKey | None,
-        default_recurrent_mode: bool | None,
-        recurrent_backend: str,
-        recurrent_compute_dtype: torch.dtype,
-        recurrent_recompute: str,
-        recurrent_matmul_precision: str,
-        state_grad: bool,
-        store_states: str,
+        in_key: NestedKey | None = None,
+        in_keys: Sequence[NestedKey] | None = None,
+        out_key: NestedKey | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        default_recurrent_mode: bool | None = None,
+        init_key: NestedKey | None = None,
+        state_grad: bool = False,
+        store_states: str = "all",
     ) -> None:
         super().__init__()
+        layers: nn.Module
+        if isinstance(cell, nn.RNNBase) and self.rnn_attribute != "rnn":
+            layers = cell
+        else:
+            layers = make_stack(
+                cell,
+                input_size,
+                hidden_size,
+                state_sizes,
+                num_layers=num_layers,
+                bias=bias,
+                dropout=dropout,
+                device=device,
+                dtype=dtype,
+            )
+            self._name_states(layers)
         _check_choice("recurrent_backend", recurrent_backend, BACKENDS)
         _check_choice("recurrent_recompute", recurrent_recompute, _RECOMPUTES)
         _check_choice("store_states", store_states, _STORES)
@@ -99,8 +159,13 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         if obstacle:
             raise obstacle
 
-    @abstractmethod
-    def _check_layers(self, layers: nn.RNNBase) -> None:
+    def _name_states(self, layers: Any) -> None:
+        self.cell = layers.cell
+        names = self.cell.state_names
+        keys = [f"recurrent_state_{n}" for n in names] if len(names) > 1 else ["recurrent_state"]
+        self.DEFAULT_IN_KEYS, self.DEFAULT_OUT_KEYS = [*keys], [("next", key) for key in keys]
+
+    def _check_layers(self, layers: Any) -> None:
         """Raise if the recurrent layers are not of this module's kind."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -114,24 +179,22 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
 
     def _look_at_layers(self) -> None:
         # Copies and unpickled modules have other layers than the ones looked at before.
-        self._layers = Layers(self.layers)
+        layers: Any = self.layers
+        self._layers = Layers(layers) if isinstance(layers, nn.RNNBase) else layers.view()
         self._has_vendor_layers = isinstance(self.layers, self.vendor_class)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_layers"}
 
     @property
-    def layers(self) -> nn.RNNBase:
-        """The ``nn.RNNBase`` that holds the parameters."""
+    def layers(self) -> Any:
+        """The ``nn.RNNBase``, or stack of cells, that holds the parameters."""
         return getattr(self, self.rnn_attribute)
 
     @property
     def state_sizes(self) -> tuple[int, ...]:
         """Size of the last dimension of each state entry."""
-        layers = self._layers
-        sizes = [layers.hidden_size] * len(self.cell.state_names)
-        sizes[0] = layers.proj_size or layers.hidden_size
-        return tuple(sizes)
+        return self._layers.state_sizes
 
     @property
     def state_keys(self) -> tuple[NestedKey, ...]:
@@ -174,7 +237,8 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
 
     def _convert(self, to: type[nn.RNNBase]) -> RecurrentModule:
         old = self.layers
-        if isinstance(old, to):
+        # A stack of cells is plain already.
+        if isinstance(old, to) or not isinstance(old, nn.RNNBase):
             return self
         sizes: dict[str, Any] = {"proj_size": old.proj_size} if old.proj_size else {}
         new = to(
@@ -213,7 +277,7 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
             torch.Size([1, 5])
         """
         entries.check_carried(self._state_keys, self._next_keys)
-        weight = self._layers.parameter("weight_hh_l0")
+        weight = self._layers.sample
         shapes = {
             key: (self._layers.num_layers, size)
             for key, size in zip(self._state_keys, self.state_sizes, strict=True)
@@ -262,28 +326,29 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
             )
         data = entries.read(self, tensordict)
         entries.check_trajectories(tensordict, data.is_init, self.init_key)
-        dtype = entries.compute_dtype(data.x, self._layers.parameter("weight_hh_l0"))
+        dtype = entries.compute_dtype(data.x, self._layers.sample)
         x, states, is_init = entries.time_second(data, lead, self, dtype)
         with entries.no_autocast(x):
             y, after = unroll_layers(
                 self.cell,
                 self._weights(dtype),
                 x,
-                states,
+                self._layers.enter(states),
                 is_init,
                 self._options(),
                 self.recurrent_backend,
             )
         shape = data.shape
-        restored = tuple(entries.time_last(s, lead, shape) for s in after)
+        restored = tuple(entries.time_last(s, lead, shape) for s in self._layers.leave(after))
         return entries.time_last(y, lead, shape), self._stored(restored)
 
     def _run_step(self, tensordict: TensorDictBase) -> tuple[Tensor, tuple[Tensor, ...]]:
         data = entries.read(self, tensordict)
         if data.states is None:
             self._warn_of_missing_state(data.is_init)
-        dtype = entries.compute_dtype(data.x, self._layers.parameter("weight_hh_l0"))
+        dtype = entries.compute_dtype(data.x, self._layers.sample)
         x, states = entries.flat_step(data, self, dtype)
+        states = self._layers.enter(states)
         layers = self._weights(dtype)
         vendor = self._has_vendor_layers and not (is_compiling() or in_transform())
         with entries.no_autocast(x):
@@ -292,11 +357,12 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
             )
         shape = data.shape
         y = y.view(*shape, y.shape[-1])
+        after = self._layers.leave(after)
         return y, self._stored(tuple(s.view(*shape, *s.shape[1:]) for s in after))
 
     def _stored(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """States as they are written: in the parameters' dtype, which is the primer's."""
-        dtype = self._layers.parameter("weight_hh_l0").dtype
+        dtype = self._layers.sample.dtype
         return tuple(s if s.dtype == dtype else s.to(dtype) for s in states)
 
     def _weights(self, dtype: torch.dtype) -> list[Weights]:
@@ -309,7 +375,8 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         return Options(
             state_grad=self.state_grad,
             only_starts=self.store_states == "starts",
-            vendor=self._has_vendor_layers,
+            # Of a stack of cells "auto" packs the steps; no kernel knows its equation.
+            vendor=self._has_vendor_layers or not isinstance(self.layers, nn.RNNBase),
             dropout=self._layers.dropout if self.training else 0.0,
             recompute=self.recurrent_recompute,
             compute_dtype=self.recurrent_compute_dtype,

@@ -57,6 +57,40 @@ _CELLS = (
     ),
 )
 
+_OWN_CELLS = (
+    Fault(
+        "LayerNorm-LSTM: gates in torch's order",
+        "rnnkeys/cells.py",
+        "i, f, o, u = (gates_x + gates_h).chunk(4, -1)",
+        "i, f, u, o = (gates_x + gates_h).chunk(4, -1)",
+        _reference("loop-lstm_ln-float64"),
+    ),
+    Fault(
+        "LayerNorm-LSTM: the norm of the input is used for the state",
+        "rnnkeys/cells.py",
+        'return self._norm("h", F.linear',
+        'return self._norm("x", F.linear',
+        _reference("loop-lstm_ln-float64"),
+    ),
+    Fault(
+        "a step module's output takes the place of its first state",
+        "rnnkeys/stacks.py",
+        "return weights(gates_x, *state[1:])",
+        "return weights(gates_x, state[0][..., :4], *state[2:])",
+        (
+            "tests/test_custom_cells.py::"
+            "test_sequences_equal_steps_with_every_gradient[step-loop-agents0]",
+        ),
+    ),
+    Fault(
+        "the trial of a step module runs on the module itself",
+        "rnnkeys/stacks.py",
+        "copy.deepcopy(self[layer]).eval()",
+        "self[layer]",
+        ("tests/test_custom_cells.py::test_a_trial_of_a_step_module_leaves_no_trace",),
+    ),
+)
+
 _SEGMENTS = (
     Fault(
         "a row does not start a segment",
@@ -372,6 +406,6 @@ _MINIBATCHES = (
 )
 
 FAULTS: tuple[Fault, ...] = (
-    *(*_CELLS, *_SEGMENTS, *_LOOP, *_SCAN, *_PAD),
+    *(*_CELLS, *_OWN_CELLS, *_SEGMENTS, *_LOOP, *_SCAN, *_PAD),
     *(*_LAYERS, *_LEAKS, *_MODULES, *_TARGETS, *_MINIBATCHES),
 )

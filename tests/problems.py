@@ -13,17 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from rnnkeys.backends import BACKENDS, Options, choose, pad, unroll_layers, why_not
-from rnnkeys.cells import GRU_CELL, LSTM_CELL, Cell, Weights
+from rnnkeys.cells import GRU_CELL, LAYER_NORM_LSTM_CELL, LSTM_CELL, Cell, Weights
 from rnnkeys.layers import Layers
+from rnnkeys.stacks import CellStack
 from tests import reference
+from tests.reference_layernorm import LayerNormLSTM, LayerNormWeights
 from tests.tolerances import assert_equal
 
 State = tuple[Tensor, ...]
 CELLS: dict[str, tuple[Cell, reference.Cell]] = {
     "lstm": (LSTM_CELL, reference.LSTM()),
     "gru": (GRU_CELL, reference.GRU()),
+    "lstm_ln": (LAYER_NORM_LSTM_CELL, LayerNormLSTM()),
 }
-_RNNS: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU}
+# Cells that torch has kernels for; the others live in stacks of our own.
+TORCHS: dict[str, type[nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU}
+
+
+# A norm takes the scale of its argument out. Of one number nothing else is left, and its gradient
+# is rounding error.
+SMALLEST = {"lstm_ln": 3}
 
 
 class Way(NamedTuple):
@@ -115,7 +124,7 @@ class Problem(NamedTuple):
         layouts: names of the memory layouts of ``x`` and the states.
     """
 
-    rnn: nn.RNNBase
+    rnn: Any
     x: Tensor
     reset_state: State
     is_init: Tensor
@@ -127,7 +136,8 @@ class Problem(NamedTuple):
 
     @property
     def layers(self) -> list[Weights]:
-        return [Layers(self.rnn).weights(i) for i in range(self.rnn.num_layers)]
+        view = Layers(self.rnn) if isinstance(self.rnn, nn.RNNBase) else self.rnn.view()
+        return [view.weights(i) for i in range(self.rnn.num_layers)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -177,15 +187,25 @@ def make(
     **sizes: Any,
 ) -> Problem:
     """Draw a problem from torch's generator; ``states`` is ``"random"`` or ``"zero"``."""
-    rnn = _RNNS[cell](inputs, hidden, batch_first=True, dtype=dtype, **sizes)
+    rnn = _make_rnn(cell, inputs, hidden, dtype=dtype, **sizes)
     is_init = MARKS[marks](batch, steps) if isinstance(marks, str) else marks
-    widths = (rnn.proj_size or hidden, hidden) if cell == "lstm" else (hidden,)
+    widths = (rnn.proj_size or hidden, hidden)[: len(CELLS[cell][0].state_names)]
     reset_state = tuple(torch.randn(batch, steps, rnn.num_layers, n, dtype=dtype) for n in widths)
     if states == "zero":
         reset_state = tuple(s.zero_() for s in reset_state)
     x = torch.randn(batch, steps, inputs, dtype=dtype)
     leaves = [t.to(device).requires_grad_() for t in (x, *reset_state)]
     return Problem(rnn.to(device), leaves[0], tuple(leaves[1:]), is_init.to(device), layouts)
+
+
+def _make_rnn(cell: str, *arguments: Any, **keywords: Any) -> Any:
+    if cell in TORCHS:
+        return TORCHS[cell](*arguments, batch_first=True, **keywords)
+    stack = CellStack(CELLS[cell][0], *arguments, **keywords)
+    for name, parameter in stack.named_parameters():
+        if name.startswith("norm"):  # ones and zeros would hide a weight that is not used
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    return stack
 
 
 def for_way(way: str, cell: str, *arguments: Any, **keywords: Any) -> Problem:
@@ -241,10 +261,10 @@ def expect(problem: Problem, d_y: Tensor, d_states: State) -> Run:
     states = _stack([r.states for r in runs])
     shown = (torch.from_numpy(gradients[0].x), *_stack([g.reset_state for g in gradients]))
     grads = dict(zip(problem.leaves, _through_layouts(problem, shown), strict=False))
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
     for i, gradient in enumerate(gradients):
-        for name, d in zip(names, gradient.weights, strict=True):
+        for field, d in gradient.weights._asdict().items():
             if d is not None:
+                name = field.replace("w_", "weight_").replace("b_", "bias_")
                 grads[f"{name}_l{i}"] = torch.from_numpy(d)
     return Run(torch.from_numpy(runs[-1].y), states, grads)
 
@@ -270,9 +290,12 @@ def _numpy(tensor: Tensor) -> Any:
     return tensor.detach().double().cpu().numpy()
 
 
-def _numpy_weights(weights: Weights) -> reference.Weights:
-    arrays: list[Any] = [None if w is None else _numpy(w) for w in weights]
-    return reference.Weights(*arrays)
+def _numpy_weights(weights: Weights) -> Any:
+    arrays: list[Any] = [None if w is None else _numpy(w) for w in weights[:5]]
+    if not weights.extra:
+        return reference.Weights(*arrays)
+    extra = {name: _numpy(w) for name, w in weights.extra.items()}
+    return LayerNormWeights(*arrays[:3], **extra)
 
 
 def assert_same_run(actual: Run, expected: Run, dtype: torch.dtype | str) -> None:

@@ -284,4 +284,4 @@ def _float64(a: npt.ArrayLike) -> Array:
 def _map(function: Any, *weights: Weights) -> Weights:
     """Apply a function to each parameter that is present."""
     mapped: list[Any] = [None if w[0] is None else function(*w) for w in zip(*weights, strict=True)]
-    return Weights(*mapped)
+    return type(weights[0])(*mapped)

@@ -15,14 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rnnkeys.backends import Options, ops, unroll_layers
 from rnnkeys.cells import Weights
 from tests import problems
-from tests.problems import CELLS, WAYS, Problem, State
+from tests.problems import CELLS, TORCHS, WAYS, Problem, State
 from tests.tolerances import assert_equal
 
 F64 = torch.float64
 H = 3
 # Rows of every step: the same number, as in a dense batch, or fewer and fewer, as packed.
 SIZES = {"dense": [3, 3, 3], "packed": [4, 2, 2, 1]}
-of_both_cells = pytest.mark.parametrize("cell", CELLS)
+of_both_cells = pytest.mark.parametrize("cell", TORCHS)
 in_fused_ways = pytest.mark.parametrize("backend", ["scan", "pad"])
 
 

@@ -65,6 +65,11 @@ def why_not(name: str, cell: Cell, weights: Weights, recompute: str = "none") ->
         >>> why_not("loop", GRU_CELL, Weights(torch.zeros(3, 1), torch.zeros(3, 1))) is None
         True
     """
+    if recompute != "none" and not isinstance(weights, Weights):
+        return ValueError(
+            f"recurrent_recompute={recompute!r} is not for a step module, whose parameters a loss "
+            "may swap before the backward pass. Leave it 'none', or write a rnnkeys.cells.Cell."
+        )
     if recompute != "none" and name in ("pad", "auto"):
         return ValueError(
             f"recurrent_recompute={recompute!r} is not for recurrent_backend={name!r}, whose "
@@ -167,9 +172,8 @@ def _empty(
     cell: Cell, layers: list[Weights], x: Tensor, reset_state: State
 ) -> tuple[Tensor, State]:
     """No step to run; outputs of the right shape that still hang on the parameters."""
-    top = layers[-1]
-    width = reset_state[0].shape[-1]
-    y = F.linear(x, layers[0].w_ih)[..., :1].expand(*x.shape[:2], width) * top.w_hh.sum()
+    parameters = torch.stack([w.sum() for layer in layers for w in layer.tensors])
+    y = x.sum(-1, keepdim=True).expand(*x.shape[:2], reset_state[0].shape[-1]) * parameters.sum()
     return y, tuple(s.detach().clone() for s in reset_state)
 
 

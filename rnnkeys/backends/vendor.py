@@ -74,7 +74,7 @@ def _onednn_runs(x: Tensor) -> bool:
 
 def _vendor_block(weights: Weights, x: Tensor, state: tuple[Tensor, Tensor]):
     """Run ``x [T, B, I]`` by whatever kernel torch has for the device."""
-    parameters = [w for w in weights if w is not None]
+    parameters = weights.tensors
     hx = (state[0].unsqueeze(0), state[1].unsqueeze(0))
     has_biases = weights.b_ih is not None
     y, h, c = torch._VF.lstm(x, hx, parameters, has_biases, 1, 0.0, False, False, False)  # pyright: ignore[reportAttributeAccessIssue]

@@ -74,9 +74,9 @@ def why_not(
 
 
 def _why_not_layer(cell: Cell, weights: Weights, compute_dtype: torch.dtype) -> str | None:
-    dtype, hidden = weights.w_hh.dtype, weights.w_hh.shape[1]
     if cell.name not in ("lstm", "gru"):
         return f"recurrent_backend='triton' runs LSTM and GRU, got {cell.name!r}. {_ELSEWHERE}."
+    dtype, hidden = weights.w_hh.dtype, weights.w_hh.shape[1]
     if weights.w_hr is not None:
         return (
             "recurrent_backend='triton' has no projection, got "

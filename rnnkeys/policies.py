@@ -1,0 +1,256 @@
+"""Recurrent layers by name, and the network of a deep recurrent Q-network (DRQN)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torchrl.data import TensorSpec
+from torchrl.modules import MLP, QValueModule
+
+from .cells import LAYER_NORM_LSTM_CELL
+from .modules import GRUModule, LSTMModule, RecurrentModule
+
+_KINDS = ("lstm", "gru", "lstm_ln")
+
+
+def recurrent_module(
+    kind: str,
+    input_size: int,
+    hidden_size: int,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    **arguments: Any,
+) -> RecurrentModule:
+    """Make a recurrent module by the name of its cell.
+
+    Args:
+        kind: ``"lstm"``, ``"gru"`` or ``"lstm_ln"`` (an LSTM with layer normalisation; see
+            :class:`rnnkeys.cells.LayerNormLongShortTermMemory`).
+        input_size: size ``I`` of the input.
+        hidden_size: size ``H`` of the states.
+        num_layers: number ``L`` of layers.
+        dropout: probability of dropout between layers, in training.
+        **arguments: as for ``LSTMModule``: ``in_key=``, ``out_key=``, ...
+
+    Raises:
+        ValueError: if there is no such kind.
+
+    Examples:
+        >>> recurrent_module("lstm_ln", 3, 5, in_key="observation", out_key="embed").state_keys
+        ('recurrent_state_h', 'recurrent_state_c')
+    """
+    if kind not in _KINDS:
+        raise ValueError(
+            f"kind must be one of {', '.join(map(repr, _KINDS))}. Got {kind!r}; for a cell of your "
+            "own use RecurrentModule(cell, ...)."
+        )
+    arguments = {"num_layers": num_layers, "dropout": dropout, **arguments}
+    if kind == "lstm":
+        return LSTMModule(input_size, hidden_size, **arguments)
+    if kind == "gru":
+        return GRUModule(input_size, hidden_size, **arguments)
+    return RecurrentModule(LAYER_NORM_LSTM_CELL, input_size, hidden_size, **arguments)
+
+
+class DuelingHead(nn.Module):
+    """Turn features ``[..., H]`` into a value for each action, ``[..., A]``.
+
+    ``Q(a) = V + A(a) - mean(A)``; see "Dueling Network Architectures for Deep Reinforcement
+    Learning", Wang et al., 2016 (arXiv:1511.06581).
+
+    Args:
+        input_size: ``H``.
+        num_actions: ``A``.
+        sizes: of the hidden layers of both branches.
+        device: of the parameters.
+
+    Examples:
+        >>> DuelingHead(5, 2)(torch.zeros(3, 5)).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        num_actions: int,
+        sizes: Sequence[int] = (64,),
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.value = _mlp(input_size, sizes, 1, device)
+        self.advantage = _mlp(input_size, sizes, num_actions, device)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """See the class."""
+        advantage = self.advantage(features)
+        return self.value(features) + advantage - advantage.mean(-1, keepdim=True)
+
+
+class FrameEncoder(nn.Module):
+    """Turn frames ``[..., C, Y, X]``, bytes or floats, into features ``[..., F]``.
+
+    The three convolutions of "Human-level control through deep reinforcement learning", Mnih et
+    al., 2015 (https://doi.org/10.1038/nature14236). Bytes are divided by 255.
+
+    Args:
+        shape: ``(C, Y, X)`` of a frame, at least 36 by 36.
+        output_size: ``F``.
+        device: of the parameters.
+
+    Raises:
+        ValueError: if frames are too small.
+
+    Examples:
+        >>> FrameEncoder((1, 84, 84), 16)(torch.zeros(2, 7, 1, 84, 84, dtype=torch.uint8)).shape
+        torch.Size([2, 7, 16])
+    """
+
+    def __init__(
+        self, shape: Sequence[int], output_size: int, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        channels, *frame = shape
+        if len(frame) != 2 or min(frame) < 36:
+            raise ValueError(
+                f"observation_shape of frames must be (channels, height, width), both at least 36. "
+                f"Got {tuple(shape)}: enlarge frames, or pass an encoder=."
+            )
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, 32, 8, 4, device=device),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 4, 2, device=device),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, 1, device=device),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
+        sides = [((n - 8) // 4 + 1 - 4) // 2 + 1 - 2 for n in frame]
+        self.out = nn.Linear(64 * sides[0] * sides[1], output_size, device=device)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """See the class."""
+        if not frames.is_floating_point():
+            frames = frames.to(self.out.weight.dtype) / 255
+        lead = frames.shape[:-3]
+        return self.out(self.layers(frames.reshape(-1, *frames.shape[-3:]))).relu().view(*lead, -1)
+
+
+def drqn_policy(
+    action_spec: TensorSpec,
+    observation_shape: Sequence[int],
+    *,
+    cell: str = "lstm",
+    hidden_size: int = 64,
+    encoder: nn.Module | None = None,
+    encoder_sizes: Sequence[int] = (128, 128),
+    dueling: bool = True,
+    head_sizes: Sequence[int] = (64,),
+    in_key: NestedKey = "observation",
+    device: torch.device | str | None = None,
+    **arguments: Any,
+) -> TensorDictSequential:
+    """Make the network of a deep recurrent Q-network: encoder, memory, head, greedy action.
+
+    See "Deep Recurrent Q-Learning for Partially Observable MDPs", Hausknecht and Stone, 2015
+    (arXiv:1507.06527).
+
+    Args:
+        action_spec: of discrete actions, one-hot or categorical.
+        observation_shape: ``(F,)`` takes linear layers, ``(C, Y, X)`` convolutions.
+        cell: ``"lstm"``, ``"gru"`` or ``"lstm_ln"``; or ``"none"`` for a linear layer in its place,
+            a memoryless network to compare with.
+        hidden_size: of the memory.
+        encoder: in place of the one made from the shape; its output's last size must be that of
+            ``encoder_sizes``.
+        encoder_sizes: of the linear layers before the memory (of frames: only the last one counts).
+            ``()`` leaves them out.
+        dueling: whether the head is dueling, or a plain network.
+        head_sizes: of the head's hidden layers.
+        in_key: key of the observation.
+        device: of the parameters.
+        **arguments: for the recurrent module, as in :func:`recurrent_module`.
+
+    Returns:
+        A policy that reads ``in_key`` and the states, and writes ``"action_value"``, ``"action"``
+        and ``"chosen_action_value"``; its recurrent layer is ``policy[1]``.
+
+    Raises:
+        ValueError: if the observation is neither a vector nor frames, or if no action is discrete.
+
+    Examples:
+        >>> from torchrl.data import OneHot
+        >>> policy = drqn_policy(OneHot(2), (4,), hidden_size=8)
+        >>> policy[1].state_keys
+        ('recurrent_state_h', 'recurrent_state_c')
+    """
+    num_actions = _count_actions(action_spec)
+    see, width = _make_encoder(encoder, observation_shape, encoder_sizes, device)
+    memory: TensorDictModuleBase
+    if cell == "none":
+        layer = nn.Sequential(nn.Linear(width, hidden_size, device=device), nn.Tanh())
+        memory = TensorDictModule(layer, in_keys=["features"], out_keys=["memory"])
+    else:
+        keys = {"in_key": "features", "out_key": "memory", "device": device}
+        memory = recurrent_module(cell, width, hidden_size, **{**keys, **arguments})
+    if dueling:
+        head: nn.Module = DuelingHead(hidden_size, num_actions, head_sizes, device)
+    else:
+        head = _mlp(hidden_size, head_sizes, num_actions, device)
+    modules: Any = (
+        TensorDictModule(see, in_keys=[in_key], out_keys=["features"]),
+        memory,
+        TensorDictModule(head, in_keys=["memory"], out_keys=["action_value"]),
+        QValueModule(spec=action_spec),
+    )
+    return TensorDictSequential(*modules)
+
+
+def _count_actions(spec: TensorSpec) -> int:
+    number = getattr(getattr(spec, "space", None), "n", None)
+    if not isinstance(number, int):
+        raise ValueError(
+            "drqn_policy chooses among discrete actions: action_spec must be OneHot or "
+            f"Categorical. Got {type(spec).__name__}."
+        )
+    return number
+
+
+def _make_encoder(
+    encoder: nn.Module | None,
+    shape: Sequence[int],
+    sizes: Sequence[int],
+    device: torch.device | str | None,
+) -> tuple[nn.Module, int]:
+    if encoder is None and len(shape) not in (1, 3):
+        raise ValueError(
+            "observation_shape must be (features,) or (channels, height, width). Got "
+            f"{tuple(shape)}: flatten the observation, or pass an encoder=."
+        )
+    if encoder is not None or len(shape) == 3:
+        if not sizes:
+            raise ValueError(
+                "encoder_sizes must end with the size of the features. Got (), which leaves an "
+                "encoder of vectors out; frames and an encoder= need one."
+            )
+        return encoder or FrameEncoder(shape, sizes[-1], device), sizes[-1]
+    if not sizes:
+        return nn.Identity(), shape[0]
+    layers = _mlp(shape[0], sizes[:-1], sizes[-1], device)
+    return nn.Sequential(layers, nn.ReLU()), sizes[-1]
+
+
+def _mlp(
+    inputs: int, hidden: Sequence[int], outputs: int, device: torch.device | str | None
+) -> MLP:
+    return MLP(
+        in_features=inputs,
+        out_features=outputs,
+        num_cells=list(hidden),
+        activation_class=nn.ReLU,
+        device=None if device is None else torch.device(device),
+    )
