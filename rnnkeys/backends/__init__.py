@@ -289,6 +289,7 @@ class _Triton:
     ):
         self.cell, self.options = cell, options
         self.reset_state, self.is_init = reset_state, is_init
+        self.order = triton.order_segments(is_init)
 
     def pack(self, x: Tensor) -> Tensor:
         return x
@@ -298,7 +299,10 @@ class _Triton:
 
     def run(self, weights: Weights, rows: Tensor, layer: int) -> State:
         start = tuple(s[:, :, layer] for s in self.reset_state)
-        return triton.unroll(self.cell, weights, rows, start, self.is_init, self.options)[1]
+        _, states = triton.unroll(
+            self.cell, weights, rows, start, self.is_init, self.options, self.order
+        )
+        return states
 
 
 _BATCHES: dict[str, Any] = {"loop": _Loop, "pad": _Pad, "scan": _Scan, "triton": _Triton}

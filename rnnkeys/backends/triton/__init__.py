@@ -19,6 +19,7 @@ from torch.compiler import is_compiling
 from ...cells import Cell, Weights
 from ...precision import resolve
 from .config import MAX_HIDDEN
+from .ordering import order_segments as order_segments
 
 State = tuple[Tensor, ...]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,6 +129,7 @@ def unroll(
     reset_state: State,
     is_init: Tensor,
     options: Modes,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Run one layer over a batch.
 
@@ -141,6 +143,7 @@ def unroll(
         reset_state: per state name ``[B, T, H]``, any strides, read at t=0 and where ``is_init``.
         is_init: bool ``[B, T]``.
         options: how to run; any object with the attributes of :class:`Modes`.
+        order: what :func:`order_segments` returns for ``is_init``, so that layers share it.
 
     Returns:
         Outputs ``[B, T, H]`` and, per state name, the states after every step, ``[B, T, H]``, in
@@ -161,8 +164,10 @@ def unroll(
     reset_h, reset_c = reset_state if len(reset_state) == 2 else (*reset_state, None)
     inputs = (x, *weights[:4], reset_h, reset_c)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if order is None:
+        order = order_segments(is_init)
     h, c, _ = ops.layer(
-        cell.name, *inputs, is_init, dtype, resolve(options.precision, x.device),
+        cell.name, *inputs, is_init, order, dtype, resolve(options.precision, x.device),
         grad and options.recompute == "none",
     )  # fmt: skip
     return h, (h,) if reset_c is None else (h, c)

@@ -6,15 +6,27 @@ Both functions work in place on buffers that :mod:`.ops` allocates, and never wa
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import gru, lstm
-from .config import Device, choose_config
+from .config import Config, Device, choose_config
 
 _KERNELS: dict[str, Any] = {"lstm": lstm, "gru": gru}
+
+
+class Marks(NamedTuple):
+    """Where segments start.
+
+    Attributes:
+        is_init: bool ``[B, T]``, dense.
+        order: from :func:`rnnkeys.backends.triton.ordering.order_segments`.
+    """
+
+    is_init: Tensor
+    order: Tensor
 
 
 def forward(
@@ -22,7 +34,7 @@ def forward(
     gates: Tensor,
     states: tuple[Tensor, ...],
     resets: tuple[Tensor, ...],
-    is_init: Tensor,
+    marks: Marks,
     w_hh: Tensor,
     bias_n: Tensor | None,
     keep: bool,
@@ -34,8 +46,8 @@ def forward(
         cell: ``"lstm"`` or ``"gru"``.
         gates: ``[B, T, 4H]``, projected inputs; with ``keep``, activations replace them.
         states: written, one ``[B, T, H]`` per state name.
-        resets: read at t=0 and where ``is_init``, as ``states``; any strides.
-        is_init: bool ``[B, T]``.
+        resets: read where segments start, as ``states``; any strides.
+        marks: where segments start.
         w_hh: ``[G*H, H]``, in the dtype of ``gates``.
         bias_n: GRU's ``[H]``; None for an LSTM.
         keep: whether the backward pass will need the activations.
@@ -43,8 +55,8 @@ def forward(
     """
     resets, strides = _rows(resets)
     extra = () if bias_n is None else (bias_n,)
-    tensors = (gates, *states, *resets, is_init, w_hh, *extra)
-    _launch(cell, "forward", tensors, strides, is_init.shape, w_hh, precision, KEEP=keep)
+    before, after = (gates, *states, *resets), (w_hh, *extra)
+    _launch(cell, "forward", before, marks, after, strides, w_hh, precision, KEEP=keep)
 
 
 def backward(
@@ -53,7 +65,7 @@ def backward(
     act: Tensor,
     state: Tensor,
     reset: Tensor,
-    is_init: Tensor,
+    marks: Marks,
     w_hh: Tensor,
     d_gates: Tensor,
     d_reset: Tensor | None,
@@ -67,7 +79,7 @@ def backward(
         act: activations ``[B, T, 4H]``.
         state: ``c`` of an LSTM, ``h`` of a GRU, after every step.
         reset: what replaces ``state`` where a segment starts; any strides.
-        is_init: bool ``[B, T]``.
+        marks: where segments start.
         w_hh: ``[G*H, H]``, in the dtype of ``act``.
         d_gates: written, ``[B, T, 4H]``.
         d_reset: written where a segment starts, or None.
@@ -80,9 +92,9 @@ def backward(
         flags["HAS_DC"] = grad_c is not None
         first = (grad_h, grad_h if grad_c is None else grad_c)
     (reset,), strides = _rows((reset,))
-    unused = state if d_reset is None else d_reset
-    tensors = (*first, act, state, reset, is_init, w_hh, d_gates, unused)
-    _launch(cell, "backward", tensors, strides, is_init.shape, w_hh, precision, **flags)
+    before = (*first, act, state, reset)
+    after = (w_hh, d_gates, state if d_reset is None else d_reset)
+    _launch(cell, "backward", before, marks, after, strides, w_hh, precision, **flags)
 
 
 def _rows(resets: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
@@ -99,39 +111,71 @@ def _rows(resets: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[int, in
 def _launch(
     cell: str,
     direction: str,
-    tensors: tuple[Tensor, ...],
+    before: tuple[Tensor, ...],
+    marks: Marks,
+    after: tuple[Tensor, ...],
     strides: tuple[int, int],
-    shape: torch.Size,
     w_hh: Tensor,
     precision: str,
     **flags: bool,
 ) -> None:
-    batch, steps = shape
-    hidden = w_hh.shape[1]
+    batch, steps = marks.is_init.shape
     if not (batch and steps):
         return
-    config = choose_config(
-        batch, hidden, w_hh.shape[0] // hidden, w_hh.element_size(), precision, _device(w_hh)
-    )
-    kernel = getattr(_KERNELS[cell], f"{direction}_{'resident' if config.resident else 'tiled'}")
+    hidden, device = w_hh.shape[1], _device(w_hh)
+    itemsize = w_hh.element_size()
+    config = choose_config(direction, batch, steps, hidden, itemsize, precision, device)
     options: dict[str, Any] = {
-        **flags, "BLOCK_B": config.block_b, "STAGES": config.stages, "PRECISION": precision,
-        "num_warps": config.num_warps,
+        **flags, "BLOCK_B": config.block_b, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "PRECISION": precision, "num_warps": config.num_warps,
     }  # fmt: skip
-    rows = -(-batch // config.block_b)
-    sizes = (batch, steps, hidden, *strides)
+    kernels = _KERNELS[cell]
     with _on(w_hh.device):
         if config.resident:
-            kernel[(rows,)](*tensors, *sizes, BLOCK_H=config.block_n, **options)
-            return
-        if direction == "backward":
-            tensors = (*tensors, torch.empty(batch, hidden, device=w_hh.device))
-        options |= {"BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-        columns = config.block_n if config.stepwise else hidden
-        grid = (rows, -(-hidden // columns))
-        ranges = [(t, t + 1) for t in range(steps)] if config.stepwise else [(0, steps)]
-        for begin, end in ranges if direction == "forward" else ranges[::-1]:
-            kernel[grid](*tensors, *sizes, begin, end, columns, **options)
+            kernel = getattr(kernels, direction)
+            sizes = (batch * steps, steps, hidden, *strides)
+            _launch_resident(kernel, (*before, marks.order, *after), sizes, config, device, options)
+        else:
+            kernel = getattr(kernels, f"{direction}_step")
+            tensors = (*before, marks.is_init, *after)
+            if direction == "backward":
+                tensors = (*tensors, torch.empty(batch, hidden, device=w_hh.device))
+            sizes = (batch, steps, hidden, *strides)
+            _launch_steps(kernel, tensors, sizes, config, options, direction == "backward")
+
+
+def _launch_resident(
+    kernel: Any,
+    tensors: tuple[Tensor, ...],
+    sizes: tuple[int, ...],
+    config: Config,
+    device: Device,
+    options: dict[str, Any],
+) -> None:
+    """One launch for all time; programs that share rows have to run at once."""
+    groups = -(-sizes[0] // config.block_b)
+    lanes = min(groups, max(1, config.lanes(device)))
+    tickets = torch.zeros(lanes, dtype=torch.int32, device=tensors[0].device)
+    kernel[(lanes, config.split)](
+        *tensors, tickets, *sizes, SPLIT=config.split, CHUNKS=config.chunks,
+        launch_cooperative_grid=config.split > 1, **options,
+    )  # fmt: skip
+
+
+def _launch_steps(
+    kernel: Any,
+    tensors: tuple[Tensor, ...],
+    sizes: tuple[int, ...],
+    config: Config,
+    options: dict[str, Any],
+    back: bool,
+) -> None:
+    """One launch per step, whose end is the barrier."""
+    batch, steps, hidden = sizes[:3]
+    grid = (-(-batch // config.block_b), -(-hidden // config.block_n))
+    launch = kernel[grid]
+    for t in range(steps - 1, -1, -1) if back else range(steps):
+        launch(*tensors, *sizes, t, STAGES=config.stages, **options)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -141,6 +185,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 def _device(tensor: Tensor) -> Device:
     if not tensor.is_cuda:
-        return Device()
+        # The interpreter runs programs one after the other: none can wait for another.
+        return Device(processors=1)
     properties = torch.cuda.get_device_properties(tensor.device)
     return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)

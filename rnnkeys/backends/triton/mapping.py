@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import _map_by_loop as map_by_loop
+from .ordering import order_segments
 
 Rule = Callable[..., tuple[tuple[Tensor, ...], tuple[int, ...]]]
 
@@ -16,6 +17,7 @@ Rule = Callable[..., tuple[tuple[Tensor, ...], tuple[int, ...]]]
 def map_rows(
     op: Callable[..., tuple[Tensor, ...]],
     parameters: Sequence[int],
+    marks: int,
     per_element: int | None = None,
 ) -> Rule:
     """Make a rule that folds the mapped dimension into the batch.
@@ -26,6 +28,7 @@ def map_rows(
     Args:
         op: takes and returns tensors with the batch first, parameters aside.
         parameters: positions of its parameters.
+        marks: position of ``is_init``, which the order of its segments follows.
         per_element: position of the flag that asks for the gradients of parameters.
     """
     one_by_one = map_by_loop(op)
@@ -39,6 +42,7 @@ def map_rows(
             _fold(a, d, size) if isinstance(a, Tensor) and i not in parameters else a
             for i, (a, d) in enumerate(zip(args, in_dims, strict=True))
         ]
+        folded[marks + 1] = order_segments(folded[marks])
         outputs = tuple(_unfold(out, size) for out in op(*folded))
         return outputs, (0,) * len(outputs)
 

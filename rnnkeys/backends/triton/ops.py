@@ -28,6 +28,7 @@ def layer(
     reset_h: Tensor,
     reset_c: Tensor | None,
     is_init: Tensor,
+    order: Tensor,
     dtype: torch.dtype,
     precision: str,
     keep: bool,
@@ -47,7 +48,7 @@ def layer(
     c = h.new_empty(0) if reset_c is None else torch.empty_like(h)
     states, resets = ((h,), (reset_h,)) if reset_c is None else ((h, c), (reset_h, reset_c))
     w = w_hh.to(dtype).contiguous()
-    marks = is_init.contiguous()
+    marks = launch.Marks(is_init.contiguous(), order)
     launch.forward(cell, gates, states, resets, marks, w, p.inner_bias, keep, p.precision)
     return h, c, gates if keep else gates.new_empty(0)
 
@@ -65,6 +66,7 @@ def layer_backward(
     reset_h: Tensor,
     reset_c: Tensor | None,
     is_init: Tensor,
+    order: Tensor,
     dtype: torch.dtype,
     precision: str,
     h: Tensor,
@@ -91,7 +93,7 @@ def layer_backward(
             act = products.activations(p, h_tm1)
         d_gates = torch.empty_like(act)
         grads = (grad_h.contiguous(), None if grad_c is None else grad_c.contiguous())
-        marks = is_init.contiguous()
+        marks = launch.Marks(is_init.contiguous(), order)
         launch.backward(cell, grads, act, state, reset, marks, w, d_gates, direct, p.precision)
         d_x = products.input_grad(p, d_gates) if want_x else h.new_empty(0)
         d_weights = [h.new_empty(0) for _ in range(4)]
@@ -110,7 +112,7 @@ def _no_autocast(x: Tensor) -> torch.autocast:
 
 @layer.register_fake
 def _layer_fake(
-    cell, x, w_ih, w_hh, b_ih, b_hh, reset_h, reset_c, is_init, dtype, precision, keep
+    cell, x, w_ih, w_hh, b_ih, b_hh, reset_h, reset_c, is_init, order, dtype, precision, keep
 ):  # fmt: skip
     hidden = w_hh.shape[1]
     h = w_hh.new_empty(*x.shape[:2], hidden)
@@ -121,8 +123,8 @@ def _layer_fake(
 
 @layer_backward.register_fake
 def _layer_backward_fake(
-    grad_h, grad_c, cell, x, w_ih, w_hh, b_ih, b_hh, reset_h, reset_c, is_init, dtype, precision,
-    h, c, act, kept, want_x, want_weights, want_reset,
+    grad_h, grad_c, cell, x, w_ih, w_hh, b_ih, b_hh, reset_h, reset_c, is_init, order, dtype,
+    precision, h, c, act, kept, want_x, want_weights, want_reset,
 ):  # fmt: skip
     def like(tensor, wanted):
         if tensor is None or not wanted:
@@ -142,7 +144,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _grad(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, _: Tensor | None) -> Any:
     *inputs, h, c, act = ctx.saved_tensors
-    x, w_ih, w_hh, b_ih, b_hh, reset_h, reset_c, is_init = inputs
+    x, w_ih, w_hh, b_ih, b_hh, reset_h, reset_c, is_init, order = inputs
     wants = ctx.needs_input_grad
     if grad_h is None:
         grad_h = torch.zeros_like(h)
@@ -153,7 +155,7 @@ def _grad(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, _: Tensor | No
     )  # fmt: skip
     grads = (d_x, *d_weights, d_reset_h, d_reset_c)
     given = [g if want else None for g, want in zip(grads, wants[1:8], strict=True)]
-    return None, *given, None, None, None, None
+    return None, *given, None, None, None, None, None
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
@@ -168,5 +170,7 @@ layer.register_autograd(_grad, setup_context=_setup)
 layer_backward.register_autograd(
     _no_second_derivative, setup_context=lambda ctx, inputs, output: None
 )
-layer.register_vmap(map_rows(layer, parameters=range(2, 6)))
-layer_backward.register_vmap(map_rows(layer_backward, parameters=range(4, 8), per_element=18))
+layer.register_vmap(map_rows(layer, parameters=range(2, 6), marks=8))
+layer_backward.register_vmap(
+    map_rows(layer_backward, parameters=range(4, 8), marks=10, per_element=19)
+)

@@ -8,8 +8,14 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    """Hyperbolic tangent, to 1e-7 absolute: the language has none, the interpreter no libdevice."""
-    return 2 * tl.sigmoid(2 * x) - 1
+    """Hyperbolic tangent, to 4e-7 relative.
+
+    The language has none and the interpreter no libdevice. Near zero, where the difference of two
+    numbers near 1 would lose all digits, a Taylor polynomial.
+    """
+    x2 = x * x
+    tail = -1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))
+    return tl.where(tl.abs(x) < 0.3, x + x * x2 * tail, 2 * tl.sigmoid(2 * x) - 1)
 
 
 @triton.jit
@@ -25,10 +31,141 @@ def store(ptr, value, mask):
 
 
 @triton.jit
+def load_four(ptr, H, mask):
+    """Load the four quarters of a row of ``4H``."""
+    return (
+        load(ptr, mask),
+        load(ptr + H, mask),
+        load(ptr + 2 * H, mask),
+        load(ptr + 3 * H, mask),
+    )
+
+
+@triton.jit
+def store_four(ptr, H, first, second, third, fourth, mask):
+    """Store the four quarters of a row of ``4H``."""
+    store(ptr, first, mask)
+    store(ptr + H, second, mask)
+    store(ptr + 2 * H, third, mask)
+    store(ptr + 3 * H, fourth, mask)
+
+
+@triton.jit
+def four(tile, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Split ``[BLOCK_B, 4 * BLOCK_N]`` into its four quarters."""
+    apart = tile.reshape(BLOCK_B, 2, 2, BLOCK_N).permute(0, 3, 1, 2)
+    even, odd = tl.split(apart)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def inner(CHUNKS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Indices ``[CHUNKS, BLOCK_K // CHUNKS]`` of a product's inner dimension."""
+    width: tl.constexpr = BLOCK_K // CHUNKS
+    return tl.arange(0, CHUNKS)[:, None] * width + tl.arange(0, width)[None, :]
+
+
+@triton.jit
+def in_chunks(tile, CHUNKS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Cut ``[BLOCK_B, BLOCK_K]`` into ``[CHUNKS, BLOCK_B, BLOCK_K // CHUNKS]``."""
+    return tile.reshape(BLOCK_B, CHUNKS, BLOCK_K // CHUNKS).permute(1, 0, 2)
+
+
+@triton.jit
+def product(a, w, start, PRECISION: tl.constexpr):
+    """Return ``start + a w`` of ``a [CHUNKS, M, K]`` and ``w [CHUNKS, K, N]``.
+
+    Each warp has a chunk of the inner dimension: chains of dependent instructions are short, and no
+    warp repeats what another does.
+    """
+    if a.shape[0] == 1:
+        a_2 = a.reshape(a.shape[1], a.shape[2])
+        w_2 = w.reshape(w.shape[1], w.shape[2])
+        return tl.dot(a_2, w_2, start, input_precision=PRECISION)
+    return start + tl.sum(tl.dot(a, w, input_precision=PRECISION), 0)
+
+
+@triton.jit
+def side_by_side(first, second, third, fourth):
+    """Lay four tiles ``[M, K]`` out as ``[M, 4 * K]``."""
+    apart = tl.join(tl.join(first, third), tl.join(second, fourth))
+    return apart.permute(0, 2, 3, 1).reshape(first.shape[0], 4 * first.shape[1])
+
+
+@triton.jit
+def weights_of_columns(
+    w, GATES: tl.constexpr, first_n, H, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Load the weights that lead to ``BLOCK_N`` columns of all gates, from ``w [G*H, H]``.
+
+    Returns:
+        ``[CHUNKS, BLOCK_K // CHUNKS, 4 * BLOCK_N]``, gate after gate, zero beyond ``H`` and beyond
+        the last gate.
+    """
+    wide = tl.arange(0, 4 * BLOCK_N)[None, None, :]
+    gate, n = wide // BLOCK_N, first_n + wide % BLOCK_N
+    k = inner(CHUNKS, BLOCK_K)[:, :, None]
+    live = (gate < GATES) & (n < H) & (k < H)
+    return tl.load(w + (gate * H + n) * H + k, mask=live, other=0.0)
+
+
+@triton.jit
+def weights_of_rows(
+    w, SKIP: tl.constexpr, first_n, H, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Load the weights that lead back from four quarters to ``BLOCK_N`` columns.
+
+    Returns:
+        ``[CHUNKS, 4 * BLOCK_K // CHUNKS, BLOCK_N]``, quarter after quarter, zero beyond ``H``. The
+        first ``SKIP`` quarters are zero; the others are the gates, in their order.
+    """
+    q = inner(CHUNKS, 4 * BLOCK_K)[:, :, None]
+    gate, k = q // BLOCK_K - SKIP, q % BLOCK_K
+    n = first_n + tl.arange(0, BLOCK_N)[None, None, :]
+    live = (gate >= 0) & (n < H) & (k < H)
+    return tl.load(w + (gate * H + k) * H + n, mask=live, other=0.0)
+
+
+@triton.jit
 def weight(w, gate: tl.constexpr, row, column, H):
     """Load ``w[gate * H + row, column]`` of ``w [G*H, H]``, zero outside of the gate's block."""
     at = w + gate * H * H + row * H + column
     return tl.load(at, mask=(row < H) & (column < H), other=0.0)
+
+
+@triton.jit
+def group_of(order, N, segments, group, T, reset_b, reset_t, BLOCK_B: tl.constexpr):
+    """Read which segments a group of ``BLOCK_B`` rows holds.
+
+    ``order [2 N + 1]`` names the segments' first steps, then their lengths, then their number.
+
+    Returns:
+        The flat position of each segment's first step, its length (0 for a row without segment),
+        the offset of its stored state, and the length of the longest.
+    """
+    row = group * BLOCK_B + tl.arange(0, BLOCK_B)
+    at = tl.load(order + row, mask=row < segments, other=0).to(tl.int64)
+    length = tl.load(order + N + row, mask=row < segments, other=0)
+    reset_at = (at // T) * reset_b + (at % T) * reset_t
+    return at, length, reset_at, tl.load(order + N + group * BLOCK_B)
+
+
+@triton.jit
+def meet(ticket, target):
+    """Wait until all programs that share ``ticket`` have come here, ``target`` arrivals in all.
+
+    What each of them wrote before is seen by all of them after: the barrier collects a program's
+    threads, the release and the acquire carry their writes across the GPU.
+    """
+    tl.debug_barrier()
+    tl.atomic_add(ticket, 1, sem="release", scope="gpu")
+    while tl.atomic_add(ticket, 0, sem="acquire", scope="gpu") < target:
+        pass
+    tl.debug_barrier()
 
 
 @triton.jit
