@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -43,7 +45,7 @@ class Built(NamedTuple):
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """The sdist, and the wheel built from it; from a copy, for building writes to its source."""
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for name in ("rnnkeys", "tests", "scripts", "tutorials"):
+    for name in ("rnnkeys", "tests", "scripts", "tutorials", "benchmarks"):
         if (PROJECT / name).is_dir():
             copytree(PROJECT / name, source / name, ignore=ignore_patterns("__pycache__"))
     for path in PROJECT.iterdir():
@@ -68,6 +70,7 @@ def test_the_sdist_holds_what_a_contributor_needs(built):
         names = {str(Path(*Path(name).parts[1:])) for name in archive.getnames()}
     for name in ("pyproject.toml", "constraints.txt", "Makefile", "LICENSE", "tests/reference.py"):
         assert name in names
+    assert {str(p) for p in _linked_files(PROJECT / "README.md")} <= names
 
 
 def test_only_the_four_dependencies_are_required(built):
@@ -101,10 +104,17 @@ def test_importing_the_package_imports_no_optional_package():
     assert _python(sys.executable, "-c", script) == "[]"
 
 
+def _linked_files(readme: Path) -> set[Path]:
+    """Files of the project that the text shows or links to."""
+    targets = re.findall(r"\]\(([^)#]+)\)", readme.read_text())
+    return {Path(target) for target in targets if "://" not in target}
+
+
 def _python(python: str | Path, *arguments: str | Path, cwd: Path = PROJECT) -> str:
     """Run Python without the caller's path; returns what it printed, or fails with its errors."""
     command = [str(python), *map(str, arguments)]
-    process = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    process = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout.strip()
 
