@@ -98,7 +98,7 @@ class Settings:
 PRESETS = {
     "positions": {},
     "pixels": {
-        "frames": 20_000,
+        "frames": 40_000,
         "capacity": 20_000,
         "num_envs": 8,
         "slices": 16,
@@ -123,7 +123,7 @@ def read_settings(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--resume", metavar="CHECKPOINT", help="go on from this checkpoint.pt")
-    _add_options(parser)
+    add_options(parser, Settings)
     named = parser.parse_args(argv)
     try:
         if named.resume is None:
@@ -167,9 +167,9 @@ def _make_output(folder: Path) -> None:
         ) from error
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    """Give ``parser`` an option for each of the settings: ``slice_len`` is ``--slice-len``."""
-    for item in fields(Settings):
+def add_options(parser: argparse.ArgumentParser, settings: Any) -> None:
+    """Give ``parser`` an option for each field of a dataclass: ``slice_len`` is ``--slice-len``."""
+    for item in fields(settings):
         name = _flag(item.name)
         text = item.metadata["help"] + " (default: %(default)s)"
         if isinstance(item.default, bool):
