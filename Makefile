@@ -71,6 +71,7 @@ demo: $(RUN_READY)
 
 learn: $(RUN_READY)
 	$(BIN)/python benchmarks/learn_dqn.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/learn_policy_gradients.py
 
 bench: $(RUN_READY)
 	$(BIN)/python -m benchmarks.bench_cpu $(BENCH_ARGS)

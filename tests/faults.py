@@ -405,7 +405,35 @@ _MINIBATCHES = (
     ),
 )
 
+_POLICY_TUTORIALS = (
+    Fault(
+        "PPO collects without the critic's memory",
+        "tutorials/recurrent_ppo.py",
+        "TensorDictSequential(self.actor, *memories)",
+        "TensorDictSequential(self.actor)",
+        ("tests/test_policy_tutorials.py::test_ppo_learns_from_what_was_played",),
+    ),
+    Fault(
+        "a return runs on into the next episode",
+        "tutorials/recurrent_ppo.py",
+        "self.so_far = self.so_far.masked_fill(done[:, t], 0)",
+        "pass",
+        ("tests/test_policy_tutorials.py::test_ppo_notes_the_returns_of_whole_episodes",),
+    ),
+    Fault(
+        "REINFORCE plays the likeliest action only",
+        "tutorials/recurrent_reinforce.py",
+        "@set_exploration_type(ExplorationType.RANDOM)\n",
+        "",
+        (
+            "tests/test_policy_tutorials.py::"
+            "test_episodes_are_whole_and_masked_behind_their_end",
+        ),
+    ),
+)
+
 FAULTS: tuple[Fault, ...] = (
+    *_POLICY_TUTORIALS,
     *(*_CELLS, *_OWN_CELLS, *_SEGMENTS, *_LOOP, *_SCAN, *_PAD),
     *(*_LAYERS, *_LEAKS, *_MODULES, *_TARGETS, *_MINIBATCHES),
 )

@@ -18,6 +18,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import Bounded, TensorSpec
 from torchrl.envs import (
+    Compose,
     DeviceCastTransform,
     EnvBase,
     GymEnv,
@@ -72,12 +73,13 @@ def make_env(observation: str, num_envs: int, device: str) -> TransformedEnv:
     """Make CartPole as the policy sees it, several at once.
 
     Args:
-        observation: ``"positions"``: float32 ``[num_envs, 2]``, or ``"pixels"``: uint8
-            ``[num_envs, 1, 84, 84]``.
+        observation: ``"positions"``: float32 ``[num_envs, 2]``; ``"pixels"``: uint8 ``[num_envs, 1,
+            84, 84]``; or ``"all"``, velocities too: float32 ``[num_envs, 4]``.
         num_envs: how many; without that dimension if there is one.
         device: where the data goes. The environments themselves run on the CPU.
     """
-    env = {"positions": _make_positions_env, "pixels": _make_pixels_env}[observation](num_envs)
+    make = {"positions": _make_positions_env, "pixels": _make_pixels_env, "all": _make_full_env}
+    env = make[observation](num_envs)
     if device != "cpu":
         env.append_transform(DeviceCastTransform(device, orig_device="cpu"))
     return env
@@ -85,6 +87,10 @@ def make_env(observation: str, num_envs: int, device: str) -> TransformedEnv:
 
 def _make_positions_env(num_envs: int) -> TransformedEnv:
     return TransformedEnv(_make_gym_env(num_envs), HideVelocities())
+
+
+def _make_full_env(num_envs: int) -> TransformedEnv:
+    return TransformedEnv(_make_gym_env(num_envs), Compose())
 
 
 def _make_pixels_env(num_envs: int) -> TransformedEnv:

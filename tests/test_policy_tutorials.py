@@ -1,0 +1,245 @@
+"""The policy-gradient tutorials, run with small budgets as a reader would run them.
+
+That they learn takes minutes, and is measured by ``make learn``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torchrl.envs.utils import check_env_specs
+
+TUTORIALS = Path(__file__).parents[1] / "tutorials"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+SHORT = [
+    *("--frames", "512", "--num-envs", "4", "--steps", "32", "--seq-len", "16", "--epochs", "2"),
+    *("--minibatch-steps", "64", "--hidden-size", "8", "--head-size", "8"),
+    *("--eval-every", "256", "--eval-episodes", "2"),
+]
+ROUNDS = ["--episodes", "12", "--num-envs", "4", "--hidden-size", "8"]
+
+Main = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TUTORIALS))
+
+
+def tutorial(name: str) -> ModuleType:
+    return import_module(name)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., Path]:
+    def main(name: str, *argv: str) -> Path:
+        tutorial(name).main([*argv, "--output", str(tmp_path)])
+        return tmp_path
+
+    return main
+
+
+def read(folder: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    with (folder / "learning_curve.csv").open(newline="") as file:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    assert (folder / "learning_curve.png").read_bytes().startswith(PNG_SIGNATURE)
+    return rows, json.loads((folder / "result.json").read_text())
+
+
+# --- REINFORCE ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["--broken"], ["--observation", "positions"], ["--memoryless"]],
+    ids=["right", "broken", "positions", "memoryless"],
+)
+def test_reinforce(run: Main, argv: list[str]) -> None:
+    rows, result = read(run("recurrent_reinforce", *ROUNDS, *argv))
+    assert len(rows) == result["episodes"] == 12
+    assert sum(row["return"] for row in rows) == result["steps"]
+    assert len(result["test_returns"]) == 20
+
+
+def test_episodes_are_whole_and_masked_behind_their_end() -> None:
+    reinforce = tutorial("recurrent_reinforce")
+    learner = reinforce.Learner(reinforce.Settings(hidden_size=8))
+    env = reinforce.make_env("all", 4, "cpu")
+    env.append_transform(reinforce.get_env_transforms_from_module(learner.both))
+    env.set_seed(0)
+    episodes, returns = reinforce.play(env, learner.both)
+    mask, done = episodes["collector", "mask"], episodes["next", "done"].squeeze(-1)
+    lengths = returns.long().tolist()
+    assert len(set(lengths)) > 1 and max(lengths) == episodes.shape[1]
+    for row, length in enumerate(lengths):
+        assert mask[row].tolist() == [t < length for t in range(episodes.shape[1])]
+        assert done[row].nonzero()[0].item() == length - 1
+    assert episodes["is_init"][:, 0].all()
+    assert episodes["action"][..., 0].float().std() > 0  # drawn, not always the likeliest
+
+
+def test_the_mistake_forgets_every_state_and_changes_no_action() -> None:
+    reinforce = tutorial("recurrent_reinforce")
+    learner = reinforce.Learner(reinforce.Settings(hidden_size=8))
+    env = reinforce.make_env("all", 2, "cpu")
+    env.append_transform(reinforce.get_env_transforms_from_module(learner.both))
+    episodes, _ = reinforce.play(env, learner.both)
+    assert episodes["policy_state"].any()
+    steps = reinforce.as_single_steps(episodes)
+    assert steps.shape == (episodes.numel(), 1) and steps["is_init"].all()
+    assert not steps["policy_state"].any() and not steps["critic_state"].any()
+    assert torch.equal(steps["action"], episodes["action"].reshape(-1, 1, 2))
+    assert episodes["policy_state"].any()
+
+
+# --- PPO ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--cell", "lstm", "--refresh"],
+        ["--cell", "gru", "--shared"],
+        ["--memoryless"],
+        ["--env", "Pendulum-v1", "--gamma", "0.9"],
+        ["--env", "MountainCarContinuous-v0", "--observation", "all", "--eval-every", "512"],
+    ],
+    ids=["lstm", "gru, shared", "memoryless", "pendulum", "mountain car"],
+)
+def test_ppo(run: Main, argv: list[str]) -> None:
+    rows, result = read(run("recurrent_ppo", *SHORT, *argv))
+    assert rows[-1]["frames"] == result["frames"] == 512
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert len(result["test_returns"]) == 20
+    if "Pendulum-v1" in argv:
+        assert all(-2000 < value < 0 for value in result["test_returns"])
+
+
+def test_ppo_sees_pixels(run: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tutorial("recurrent_ppo"), "TEST_EPISODES", 2)
+    argv = ["--observation", "pixels", "--frames", "64", "--num-envs", "2", "--steps", "16"]
+    small = ["--seq-len", "8", "--minibatch-steps", "16", "--epochs", "1", "--eval-episodes", "2"]
+    rows, _ = read(run("recurrent_ppo", *argv, *small, "--eval-every", "64"))
+    assert [row["frames"] for row in rows] == [64]
+
+
+def test_ppo_resumes_where_it_was(run: Main) -> None:
+    folder = run("recurrent_ppo", *SHORT)
+    before, _ = read(folder)
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    run("recurrent_ppo", "--resume", str(folder / "checkpoint.pt"), "--frames", "1024")
+    after, result = read(folder)
+    assert [row["frames"] for row in after] == [256, 512, 768, 1024]
+    assert after[:2] == before
+    assert result["settings"] == {**checkpoint["settings"], "frames": 1024}
+    steps = torch.load(folder / "checkpoint.pt", weights_only=True)["learner"]["optimizer"]["state"]
+    assert steps[0]["step"] == 2 * checkpoint["learner"]["optimizer"]["state"][0]["step"] == 32
+
+
+def test_ppo_leaves_a_film(run: Main) -> None:
+    folder = run("recurrent_ppo", *SHORT, "--film")
+    with Image.open(folder / "film.gif") as film:
+        assert film.is_animated and film.size == (600, 400)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_ppo_learns_from_what_was_played(tmp_path: Path) -> None:
+    """At the first minibatch the ratio is 1, with separate memories and with one."""
+    ppo, records = tutorial("recurrent_ppo"), tutorial("policy_records")
+    for shared in ([], ["--shared"]):
+        settings, _ = tutorial("policy_settings").read_settings([*SHORT, *shared], "")
+        trainer = ppo.Trainer(settings, records.Records(tmp_path, "test"))
+        collector = trainer._make_collector()
+        for _ in range(2):
+            rollout = trainer._collect(collector)
+        learner = trainer.learner
+        learner.advantage(rollout)
+        batch = next(learner.minibatches(learner._keep_what_is_read(rollout)))
+        assert not batch["is_init"][:, 0].all()
+        ratio = learner.loss(batch)["max_ratio"]
+        torch.testing.assert_close(ratio, torch.ones(()), rtol=0, atol=1e-5)
+        collector.shutdown()
+
+
+def test_ppo_notes_the_returns_of_whole_episodes(tmp_path: Path) -> None:
+    ppo, records = tutorial("recurrent_ppo"), tutorial("policy_records")
+    settings, _ = tutorial("policy_settings").read_settings(SHORT, "")
+    trainer = ppo.Trainer(settings, records.Records(tmp_path, "test"))
+    collector = trainer._make_collector()
+    ends = 0
+    for _ in range(4):
+        rollout = trainer._collect(collector)
+        ends += int(rollout["next", "done"].sum())
+        torch.testing.assert_close(rollout["next", "reward"], torch.full((4, 32, 1), 0.1))
+    # Every step is worth 1, and belongs to an episode that has ended or goes on.
+    assert len(trainer.returns) == trainer.episodes == ends > 4
+    assert sum(trainer.returns) + trainer.so_far.sum() == 4 * 4 * 32
+    assert torch.equal(trainer.so_far > 0, ~rollout["next", "done"][:, -1, 0])
+    collector.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--minibatch-steps", "100"], "expected a multiple of --seq-len, 64"),
+        (["--num-envs", "3", "--processes", "2"], "expected a multiple of --processes, 2"),
+        (["--epochs", "0"], "--epochs is 0: expected at least 1"),
+        (["--env", "FrozenLake-v1"], "it is not known which entries are positions in FrozenLake"),
+        (["--resume", "nowhere.pt"], "--resume is nowhere.pt: no such file"),
+    ],
+)
+def test_ppo_refuses_bad_options(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        tutorial("recurrent_ppo").main(argv)
+    assert message in capsys.readouterr().err
+
+
+def test_ppo_does_not_resume_other_networks(run: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run("recurrent_ppo", *SHORT)
+    with pytest.raises(SystemExit):
+        run("recurrent_ppo", "--resume", str(folder / "checkpoint.pt"), "--cell", "gru")
+    assert "--cell is 'gru', but the checkpoint was made with 'lstm'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1"])
+def test_positions_are_what_is_seen(name: str) -> None:
+    environments = tutorial("environments")
+    env = environments.make_env(name, "positions", 3)
+    check_env_specs(env)
+    full = environments.make_env(name, "all", 3)
+    seen = [one.set_seed(5) and one.reset()["observation"] for one in (env, full)]
+    kept, scales = environments.POSITIONS[name]
+    torch.testing.assert_close(seen[0], seen[1][:, list(kept)] / torch.tensor(scales))
+
+
+def test_tensorboard_is_asked_for_by_name_where_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    records = tutorial("policy_records")
+    with pytest.raises(SystemExit, match="pip install tensorboard"):
+        records.Records(tmp_path, "test", tensorboard=True)
+
+
+def test_what_is_recorded_goes_to_tensorboard_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    board = SimpleNamespace(add_scalar=lambda *row: seen.append(row), flush=lambda: None)
+    records = tutorial("policy_records")
+    monkeypatch.setattr(records, "_make_board", lambda folder: board)
+    written = records.Records(tmp_path, "test", tensorboard=True)
+    written.add(frames=7, loss=0.5)
+    assert seen == [("frames", 7, 7), ("loss", 0.5, 7)]
