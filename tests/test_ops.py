@@ -36,7 +36,7 @@ def _arguments(cell: str, sizes: str, resets: bool) -> list[Any]:
     gates, states = CELLS[cell][0].num_gates, len(CELLS[cell][0].state_names)
     weights = [_leaf(sum(steps), gates * H), _leaf(gates * H, H)]
     if cell == "gru":
-        weights.append(_leaf(gates * H))
+        weights.append(_leaf(H))
     start = [_leaf(steps[0], H) for _ in range(states)]
     if not resets:
         return [*weights, *start, steps, None, *(None for _ in start), True]

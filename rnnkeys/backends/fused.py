@@ -48,7 +48,7 @@ class GRUGrads(NamedTuple):
 
     gates: Tensor
     w_hh: Tensor
-    b_hh: Tensor
+    bias_n: Tensor
     h0: Tensor
     reset_h: Tensor | None
 
@@ -146,7 +146,7 @@ def lstm_backward(
 def gru_forward(
     gates: Tensor,
     w_hh: Tensor,
-    b_hh: Tensor,
+    bias_n: Tensor,
     h0: Tensor,
     sizes: Sequence[int],
     resets: Resets | None,
@@ -155,9 +155,9 @@ def gru_forward(
     """Run a GRU layer.
 
     Args:
-        gates: projected inputs with ``b_ih``, ``[N, 3H]``.
+        gates: projected inputs with ``b_ih`` and the r and z parts of ``b_hh``, ``[N, 3H]``.
         w_hh: ``[3H, H]``.
-        b_hh: ``[3H]``.
+        bias_n: the n part of ``b_hh``, ``[H]``, which the reset gate scales.
         h0: before the first step, ``[sizes[0], H]``.
         sizes: rows of every step.
         resets: see the module.
@@ -172,16 +172,16 @@ def gru_forward(
     act = gates.new_empty(rows if keep else sizes[0], 4 * hidden)
     views = [p.split(steps) if keep else [p[:n] for n in steps] for p in _gru_planes(act)]
     gates_rz, gates_n = gates[:, : 2 * hidden].split(steps), gates[:, 2 * hidden :].split(steps)
-    buffer, w = gates.new_empty(sizes[0], 3 * hidden), w_hh.t()
+    gates_h, w = gates.new_empty(sizes[0], 3 * hidden), w_hh.t()
+    of_rz, of_n = gates_h.split([2 * hidden, hidden], 1)
     previous: tuple[Tensor, ...] = (h0,)
     for t, (h_t, r_z, r, z, candidate, h_n) in enumerate(zip(h.split(steps), *views, strict=True)):
         (h_tm1,) = _enter(previous, t, steps[t], resets)
-        if t == 0 or steps[t] != steps[t - 1]:
-            gates_h = buffer[: steps[t]]
-            of_rz, of_n = gates_h.split([2 * hidden, hidden], 1)
-        torch.addmm(b_hh, h_tm1, w, out=gates_h)
+        if steps[t] != gates_h.shape[0]:
+            gates_h, of_rz, of_n = (b[: steps[t]] for b in (gates_h, of_rz, of_n))
+        torch.mm(h_tm1, w, out=gates_h)
         torch.add(gates_rz[t], of_rz, out=r_z).sigmoid_()
-        h_n.copy_(of_n)
+        torch.add(of_n, bias_n, out=h_n)
         torch.addcmul(gates_n[t], r, h_n, out=candidate).tanh_()
         torch.lerp(candidate, h_tm1, z, out=h_t)
         previous = (h_t,)
@@ -232,10 +232,11 @@ def gru_backward(
             torch.mul(factor[t - first], dh_t.unsqueeze(1), out=d_t[t])
             dh_t.mul_(z_t[t - first]).addmm_(of_state_t[t], w)
             _leave((dh,), t, resets, reset_grads)
-    w_grad, b_grad = (
-        torch.cat([g[hidden:], g[:hidden]]) for g in (of_state.t() @ h_tm1, of_state.sum(0))
-    )
-    return GRUGrads(grads[:, hidden:], w_grad, b_grad, dh, reset_grads[0] if reset_grads else None)
+    w_grad = of_state.t() @ h_tm1
+    w_grad = torch.cat([w_grad[hidden:], w_grad[:hidden]])
+    bias_grad = grads[:, :hidden].sum(0)
+    reset_h = reset_grads[0] if reset_grads else None
+    return GRUGrads(grads[:, hidden:], w_grad, bias_grad, dh, reset_h)
 
 
 def _gru_factors(r: Tensor, z: Tensor, n: Tensor, h_n: Tensor, h_tm1: Tensor) -> Tensor:

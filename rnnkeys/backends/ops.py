@@ -72,7 +72,7 @@ def lstm_backward(
 def gru(
     gates: Tensor,
     w_hh: Tensor,
-    b_hh: Tensor,
+    bias_n: Tensor,
     h0: Tensor,
     sizes: Sequence[int],
     where: Tensor | None,
@@ -82,7 +82,7 @@ def gru(
     """Run :func:`fused.gru_forward`; dense batches give ``where [T, B]`` and its states."""
     resets = _resets(where, reset_h)
     return fused.gru_forward(
-        gates, w_hh, b_hh, h0, _sizes(sizes, where, gates.shape[0]), resets, keep
+        gates, w_hh, bias_n, h0, _sizes(sizes, where, gates.shape[0]), resets, keep
     )
 
 
@@ -129,7 +129,7 @@ def _lstm_fake(gates, w_hh, h0, c0, sizes, where, reset_h, reset_c, keep):
 
 
 @gru.register_fake
-def _gru_fake(gates, w_hh, b_hh, h0, sizes, where, reset_h, keep):
+def _gru_fake(gates, w_hh, bias_n, h0, sizes, where, reset_h, keep):
     hidden = w_hh.shape[1]
     h = gates.new_empty(gates.shape[0], hidden)
     return h, gates.new_empty(gates.shape[0] if keep else 0, 4 * hidden)
@@ -157,7 +157,7 @@ def _gru_backward_fake(grad_h, w_hh, h0, h, act, sizes, where, reset_h, want_res
     hidden = w_hh.shape[1]
     reset = reset_h.new_empty(reset_h.shape) if want_reset_grad else h.new_empty(0)
     gates = torch.empty_like(act)[:, hidden:]
-    return gates, torch.empty_like(w_hh), w_hh.new_empty(3 * hidden), torch.empty_like(h0), reset
+    return gates, torch.empty_like(w_hh), w_hh.new_empty(hidden), torch.empty_like(h0), reset
 
 
 def _lstm_setup(ctx, inputs, output):
