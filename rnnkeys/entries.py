@@ -76,6 +76,17 @@ def split_init_key(
     return keys, wanted
 
 
+def check_in_keys(name: str, keys: list[NestedKey], cell: Cell) -> list[NestedKey]:
+    """Raise unless there is one distinct key for the input and one for each state."""
+    if len(keys) != 1 + len(cell.state_names):
+        raise ValueError(
+            f"{name} reads the input and the states {', '.join(cell.state_names)}, and then the "
+            f"init key. Got in_keys={keys}."
+        )
+    _check_distinct(name, "in_keys", keys)
+    return keys
+
+
 def check_out_keys(name: str, keys: list[NestedKey], cell: Cell) -> None:
     """Raise unless there is one distinct key for the output and one for each state."""
     expected = 1 + len(cell.state_names)
@@ -178,6 +189,19 @@ def _marks(module: RecurrentModule, marks: Tensor, lead: torch.Size, shape: torc
     return marks[(..., *(None,) * missing)].expand(shape)
 
 
+def check_time_is_last(tensordict: TensorDictBase) -> None:
+    """Raise if the TensorDict names its time dimension and it is not the last one."""
+    if is_compiling() or in_transform():
+        return
+    names = list(tensordict.names)
+    if "time" in names[:-1]:
+        raise ValueError(
+            f"In recurrent mode time is the last batch dimension. Got a TensorDict of batch size "
+            f"{list(tensordict.batch_size)} whose dimensions are named {names}. Move time to the "
+            f"end, tensordict.transpose({names.index('time')}, -1), or rename the dimensions."
+        )
+
+
 def check_trajectories(tensordict: TensorDictBase, is_init: Tensor, init_key: NestedKey) -> None:
     """Raise if trajectories change along time where no start is marked.
 
@@ -208,9 +232,8 @@ def check_trajectories(tensordict: TensorDictBase, is_init: Tensor, init_key: Ne
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """Return the dtype to compute in, the parameters' or autocast's; the input must fit."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    if _is_autocast(x) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
     if x.dtype != weight.dtype:
         raise RuntimeError(
             f"The input has dtype {x.dtype} and the parameters {weight.dtype}; expected the same. "
@@ -222,9 +245,14 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Switch autocast off: operands have been cast once, and states are kept in that dtype."""
-    if torch.is_autocast_enabled(x.device.type):
+    if _is_autocast(x):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
+
+
+def _is_autocast(x: Tensor) -> bool:
+    # Torch refuses to say for tensors without data.
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def flat_step(
@@ -291,8 +319,13 @@ def _missing(module: RecurrentModule, key: NestedKey, tensordict: TensorDictBase
 
 
 def _missing_init(module: RecurrentModule, tensordict: TensorDictBase) -> str:
+    message = _missing(module, module.init_key, tensordict, "the marks of episodes' first steps")
+    leaf = as_tuple(module.init_key)[-1]
+    keys = [as_tuple(key) for key in tensordict.keys(True, True)]
+    elsewhere = [unravel_key(key) for key in keys if key[-1] == leaf and key[0] != "next"]
+    if elsewhere:
+        return f"{message} It is at {elsewhere[0]!r}: pass init_key={elsewhere[0]!r}."
     return (
-        _missing(module, module.init_key, tensordict, "the marks of episodes' first steps")
-        + " Environments write it with the InitTracker transform: "
+        message + " Environments write it with the InitTracker transform: "
         "env.append_transform(get_env_transforms_from_module(policy)) appends it and the primers."
     )

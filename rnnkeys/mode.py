@@ -28,6 +28,18 @@ def recurrent_mode() -> bool | None:
     return recurrent_mode_state_manager.get_mode()
 
 
+def as_mode(mode: Any, argument: str) -> bool | None:
+    """Return a mode by its value or name; raise ValueError, naming the argument, if it is none."""
+    if isinstance(mode, str) and mode.lower() in _NAMES:
+        mode = _NAMES[mode.lower()]
+    if mode is None or isinstance(mode, bool):
+        return mode
+    raise ValueError(
+        f"Unsupported recurrent mode {argument}={mode!r}: expected True or 'recurrent' (whole "
+        "sequences), False or 'sequential' (single steps), or None (each module's default)."
+    )
+
+
 class set_recurrent_mode:
     """Context manager and decorator that sets the mode of every recurrent module inside.
 
@@ -53,14 +65,7 @@ class set_recurrent_mode:
     """
 
     def __init__(self, mode: bool | Literal["recurrent", "sequential"] | None = True) -> None:
-        if isinstance(mode, str) and mode.lower() in _NAMES:
-            mode = _NAMES[mode.lower()]
-        if not (mode is None or isinstance(mode, bool)):
-            raise ValueError(
-                f"Unsupported recurrent mode {mode!r}: expected True or 'recurrent' (whole "
-                "sequences), False or 'sequential' (single steps), or None (each module's default)."
-            )
-        self.mode = mode
+        self.mode = as_mode(mode, "mode")
         self._previous: dict[int, list[bool | None]] = {}
 
     def clone(self) -> set_recurrent_mode:

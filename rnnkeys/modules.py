@@ -15,11 +15,12 @@ from torch.compiler import is_compiling
 from torchrl.envs.transforms import TensorDictPrimer
 
 from . import entries, rnn
+from .arguments import check_choice, check_floating_dtype, check_kind, make_layers
 from .backends import BACKENDS, Options, in_transform, unroll_layers, why_not
 from .canonical import CanonicalKeys
 from .cells import GRU_CELL, LSTM_CELL, Cell, Weights
 from .layers import Layers
-from .mode import recurrent_mode
+from .mode import as_mode, recurrent_mode
 from .precision import validate_recurrent_matmul_precision
 from .stacks import make_stack
 from .transforms.primers import make_primer
@@ -126,9 +127,10 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
                 dtype=dtype,
             )
             self._name_states(layers)
-        _check_choice("recurrent_backend", recurrent_backend, BACKENDS)
-        _check_choice("recurrent_recompute", recurrent_recompute, _RECOMPUTES)
-        _check_choice("store_states", store_states, _STORES)
+        check_choice("recurrent_backend", recurrent_backend, BACKENDS)
+        check_choice("recurrent_recompute", recurrent_recompute, _RECOMPUTES)
+        check_choice("store_states", store_states, _STORES)
+        check_floating_dtype("recurrent_compute_dtype", recurrent_compute_dtype)
         validate_recurrent_matmul_precision(recurrent_matmul_precision)
         name = str(type(self).__name__)
         ins = entries.join_keys("in", in_key, in_keys, self.DEFAULT_IN_KEYS)
@@ -140,12 +142,7 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         # tensordict's own annotations of keys know no nesting.
         self.in_keys = [*ins, self.init_key]  # pyright: ignore[reportAttributeAccessIssue]
         self.out_keys = outs  # pyright: ignore[reportAttributeAccessIssue]
-        # select_out_keys() may shorten out_keys; what is written stays.
-        self._output_key, *next_keys = outs
-        self._next_keys: tuple[NestedKey, ...] = tuple(next_keys)
-        self._input_key, *state_keys = ins
-        self._state_keys: tuple[NestedKey, ...] = tuple(state_keys)
-        self._recurrent_mode = default_recurrent_mode
+        self._recurrent_mode = as_mode(default_recurrent_mode, "default_recurrent_mode")
         self.recurrent_backend = recurrent_backend
         self.recurrent_compute_dtype = recurrent_compute_dtype
         self.recurrent_recompute = recurrent_recompute
@@ -169,9 +166,29 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         """Raise if the recurrent layers are not of this module's kind."""
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "in_keys":
+            self._read_at(value)
+        elif name == "out_keys":
+            self._write_at(value)
         super().__setattr__(name, value)
         if name == self.rnn_attribute:
             self._look_at_layers()
+
+    def _read_at(self, keys: Sequence[NestedKey]) -> None:
+        # Keys behind the init key are not read here; a loss may be told of them by in_keys.
+        keys, number = entries.join_keys("in", None, keys, []), 1 + len(self.cell.state_names)
+        ins = entries.check_in_keys(str(type(self).__name__), keys[:number], self.cell)
+        self._input_key, *state_keys = ins
+        self._state_keys: tuple[NestedKey, ...] = tuple(state_keys)
+        if len(keys) > number:
+            self.init_key = keys[number]
+
+    def _write_at(self, keys: Sequence[NestedKey]) -> None:
+        # select_out_keys() shortens out_keys another way; what is written stays.
+        outs = entries.join_keys("out", None, keys, [])
+        entries.check_out_keys(str(type(self).__name__), outs, self.cell)
+        self._output_key, *next_keys = outs
+        self._next_keys: tuple[NestedKey, ...] = tuple(next_keys)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -324,6 +341,7 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
                 "dimension of its TensorDict. Got a TensorDict of batch size []. For one step use "
                 "set_recurrent_mode(False)."
             )
+        entries.check_time_is_last(tensordict)
         data = entries.read(self, tensordict)
         entries.check_trajectories(tensordict, data.is_init, self.init_key)
         dtype = entries.compute_dtype(data.x, self._layers.sample)
@@ -336,7 +354,8 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
                 self._layers.enter(states),
                 is_init,
                 self._options(),
-                self.recurrent_backend,
+                # Tensors without data have no marks to plan by.
+                "scan" if x.is_meta else self.recurrent_backend,
             )
         shape = data.shape
         restored = tuple(entries.time_last(s, lead, shape) for s in self._layers.leave(after))
@@ -384,7 +403,7 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         )
 
     def _warn_of_missing_state(self, is_init: Tensor) -> None:
-        if self._warned_of_missing_state or is_compiling() or in_transform():
+        if self._warned_of_missing_state or is_init.is_meta or is_compiling() or in_transform():
             return
         if not bool(is_init.all()):
             self._warned_of_missing_state = True
@@ -524,10 +543,11 @@ class LSTMModule(RecurrentModule):
         state_grad: bool = False,
         store_states: str = "all",
     ) -> None:
-        layers = _make_layers(
+        layers = make_layers(
             "lstm",
             lstm,
-            rnn.LSTM if python_based else nn.LSTM,
+            rnn.LSTM if python_based else None,
+            nn.LSTM,
             input_size=input_size,
             hidden_size=hidden_size,
             num_layers=num_layers,
@@ -556,7 +576,7 @@ class LSTMModule(RecurrentModule):
         )
 
     def _check_layers(self, layers: nn.RNNBase) -> None:
-        _check_kind("lstm", layers, "LSTM")
+        check_kind("lstm", layers, "LSTM")
 
 
 class GRUModule(RecurrentModule):
@@ -644,10 +664,11 @@ class GRUModule(RecurrentModule):
         state_grad: bool = False,
         store_states: str = "all",
     ) -> None:
-        layers = _make_layers(
+        layers = make_layers(
             "gru",
             gru,
-            rnn.GRU if python_based else nn.GRU,
+            rnn.GRU if python_based else None,
+            nn.GRU,
             input_size=input_size,
             hidden_size=hidden_size,
             num_layers=num_layers,
@@ -675,57 +696,4 @@ class GRUModule(RecurrentModule):
         )
 
     def _check_layers(self, layers: nn.RNNBase) -> None:
-        _check_kind("gru", layers, "GRU")
-
-
-def _make_layers(
-    name: str, given: nn.RNNBase | None, kind: type[nn.RNNBase], **arguments: Any
-) -> nn.RNNBase:
-    """Return the layers given, checked, or make them."""
-    if given is not None:
-        if arguments["input_size"] is not None or arguments["hidden_size"] is not None:
-            raise ValueError(
-                f"{name}= cannot be passed along with input_size or hidden_size (got input_size="
-                f"{arguments['input_size']}, hidden_size={arguments['hidden_size']}): the instance "
-                "has its sizes. Pass one or the other."
-            )
-        return given
-    for size in ("input_size", "hidden_size"):
-        if not isinstance(arguments[size], int) or arguments[size] <= 0:
-            raise ValueError(
-                f"{size} must be passed, a positive int. Got {size}={arguments[size]!r}; or pass "
-                f"{name}=, an nn.{name.upper()} to use."
-            )
-    if not arguments["batch_first"]:
-        raise ValueError(
-            "batch_first=False is not supported: in a TensorDict of batch [B, T] time comes "
-            "second. Got batch_first=False; leave it True (transpose data that has time first)."
-        )
-    if arguments.pop("bidirectional"):
-        raise ValueError(
-            "bidirectional=True is not supported: a policy cannot read the future, and one step at "
-            "a time there is none to read. Leave it False."
-        )
-    return kind(**arguments)
-
-
-def _check_kind(name: str, layers: nn.RNNBase, mode: str) -> None:
-    if not isinstance(layers, nn.RNNBase) or layers.mode != mode:
-        raise ValueError(
-            f"{name}= must be an nn.{mode} or its plain twin rnnkeys.{mode}. Got "
-            f"{type(layers).__name__}."
-        )
-    if not layers.batch_first:
-        raise ValueError(f"The input {name} must have batch_first=True. Got batch_first=False.")
-    if layers.bidirectional:
-        raise ValueError(
-            f"The input {name} must have bidirectional=False: a policy cannot read the future. Got "
-            "bidirectional=True."
-        )
-
-
-def _check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"{argument} must be one of {', '.join(map(repr, choices))}. Got {value!r}."
-        )
+        check_kind("gru", layers, "GRU")

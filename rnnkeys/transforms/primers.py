@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -71,6 +71,8 @@ class StatePrimer(TensorDictPrimer):
         device = None if self.primers.device is None else torch.device(self.primers.device)
         fresh = _specs(self.shapes, agents, self.state_dtype, device)
         self.primers = fresh.expand((*batch, *fresh.shape)) if batch else fresh
+        # Where agents end apart from each other, theirs is the reset that counts.
+        self.reset_key = _reset_key(parent._filtered_reset_keys, _groups(self.shapes))
         self._fitted = True
 
 
@@ -122,6 +124,18 @@ def _groups(keys: Mapping[NestedKey, Any]) -> set[tuple[str, ...]]:
     return {group for key in keys if (group := _group(key))}
 
 
+def _reset_key(
+    reset_keys: Iterable[NestedKey], groups: Iterable[tuple[str, ...]]
+) -> NestedKey | None:
+    """Return the innermost reset key that rules all groups; None if there is none."""
+    ruling = [
+        key
+        for key in reset_keys
+        if all(group[: len(_group(key))] == _group(key) for group in groups)
+    ]
+    return max(ruling, key=lambda key: len(_group(key)), default=None)
+
+
 def _agents(spec: Composite, group: tuple[str, ...], batch: torch.Size) -> tuple[int, ...]:
     try:
         nested = spec[group]
@@ -134,6 +148,8 @@ def get_primers_from_module(
     module: nn.Module, warn: bool = True, strict: bool = True
 ) -> Transform | None:
     """Make the transforms that create the state of every recurrent module inside ``module``.
+
+    Warns if two modules with parameters of their own keep their state under the same keys.
 
     Args:
         module: a policy, or any module; every submodule with ``make_tensordict_primer()`` counts,
@@ -168,41 +184,59 @@ def _compose(*transforms: Any) -> Compose:
     return Compose(*transforms)
 
 
-def _find_primers(module: nn.Module, strict: bool) -> Iterator[Transform]:
+def _find_primers(module: nn.Module, strict: bool) -> Iterator[tuple[nn.Module, Any]]:
     failures = set()
     for submodule in module.modules():
         make = getattr(submodule, "make_tensordict_primer", None)
         if make is None:
             continue
         try:
-            yield make()
+            yield submodule, make()
         except Exception as error:
             if strict:
                 raise
             failures.add(f"{type(submodule).__name__}: {error}")
     if failures:
-        warnings.warn(
+        _warn(
             f"No primer could be made for: {'; '.join(sorted(failures))}. Configure these modules, "
-            "or append their primers by hand.",
-            stacklevel=4,
+            "or append their primers by hand."
         )
 
 
-def _distinct(primers: Iterator[Transform]) -> Iterator[Transform]:
+def _distinct(primers: Iterator[tuple[nn.Module, Any]]) -> Iterator[Transform]:
     """Drop primers whose every key an earlier one creates with the same shape."""
     shapes: dict[NestedKey, torch.Size] = {}
-    for primer in primers:
-        wanted = {key: spec.shape for key, spec in primer.primers.items(True, True)}  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    owners: dict[NestedKey, nn.Module] = {}
+    for module, primer in primers:
+        wanted = {key: spec.shape for key, spec in primer.primers.items(True, True)}
         for key, shape in wanted.items():
-            if shapes.get(key, shape) != shape:
+            if shapes.setdefault(key, shape) != shape:
                 raise ValueError(
                     f"Two modules keep a state under {key!r}, of shapes {tuple(shapes[key])} and "
                     f"{tuple(shape)}: each would overwrite the other's. Give one of them other "
                     "state keys (in_keys and out_keys)."
                 )
-        if not wanted.keys() <= shapes.keys():
+        if not wanted.keys() <= owners.keys():
             yield primer
-        shapes.update(wanted)
+        else:
+            _check_shared(next(iter(wanted)), module, owners)
+        owners = dict.fromkeys(wanted, module) | owners
+
+
+def _check_shared(key: NestedKey, module: nn.Module, owners: Mapping[NestedKey, nn.Module]) -> None:
+    """Warn of a module that keeps its state where another one does, which computes another."""
+    one, other = (set(map(id, m.parameters())) for m in (module, owners[key]))
+    if one != other:
+        _warn(
+            f"Two modules with parameters of their own, {type(owners[key]).__name__} and "
+            f"{type(module).__name__}, keep their state under {key!r}: where both run, each "
+            "overwrites the other's. Give one of them other state keys (in_keys and out_keys)."
+        )
+
+
+def _warn(message: str) -> None:
+    # As deep as get_primers_from_module is called.
+    warnings.warn(message, stacklevel=5)
 
 
 def get_env_transforms_from_module(

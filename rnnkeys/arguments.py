@@ -1,0 +1,129 @@
+"""Checks of constructor arguments; each error names the argument, its value and the remedy."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import nn
+
+# What arguments are if the caller said nothing; then layers that were given decide.
+_DEFAULTS: dict[str, Any] = {
+    "num_layers": 1,
+    "bias": True,
+    "dropout": 0,
+    "proj_size": 0,
+    "bidirectional": False,
+    "device": None,
+    "dtype": None,
+}
+
+
+def make_layers(
+    name: str,
+    given: nn.RNNBase | None,
+    plain: type[nn.RNNBase] | None,
+    vendor: type[nn.RNNBase],
+    **arguments: Any,
+) -> nn.RNNBase:
+    """Return the layers given, checked against the other arguments, or make them.
+
+    Args:
+        name: of the argument that gives layers, ``"lstm"`` or ``"gru"``.
+        given: its value.
+        plain: class to make where ``python_based``, else None.
+        vendor: class to make otherwise.
+        **arguments: of that class.
+
+    Raises:
+        ValueError: if an argument does not fit the layers given, or nothing can be made of them.
+    """
+    if not arguments["batch_first"]:
+        raise ValueError(
+            "batch_first=False is not supported: in a TensorDict of batch [B, T] time comes "
+            "second. Got batch_first=False; leave it True (transpose data that has time first)."
+        )
+    if given is not None:
+        _check_fits(name, given, plain, arguments)
+        return given
+    for size in ("input_size", "hidden_size"):
+        value = arguments[size]
+        if not isinstance(value, Integral) or value <= 0:
+            raise ValueError(
+                f"{size} must be passed, a positive int. Got {size}={value!r}; or pass {name}=, an "
+                f"nn.{name.upper()} to use."
+            )
+        arguments[size] = int(value)
+    if arguments.pop("bidirectional"):
+        raise ValueError(
+            "bidirectional=True is not supported: a policy cannot read the future, and one step at "
+            "a time there is none to read. Leave it False."
+        )
+    return (plain or vendor)(**arguments)
+
+
+def _check_fits(
+    name: str, given: nn.RNNBase, plain: type[nn.RNNBase] | None, arguments: dict[str, Any]
+) -> None:
+    """Raise if an argument contradicts the layers given: it would be ignored in silence."""
+    if arguments["input_size"] is not None or arguments["hidden_size"] is not None:
+        raise ValueError(
+            f"{name}= cannot be passed along with input_size or hidden_size (got input_size="
+            f"{arguments['input_size']}, hidden_size={arguments['hidden_size']}): the instance "
+            "has its sizes. Pass one or the other."
+        )
+    if not isinstance(given, nn.RNNBase):
+        return
+    weight = next(given.parameters())
+    for argument, default in _DEFAULTS.items():
+        wanted = arguments.get(argument, default)
+        if argument == "dtype":
+            has = weight.dtype
+        elif argument == "device":
+            wanted, has = wanted and torch.device(wanted).type, weight.device.type
+        else:
+            has = getattr(given, argument)
+        if wanted not in (default, has):
+            raise ValueError(
+                f"{argument}={wanted!r} contradicts {name}=, which has {argument}={has!r}: the "
+                f"instance is used as it is. Leave {argument} out, or change the instance."
+            )
+    if plain is not None and not isinstance(given, plain):
+        raise ValueError(
+            f"python_based=True contradicts {name}=, a {type(given).__module__}."
+            f"{type(given).__name__}. Leave python_based out and call make_python_based() on the "
+            f"module, or pass a rnnkeys.{plain.__name__}."
+        )
+
+
+def check_kind(name: str, layers: nn.RNNBase, mode: str) -> None:
+    """Raise ValueError unless ``layers``, the value of argument ``name``, can be run."""
+    if not isinstance(layers, nn.RNNBase) or layers.mode != mode:
+        raise ValueError(
+            f"{name}= must be an nn.{mode} or its plain twin rnnkeys.{mode}. Got "
+            f"{type(layers).__name__}."
+        )
+    if not layers.batch_first:
+        raise ValueError(f"The input {name} must have batch_first=True. Got batch_first=False.")
+    if layers.bidirectional:
+        raise ValueError(
+            f"The input {name} must have bidirectional=False: a policy cannot read the future. Got "
+            "bidirectional=True."
+        )
+
+
+def check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(
+            f"{argument} must be one of {', '.join(map(repr, choices))}. Got {value!r}."
+        )
+
+
+def check_floating_dtype(argument: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a floating dtype."""
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise ValueError(
+            f"{argument} must be a floating dtype, such as torch.bfloat16. Got {value!r}."
+        )
