@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 # A block of steps of one size costs a kernel call, about as much as this many rows of one step.
-_BLOCK_ROWS = 48
+_BLOCK_ROWS = 96
 _MAX_BLOCK_CANDIDATES = 48
 _CACHE_ENTRIES = 16
 
