@@ -4,11 +4,14 @@ from .canonical import canonicalize_rnn_subset as canonicalize_rnn_subset
 from .cells import Cell as Cell
 from .cells import GRUCell as GRUCell
 from .cells import LSTMCell as LSTMCell
+from .doctor import check_recurrent_policy as check_recurrent_policy
 from .mode import recurrent_mode as recurrent_mode
 from .mode import set_recurrent_mode as set_recurrent_mode
 from .modules import GRUModule as GRUModule
 from .modules import LSTMModule as LSTMModule
 from .modules import RecurrentModule as RecurrentModule
+from .plots import plot_episode_states as plot_episode_states
+from .plots import plot_state_staleness as plot_state_staleness
 from .policies import drqn_policy as drqn_policy
 from .policies import recurrent_module as recurrent_module
 from .precision import RecurrentMatmulPrecision as RecurrentMatmulPrecision

@@ -29,6 +29,7 @@ from rnnkeys.transforms import NextInitTracker
 from tests import target_cases as cases
 from tests import target_oracle as oracle
 from tests.target_cases import CASES, DATA, Case, Setup
+from tests.target_watch import perturbed, run
 from tests.tolerances import TOLERANCE, assert_equal
 
 BY_NAME = {case.name: case for case in CASES}
@@ -55,13 +56,6 @@ def wired(case: Case, cell: str) -> Setup:
 def expected(case: Case, setup: Setup, batch: TensorDictBase) -> Tensor:
     torch.manual_seed(1)
     return case.expect(setup, batch, oracle.starts_of(batch)).detach()
-
-
-def run(loss: Any, batch: TensorDictBase) -> cases.Seen:
-    torch.manual_seed(1)
-    with cases.watching(loss) as seen:
-        loss(batch)
-    return seen
 
 
 def check_next_values(case: Case, setup: Setup, batch: TensorDictBase) -> None:
@@ -108,18 +102,6 @@ def test_flat_data_has_slices_cut_everywhere() -> None:
 
 
 # --- leaks ----------------------------------------------------------------------------------------
-
-
-def perturbed(batch: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
-    """Change everything real in one slice from the middle; return where nothing was changed."""
-    number = oracle.starts_of(batch).cumsum(0)
-    inside = number == number[len(number) // 2]
-    other = batch.clone()
-    for value in other.values(True, True):
-        if value.is_floating_point():
-            value[inside] += torch.randn_like(value[inside]) * 0.5
-    assert inside.any() and not inside[0] and not inside[-1]
-    return other, ~inside
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

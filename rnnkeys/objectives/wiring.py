@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -127,17 +127,34 @@ def _make_wiring(
     return _Wiring(recurrent, keys, find_outputs(loss))
 
 
-def _keep_cut_keys(loss: Any) -> None:
+def find_cut_keys(loss: Any) -> list[NestedKey]:
+    """Return what a loss cuts away from a batch although one of its networks reads it.
+
+    Examples:
+        >>> from torchrl.objectives.value import TD0Estimator
+        >>> find_cut_keys(TD0Estimator(gamma=0.9, value_network=None))
+        []
+    """
+    return [key for _, keys in _find_cuts(loss) for key in keys]
+
+
+def _find_cuts(loss: Any) -> Iterator[tuple[str, list[NestedKey]]]:
+    """Yield the names of networks that a batch is cut down to, and what others miss then."""
     for kinds, first, others in _CUTS:
         network = getattr(loss, first, None)
-        if network is None or not issubclass(type(loss), kinds):
+        if network is None or not isinstance(loss, kinds):
             continue
         held = [unravel_key(key) for key in (*network.in_keys, *network.out_keys)]
         wanted = (unravel_key(key) for other in others for key in getattr(loss, other).in_keys)
-        action = unravel_key(loss.tensor_keys.action)
-        cut = [key for key in dict.fromkeys(wanted) if key not in held and key != action]
+        keys: Any = loss.tensor_keys
+        action = unravel_key(keys.action)
+        yield first, [key for key in dict.fromkeys(wanted) if key not in held and key != action]
+
+
+def _keep_cut_keys(loss: Any) -> None:
+    for name, cut in _find_cuts(loss):
         if cut:
-            vars(loss)[first] = _with_in_keys(loss, first, network, cut)
+            vars(loss)[name] = _with_in_keys(loss, name, getattr(loss, name), cut)
             loss._set_in_keys()
 
 
