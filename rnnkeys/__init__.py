@@ -20,6 +20,7 @@ from .precision import get_recurrent_matmul_precision as get_recurrent_matmul_pr
 from .precision import set_recurrent_matmul_precision as set_recurrent_matmul_precision
 from .rnn import GRU as GRU
 from .rnn import LSTM as LSTM
+from .stateful import StatefulPolicy as StatefulPolicy
 from .transforms.primers import get_env_transforms_from_module as get_env_transforms_from_module
 from .transforms.primers import get_primers_from_module as get_primers_from_module
 

@@ -425,14 +425,125 @@ _POLICY_TUTORIALS = (
         "tutorials/recurrent_reinforce.py",
         "@set_exploration_type(ExplorationType.RANDOM)\n",
         "",
+        ("tests/test_policy_tutorials.py::test_episodes_are_whole_and_masked_behind_their_end",),
+    ),
+)
+
+_SEQUENCES = (
+    Fault(
+        "windows: what waits is covered by no window",
+        "rnnkeys/transforms/windows.py",
+        "return [(first + a, first + b) for a, b in spans], keep, covered - keep",
+        "return [(first + a, first + b) for a, b in spans], keep, 0",
+        ("tests/test_windows.py::test_batches_that_cut_episodes_change_no_window[last]",),
+    ),
+    Fault(
+        "windows: the state is the one after the first step",
+        "rnnkeys/transforms/windows.py",
+        "windows.set(key, value[steps[:, 0]])",
+        "windows.set(key, value[steps[:, 1]])",
+        ("tests/test_windows.py::test_the_state_is_the_one_that_enters_the_first_step[last]",),
+    ),
+    Fault(
+        "windows: fillers are not done",
+        "rnnkeys/transforms/windows.py",
+        'filler = key[0] == "next" and key[-1] in _ENDS',
+        "filler = False",
+        ("tests/test_windows.py::test_fillers_are_done_and_masked_and_nothing_else",),
+    ),
+    Fault(
+        "burn-in: a start at the cut is run over",
+        "rnnkeys/transforms/burn_in.py",
+        "torch.where(reset, first, entering)",
+        "entering",
         (
-            "tests/test_policy_tutorials.py::"
-            "test_episodes_are_whole_and_masked_behind_their_end",
+            "tests/test_burn_in.py::"
+            "test_what_is_left_of_rows_equals_the_whole_by_hand[gru-True-0.4]",
+        ),
+    ),
+    Fault(
+        "burn-in: the state is taken one step late",
+        "rnnkeys/transforms/burn_in.py",
+        "entering = after.select(time, steps - 1)",
+        "entering = after.select(time, steps)",
+        (
+            "tests/test_burn_in.py::"
+            "test_what_is_left_of_rows_equals_the_whole_by_hand[gru-True-0.0]",
         ),
     ),
 )
 
+_STATEFUL = (
+    Fault(
+        "stateful policy: next-step environments restart one step early",
+        "rnnkeys/stateful.py",
+        'over = self._ended.clone() if self.autoreset == "next_step" else done',
+        "over = done",
+        (
+            "tests/test_stateful.py::"
+            "test_vector_environments_restart_where_episodes_do[next_step-gru]",
+        ),
+    ),
+    Fault(
+        "stateful policy: states are written to environments that were not asked",
+        "rnnkeys/stateful.py",
+        "held[index[written]] = after[written].to(held.dtype)",
+        "held[: len(index)] = after.to(held.dtype)",
+        ("tests/test_stateful.py::test_environments_may_be_called_in_any_order_and_number",),
+    ),
+)
+
+_AS_IN_NUMPY = ("tests/test_r2d2.py::test_loss_and_priorities_equal_numpys[as in the paper-True]",)
+_R2D2 = (
+    Fault(
+        "refresh: a window starts from the end of the one before, not from where it starts",
+        "rnnkeys/transforms/refresh.py",
+        "after[at, gap[index][leads] - 1]",
+        "after[at, -1]",
+        (
+            "tests/test_refresh.py::"
+            "test_a_buffer_holds_what_a_fresh_collection_would[window2-LazyTensorStorage]",
+        ),
+    ),
+    Fault(
+        "R2D2: a terminal state is bootstrapped from",
+        "rnnkeys/objectives/r2d2.py",
+        "value = torch.where(terminated, 0.0, value)",
+        "value = torch.where(terminated, value, value)",
+        _AS_IN_NUMPY,
+    ),
+    Fault(
+        "R2D2: rewards are summed over the end of an episode",
+        "rnnkeys/objectives/r2d2.py",
+        "whole = torch.where(ends[:, :-1], ",
+        "whole = torch.where(ends[:, :-1] & False, ",
+        _AS_IN_NUMPY,
+    ),
+    Fault(
+        "R2D2: the target network starts from the online network's state",
+        "rnnkeys/objectives/r2d2.py",
+        "target = self._unroll(self.target_value_network_params, windows, ends)",
+        "target = self._unroll(self.value_network_params, windows, ends)",
+        _AS_IN_NUMPY,
+    ),
+    Fault(
+        "R2D2: what is masked has a part in the gradient",
+        "rnnkeys/objectives/r2d2.py",
+        "windows = _without_masked(windows, mask)",
+        "pass",
+        ("tests/test_r2d2.py::test_what_is_masked_reaches_nothing_not_even_a_nan",),
+    ),
+    Fault(
+        "rescaling: the inverse subtracts what is nearly equal",
+        "rnnkeys/objectives/rescaling.py",
+        "return y.sign() * s * (s + 2)",
+        "return y.sign() * ((s + 1) ** 2 - 1)",
+        ("tests/test_r2d2.py::test_rescaling_is_undone_without_cancellation[0.001]",),
+    ),
+)
+
 FAULTS: tuple[Fault, ...] = (
+    *(*_SEQUENCES, *_STATEFUL, *_R2D2),
     *_POLICY_TUTORIALS,
     *(*_CELLS, *_OWN_CELLS, *_SEGMENTS, *_LOOP, *_SCAN, *_PAD),
     *(*_LAYERS, *_LEAKS, *_MODULES, *_TARGETS, *_MINIBATCHES),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .burn_in import BurnIn as BurnIn
 from .next_init import NextInitPrioritizedSliceSampler as NextInitPrioritizedSliceSampler
 from .next_init import NextInitSliceSampler as NextInitSliceSampler
 from .next_init import (
@@ -12,3 +13,7 @@ from .next_init import NextInitTracker as NextInitTracker
 from .primers import StatePrimer as StatePrimer
 from .primers import get_env_transforms_from_module as get_env_transforms_from_module
 from .primers import get_primers_from_module as get_primers_from_module
+from .refresh import RefreshStates as RefreshStates
+from .refresh import state_staleness as state_staleness
+from .windows import Windows as Windows
+from .windows import sequence_mask as sequence_mask
