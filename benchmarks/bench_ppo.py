@@ -32,7 +32,8 @@ import rnnkeys
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tutorials"))
-import policy_records  # noqa: E402 (tutorials are scripts, not a package)
+import policy_networks  # noqa: E402 (tutorials are scripts, not a package)
+import policy_records  # noqa: E402
 import policy_settings  # noqa: E402
 import recurrent_ppo  # noqa: E402
 
@@ -52,7 +53,7 @@ class Ours:
         num_envs: int = ENVS,
         processes: int = 1,
     ) -> None:
-        recurrent_ppo.LSTMModule = library.LSTMModule
+        policy_networks.LSTMModule = library.LSTMModule
         settings = policy_settings.Settings(
             num_envs=num_envs,
             processes=processes,

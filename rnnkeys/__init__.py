@@ -5,6 +5,7 @@ from .cells import Cell as Cell
 from .cells import GRUCell as GRUCell
 from .cells import LSTMCell as LSTMCell
 from .doctor import check_recurrent_policy as check_recurrent_policy
+from .export import export_step as export_step
 from .mode import recurrent_mode as recurrent_mode
 from .mode import set_recurrent_mode as set_recurrent_mode
 from .modules import GRUModule as GRUModule

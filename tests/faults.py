@@ -405,10 +405,20 @@ _MINIBATCHES = (
     ),
 )
 
+_EXPORT = (
+    Fault(
+        "an exported step forgets its states",
+        "rnnkeys/export.py",
+        "data.set(key, torch.zeros(*batch, 1,",
+        "data.set(key, torch.ones(*batch, 1,",
+        ("tests/test_export.py::test_the_batch_is_of_any_size_and_states_are_returned",),
+    ),
+)
+
 _POLICY_TUTORIALS = (
     Fault(
         "PPO collects without the critic's memory",
-        "tutorials/recurrent_ppo.py",
+        "tutorials/policy_networks.py",
         "TensorDictSequential(self.actor, *memories)",
         "TensorDictSequential(self.actor)",
         ("tests/test_policy_tutorials.py::test_ppo_learns_from_what_was_played",),
@@ -544,7 +554,7 @@ _R2D2 = (
 
 FAULTS: tuple[Fault, ...] = (
     *(*_SEQUENCES, *_STATEFUL, *_R2D2),
-    *_POLICY_TUTORIALS,
+    *(*_POLICY_TUTORIALS, *_EXPORT),
     *(*_CELLS, *_OWN_CELLS, *_SEGMENTS, *_LOOP, *_SCAN, *_PAD),
     *(*_LAYERS, *_LEAKS, *_MODULES, *_TARGETS, *_MINIBATCHES),
 )

@@ -160,8 +160,8 @@ def test_ppo_learns_from_what_was_played(tmp_path: Path) -> None:
         settings, _ = tutorial("policy_settings").read_settings([*SHORT, *shared], "")
         trainer = ppo.Trainer(settings, records.Records(tmp_path, "test"))
         collector = trainer._make_collector()
-        for _ in range(2):
-            rollout = trainer._collect(collector)
+        trainer._collect(collector)
+        rollout = trainer._collect(collector)  # begins in the midst of episodes
         learner = trainer.learner
         learner.advantage(rollout)
         batch = next(learner.minibatches(learner._keep_what_is_read(rollout)))
@@ -176,15 +176,16 @@ def test_ppo_notes_the_returns_of_whole_episodes(tmp_path: Path) -> None:
     settings, _ = tutorial("policy_settings").read_settings(SHORT, "")
     trainer = ppo.Trainer(settings, records.Records(tmp_path, "test"))
     collector = trainer._make_collector()
-    ends = 0
+    ends, going_on = 0, torch.ones(4, dtype=torch.bool)
     for _ in range(4):
         rollout = trainer._collect(collector)
         ends += int(rollout["next", "done"].sum())
+        going_on = ~rollout["next", "done"][:, -1, 0]
         torch.testing.assert_close(rollout["next", "reward"], torch.full((4, 32, 1), 0.1))
     # Every step is worth 1, and belongs to an episode that has ended or goes on.
     assert len(trainer.returns) == trainer.episodes == ends > 4
     assert sum(trainer.returns) + trainer.so_far.sum() == 4 * 4 * 32
-    assert torch.equal(trainer.so_far > 0, ~rollout["next", "done"][:, -1, 0])
+    assert torch.equal(trainer.so_far > 0, going_on)
     collector.shutdown()
 
 
