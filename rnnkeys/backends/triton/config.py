@@ -21,6 +21,11 @@ _COLUMNS = {
     "forward": {32: 512, 16: 2048, 8: 4096},
     "backward": {32: 512, 16: 1024, 8: 2048},
 }
+# Without tensor cores, where groups of four rows leave more room.
+_COLUMNS_OF_SCALARS = {
+    "forward": {16: 2048, 8: 4096},
+    "backward": {16: 1024, 8: 4096},
+}
 _SHARED_MEMORY = 232448
 # Steps of an episode, for want of a look at the marks: larger groups pay where there are many.
 _EXPECTED_LENGTH = 128
@@ -125,13 +130,11 @@ def _resident(
     if alone:
         block_n, sizes, chunks = block_h, (1, 4) if mode == "ieee" else (16,), 1
     else:
-        limits = _COLUMNS[direction]
-        block_n = next((n for n, limit in limits.items() if column <= limit), None)
-        if block_n is None:
+        limits = _COLUMNS_OF_SCALARS if mode == "ieee" else _COLUMNS
+        block_n = next((n for n, limit in limits[direction].items() if column <= limit), None)
+        if block_n is None or (mode == "tf32x3" and column > 2048):
             return None
-        if mode == "ieee":
-            block_n = min(block_n, 16)
-        sizes = _rows(direction, column, mode)
+        sizes = _rows(direction, block_h, column, mode)
         chunks = 1 if direction == "forward" or block_n == 32 else _WARPS
     split = -(-hidden // block_n)
     if split > device.processors:
@@ -145,12 +148,12 @@ def _resident(
     return replace(config, block_b=block_b)
 
 
-def _rows(direction: str, column: int, mode: str) -> tuple[int, ...]:
+def _rows(direction: str, block_h: int, column: int, mode: str) -> tuple[int, ...]:
     """Sizes of groups of rows that fit, if programs share columns."""
     if mode == "ieee":
-        return 4, 16
-    small = column <= (2048 if direction == "forward" else 1024) and mode != "tf32x3"
-    return (16, 32) if small else (16,)
+        return (4, 16) if column <= 2048 else (4,)
+    small = block_h <= 512 if direction == "forward" else column <= 1024
+    return (16, 32) if small and mode != "tf32x3" else (16,)
 
 
 def _stepwise(batch: int, hidden: int, mode: str, device: Device) -> Config:

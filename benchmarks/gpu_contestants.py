@@ -1,0 +1,136 @@
+"""Who is timed on a GPU, and how: ways to run one recurrent layer over a batch with resets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+import torchrl.modules
+from tensordict import TensorDict
+from torch import Tensor
+
+import rnnkeys
+
+from .cases import Batch, Case, make_batch
+from .contestants import make_layers, make_module
+
+OURS, OURS_STARTS, OURS_PAD = "triton", "triton, starts", "pad"
+PLAIN = "hand-written op"
+THEIRS_TRITON, THEIRS_SCAN, THEIRS_PAD = "TorchRL triton", "TorchRL scan", "TorchRL pad"
+CUDNN = "cuDNN, no resets"
+THEIRS = (THEIRS_TRITON, THEIRS_SCAN, THEIRS_PAD)
+ALL = (OURS, OURS_STARTS, OURS_PAD, PLAIN, *THEIRS, CUDNN)
+# What takes no CPU tensors, and so no part in a dry run.
+NEEDS_GPU = (THEIRS_TRITON,)
+
+_MODULES: dict[str, tuple[Any, dict[str, Any]]] = {
+    OURS: (rnnkeys, {"recurrent_backend": "triton"}),
+    OURS_STARTS: (rnnkeys, {"recurrent_backend": "triton", "store_states": "starts"}),
+    OURS_PAD: (rnnkeys, {"recurrent_backend": "pad"}),
+    PLAIN: (rnnkeys, {"recurrent_backend": "scan"}),
+    THEIRS_TRITON: (torchrl.modules, {"recurrent_backend": "triton"}),
+    THEIRS_SCAN: (torchrl.modules, {"recurrent_backend": "scan"}),
+    THEIRS_PAD: (torchrl.modules, {"recurrent_backend": "pad"}),
+}
+# Calls slower than this (s) are timed once.
+_SLOW = 1.0
+
+
+class Contestant:
+    """One way to run one case on a device; made anew for every case, so that nothing stays.
+
+    Args:
+        name: one of ``ALL``.
+        case: to run.
+        device: ``"cuda"``, or ``"cpu"`` in a dry run.
+        precision: ``recurrent_matmul_precision``, or ``"bfloat16"`` for that compute dtype.
+    """
+
+    def __init__(self, name: str, case: Case, device: str, precision: str) -> None:
+        batch = _to(make_batch(case), device)
+        layers = make_layers(case).to(device)
+        self._leaves = [batch.x, *layers.parameters()]
+        self._grad = batch.grad
+        if name == CUDNN:
+            first = [state[:, 0].transpose(0, 1).contiguous() for state in batch.states.values()]
+            state = tuple(first) if len(first) == 2 else first[0]
+            self._run: Callable[[], Tensor] = lambda: layers(batch.x, state)[0]
+            return
+        library, arguments = _MODULES[name]
+        modes: dict[str, Any] = {"recurrent_matmul_precision": precision}
+        if precision == "bfloat16":
+            modes = {"recurrent_compute_dtype": torch.bfloat16}
+        arguments = arguments | modes | {"default_recurrent_mode": True}
+        module = make_module(library, case.cell, layers, **arguments)
+        entries = {"x": batch.x, "is_init": batch.is_init.unsqueeze(-1), **batch.states}
+        data = TensorDict(entries, batch.is_init.shape)
+        self._run = lambda: module(data.copy())["y"]
+
+    @torch.no_grad()
+    def forward(self) -> Tensor:
+        """Return the outputs, prepared for no backward pass."""
+        return self._run()
+
+    def both(self) -> tuple[Tensor, ...]:
+        """Run forward and backward; return outputs and gradients."""
+        y = self._run()
+        return (y, *torch.autograd.grad(y, self._leaves, self._grad))
+
+
+def _to(batch: Batch, device: str) -> Batch:
+    states = {name: state.to(device) for name, state in batch.states.items()}
+    x = batch.x.detach().to(device).requires_grad_()
+    return Batch(x, batch.is_init.to(device), states, batch.grad.to(device))
+
+
+def set_library(precision: str) -> None:
+    """Let cuDNN and cuBLAS compute at the precision of a run.
+
+    A library has no ``"tf32x3"``; it runs float32 then, as TorchRL's modules do.
+    """
+    allow = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = allow
+    torch.backends.cudnn.allow_tf32 = allow
+
+
+def seconds(call: Callable[[], object], device: str, budget: float) -> float:
+    """Return the median time of a call, by the device's own clock.
+
+    Args:
+        call: to time; its first run compiles and is not counted.
+        device: ``"cuda"`` or ``"cpu"``.
+        budget: seconds of samples.
+    """
+    call()
+    samples = [_sample(call, device)]
+    if samples[0] < _SLOW:
+        count = min(50, max(3, int(budget / samples[0])))
+        samples = [_sample(call, device) for _ in range(count)]
+    return median(samples)
+
+
+def _sample(call: Callable[[], object], device: str) -> float:
+    if device == "cpu":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Return the memory that a call takes at most beyond what was there, on the GPU."""
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
