@@ -37,7 +37,8 @@ class BurnIn(Transform):
             of a slice: right if no slice goes on into another episode.
 
     Raises:
-        ValueError: if ``burn_in`` is negative, or nothing inside is recurrent.
+        ValueError: if ``burn_in`` is negative, or nothing inside is recurrent, or its states are not
+            stored within sequences (``store_states="starts"``).
 
     Examples:
         >>> from tensordict import TensorDict
@@ -129,9 +130,17 @@ class BurnIn(Transform):
 
 
 class StateKeys:
-    """A network, and the keys of the recurrent modules inside."""
+    """A network, and the keys of the recurrent modules inside.
 
-    def __init__(self, network: TensorDictModuleBase) -> None:
+    Args:
+        network: recurrent modules inside.
+        in_sequences: whether states in the middle of sequences are going to be read.
+
+    Raises:
+        ValueError: if nothing is recurrent, or if the states that are read are not stored.
+    """
+
+    def __init__(self, network: TensorDictModuleBase, in_sequences: bool = True) -> None:
         # Modules import the primers, which lie beside this file.
         from ..objectives.networks import find_recurrent
 
@@ -141,6 +150,12 @@ class StateKeys:
             raise ValueError(
                 f"There is no recurrent module inside {type(network).__name__}, so there is no "
                 "state to burn in. Pass the network that contains it."
+            )
+        if in_sequences and any(getattr(r.module, "store_states", "all") != "all" for r in found):
+            raise ValueError(
+                "A recurrent module with store_states='starts' leaves NaN in the middle of "
+                "sequences, where the state behind a burn-in or an episode's end is read. Make it "
+                "with store_states='all'."
             )
         self.pairs = list(dict.fromkeys((key, r.init_key) for r in found for key in r.state_keys))
         self.states = list(dict.fromkeys(key for r in found for key in r.state_keys))
