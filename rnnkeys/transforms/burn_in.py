@@ -37,7 +37,7 @@ class BurnIn(Transform):
             of a slice: right if no slice goes on into another episode.
 
     Raises:
-        ValueError: if ``burn_in`` is negative, or nothing inside is recurrent, or its states are not
+        ValueError: if ``burn_in`` is negative, nothing inside is recurrent, or its states are not
             stored within sequences (``store_states="starts"``).
 
     Examples:
