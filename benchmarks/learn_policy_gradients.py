@@ -62,11 +62,19 @@ class Run:
     result: dict[str, Any]
 
 
+def folder_of(runs: Path, script: str, variant: str, seed: int) -> Path:
+    return runs / script / f"{variant}_{seed}".replace(", ", "_").replace(" ", "_")
+
+
+def is_done(runs: Path, script: str, variant: str, seed: int) -> bool:
+    return (folder_of(runs, script, variant, seed) / "result.json").exists()
+
+
 def run(script: str, variant: str, seed: int, argv: list[str], runs: Path) -> Run:
     """Run a tutorial, unless its result is there already, and read what it left."""
-    folder = runs / script / f"{variant}_{seed}".replace(", ", "_").replace(" ", "_")
+    folder = folder_of(runs, script, variant, seed)
     argv = [*argv, "--seed", str(seed)]
-    if not (folder / "result.json").exists():
+    if not is_done(runs, script, variant, seed):
         process = subprocess.run(
             [sys.executable, str(ROOT / "tutorials" / f"{script}.py"), *argv]
             + ["--output", str(folder)],
@@ -156,10 +164,12 @@ def draw_reinforce(runs: list[Run]) -> None:
     fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     colors = {"right": "tab:blue", "broken": "tab:red", "memoryless": "tab:orange"}
     for ax, seen in zip(axes, ("all", "positions"), strict=True):
+        if not any(run.variant.startswith(seen) for run in runs):
+            continue
         for run in runs:
             observation, kind = run.variant.split(", ")
             if observation == seen:
-                label = kind if run.seed == runs[0].seed else None
+                label = kind if run.seed == min(r.seed for r in runs) else None
                 returns = smooth([row["return"] for row in run.curve])
                 ax.plot(returns, color=colors[kind], lw=1, label=label)
         ax.axhline(475, color="tab:green", ls="--", lw=1)
@@ -203,6 +213,7 @@ def main() -> None:
     everything = [*REINFORCE, *PPO]
     parser.add_argument("--variants", nargs="+", default=everything, choices=everything)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "policy_gradients")
+    parser.add_argument("--recorded", action="store_true", help="run nothing: report what is there")
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     for script, variants in (("recurrent_reinforce", REINFORCE), ("recurrent_ppo", PPO)):
@@ -211,6 +222,7 @@ def main() -> None:
             for variant, argv in variants.items()
             if variant in options.variants
             for seed in options.seeds
+            if not options.recorded or is_done(options.runs, script, variant, seed)
         ]
         with ThreadPoolExecutor(options.jobs) as pool:
             runs = list(pool.map(lambda one: run(*one), wanted))
