@@ -73,8 +73,7 @@ def _check_fits(
             f"{arguments['input_size']}, hidden_size={arguments['hidden_size']}): the instance "
             "has its sizes. Pass one or the other."
         )
-    if not isinstance(given, nn.RNNBase):
-        return
+    _check_kind(name, given, name.upper())
     weight = next(given.parameters())
     for argument, default in _DEFAULTS.items():
         wanted = arguments.get(argument, default)
@@ -97,8 +96,7 @@ def _check_fits(
         )
 
 
-def check_kind(name: str, layers: nn.RNNBase, mode: str) -> None:
-    """Raise ValueError unless ``layers``, the value of argument ``name``, can be run."""
+def _check_kind(name: str, layers: nn.RNNBase, mode: str) -> None:
     if not isinstance(layers, nn.RNNBase) or layers.mode != mode:
         raise ValueError(
             f"{name}= must be an nn.{mode} or its plain twin rnnkeys.{mode}. Got "

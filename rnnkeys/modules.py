@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from torchrl.envs.transforms import TensorDictPrimer
 
 from . import entries, rnn
-from .arguments import check_choice, check_floating_dtype, check_kind, make_layers
+from .arguments import check_choice, check_floating_dtype, make_layers
 from .backends import BACKENDS, Options, in_transform, unroll_layers, why_not
 from .canonical import CanonicalKeys
 from .cells import GRU_CELL, LSTM_CELL, Cell, Weights
@@ -137,7 +137,6 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         outs = entries.join_keys("out", out_key, out_keys, self.DEFAULT_OUT_KEYS)
         ins, self.init_key = entries.split_init_key(name, ins, init_key, self.cell)
         entries.check_out_keys(name, outs, self.cell)
-        self._check_layers(layers)
         setattr(self, self.rnn_attribute, layers)
         # tensordict's own annotations of keys know no nesting.
         self.in_keys = [*ins, self.init_key]  # pyright: ignore[reportAttributeAccessIssue]
@@ -161,9 +160,6 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         names = self.cell.state_names
         keys = [f"recurrent_state_{n}" for n in names] if len(names) > 1 else ["recurrent_state"]
         self.DEFAULT_IN_KEYS, self.DEFAULT_OUT_KEYS = [*keys], [("next", key) for key in keys]
-
-    def _check_layers(self, layers: Any) -> None:
-        """Raise if the recurrent layers are not of this module's kind."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "in_keys":
@@ -575,9 +571,6 @@ class LSTMModule(RecurrentModule):
             store_states=store_states,
         )
 
-    def _check_layers(self, layers: nn.RNNBase) -> None:
-        check_kind("lstm", layers, "LSTM")
-
 
 class GRUModule(RecurrentModule):
     """A gated recurrent unit (GRU) whose state lives in the TensorDict.
@@ -694,6 +687,3 @@ class GRUModule(RecurrentModule):
             state_grad=state_grad,
             store_states=store_states,
         )
-
-    def _check_layers(self, layers: nn.RNNBase) -> None:
-        check_kind("gru", layers, "GRU")
