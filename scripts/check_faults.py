@@ -28,7 +28,7 @@ import pytest
 from tests.faults import FAULTS, Fault
 
 PROJECT = Path(__file__).resolve().parent.parent
-COPIED = ("pyproject.toml", "rnnkeys", "tests")
+COPIED = ("pyproject.toml", "rnnkeys", "tests", "tutorials")
 TIMEOUT_S = 180
 # Tests run in forks of a server that has imported what takes long and is not changed by a fault.
 FORKS = multiprocessing.get_context("forkserver")
