@@ -2,6 +2,7 @@
 # of constraints.txt, and caches in .cache. Nothing outside the checkout is written or relied on.
 #
 #   make test                       all checks: what CI runs
+#   make test-gpu                   the kernels at full size, on a machine with an NVIDIA GPU
 #   make demo                       the tutorial: a recurrent DQN learns; its picture is in demo/
 #   make test PYTHON=python3.12     with another interpreter
 #
@@ -31,11 +32,11 @@ export TRITON_CACHE_DIR ?= $(CACHE)/triton
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env test lint typecheck pytest faults demo learn bench bench-quick format dist clean
+.PHONY: help env test test-gpu lint typecheck pytest faults demo learn bench bench-quick bench-gpu format dist clean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
-	@echo 'others: env lint typecheck pytest faults learn bench bench-quick format dist clean'
+	@echo 'others: env lint typecheck pytest faults learn bench bench-quick bench-gpu format dist clean'
 
 $(RUN_READY): pyproject.toml constraints.txt
 	rm -rf $(VENV)
@@ -66,6 +67,12 @@ pytest: $(DEV_READY)
 faults: $(DEV_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.check_faults --jobs $(JOBS)
 
+# The same tests that interpret the kernels on a CPU run them on the GPU, and more at full size.
+test-gpu: $(DEV_READY)
+	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("no CUDA device")'
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests/test_contract.py tests/triton_kernels.py \
+		tests/test_precision.py -k "triton or precision" --durations=10 $(PYTEST_ARGS)
+
 demo: $(RUN_READY)
 	$(BIN)/python tutorials/recurrent_dqn.py --output demo $(DEMO_ARGS)
 
@@ -78,6 +85,9 @@ bench: $(RUN_READY)
 
 bench-quick: $(RUN_READY)
 	$(BIN)/python -m benchmarks.bench_cpu --quick $(BENCH_ARGS)
+
+bench-gpu: $(DEV_READY)
+	env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.bench_gpu $(BENCH_ARGS)
 
 format: $(DEV_READY)
 	$(BIN)/ruff check --fix .

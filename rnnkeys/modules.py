@@ -150,7 +150,11 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         self.store_states = store_states
         self._warned_of_missing_state = False
         obstacle = why_not(
-            recurrent_backend, self.cell, self._layers.weights(0), recurrent_recompute
+            recurrent_backend,
+            self.cell,
+            self._layers.weights(0),
+            recurrent_recompute,
+            recurrent_compute_dtype,
         )
         if obstacle:
             raise obstacle

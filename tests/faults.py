@@ -552,7 +552,74 @@ _R2D2 = (
     ),
 )
 
+def _at_a_glance(form: str) -> tuple[str, ...]:
+    """One interpreted problem in one form of the Triton kernels."""
+    return (f"tests/test_triton_interpreted.py::test_one_problem_at_a_glance[{form}]",)
+
+
+_TRITON = (
+    Fault(
+        "triton: two gates swapped where they are split",
+        "rnnkeys/backends/triton/pieces.py",
+        "first, third = tl.split(even)",
+        "third, first = tl.split(even)",
+        _at_a_glance("split"),
+    ),
+    Fault(
+        "triton: programs arrive and do not wait",
+        "rnnkeys/backends/triton/pieces.py",
+        'scope="gpu") < target:',
+        'scope="gpu") < 0:',
+        _at_a_glance("split"),
+    ),
+    Fault(
+        "triton: a segment's length off by one",
+        "rnnkeys/backends/triton/ordering.py",
+        "torch.where(first, end - t, 0)",
+        "torch.where(first, end - t - 1, 0)",
+        _at_a_glance("split"),
+    ),
+    Fault(
+        "triton: a reset dropped by the kernel of one step",
+        "rnnkeys/backends/triton/pieces.py",
+        "return (tl.load(is_init + step, mask=mask, other=0) != 0) | (t == 0)",
+        "return (tl.load(is_init + step, mask=mask, other=0) > 1) | (t == 0)",
+        _at_a_glance("stepwise"),
+    ),
+)
+
+_PRECISION = (
+    Fault(
+        "precision: torch's high and medium swapped",
+        "rnnkeys/precision.py",
+        '"high": "high-prec", "medium": "fast"',
+        '"high": "fast", "medium": "high-prec"',
+        (
+            "tests/test_precision.py::"
+            "test_every_order_of_precedence_resolves_as_in_torchrl[Hopper]",
+        ),
+    ),
+    Fault(
+        "precision: a block forgets what was set before",
+        "rnnkeys/precision.py",
+        "_torchrl._GLOBAL_OVERRIDE = self._saved.pop()",
+        "_torchrl._GLOBAL_OVERRIDE = None",
+        (
+            "tests/test_precision.py::"
+            "test_a_block_puts_back_what_was_set_before_even_after_an_error",
+        ),
+    ),
+    Fault(
+        "precision: the library's flag is not put back",
+        "rnnkeys/precision.py",
+        "            flags.fp32_precision = before\n",
+        "            pass\n",
+        ("tests/test_precision.py::test_the_library_runs_at_the_mode_and_is_put_back[highest]",),
+    ),
+)
+
 FAULTS: tuple[Fault, ...] = (
+    *(*_TRITON, *_PRECISION),
     *(*_SEQUENCES, *_STATEFUL, *_R2D2),
     *(*_POLICY_TUTORIALS, *_EXPORT),
     *(*_CELLS, *_OWN_CELLS, *_SEGMENTS, *_LOOP, *_SCAN, *_PAD),

@@ -71,7 +71,7 @@ def _set_form(form: str, monkeypatch: pytest.MonkeyPatch, processors: int = 3) -
         monkeypatch.setattr(launch, "_device", lambda tensor: Device(processors))
 
 
-@pytest.fixture(params=FORMS)
+@pytest.fixture(params=["split", "stepwise"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Run all in one form of the kernels."""
     _set_form(request.param, monkeypatch)
@@ -96,6 +96,7 @@ def _check(problem: Problem, way: Way = WAY, tolerance: torch.dtype | str = F32)
 
 @pytest.mark.parametrize("marks", ["random", "one long among short"])
 @both_cells
+@pytest.mark.parametrize("form", FORMS, indirect=True)
 def test_every_form_equals_the_reference(form, cell, marks):
     _check(_make(cell, marks, batch=5))
 
@@ -172,6 +173,7 @@ def test_rounded_products_are_told_from_exact_ones(cell):
         _check(_make(cell), way, F32)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter rounds nothing")
 @pytest.mark.parametrize("mode", ["ieee", "tf32x3", "tf32"])
 @both_cells
 def test_modes_keep_their_tolerance(cell, mode):
@@ -201,7 +203,7 @@ def test_parameters_may_be_of_half_precision(cell, dtype):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="schedules programs itself")
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @both_cells
 def test_programs_that_share_rows_meet_in_any_order(cell, seed, monkeypatch):
     _set_form("split", monkeypatch, processors=3 + 3 * (seed % 2))

@@ -49,7 +49,13 @@ class Options:
     precision: str = "auto"
 
 
-def why_not(name: str, cell: Cell, weights: Weights, recompute: str = "none") -> Exception | None:
+def why_not(
+    name: str,
+    cell: Cell,
+    weights: Weights,
+    recompute: str = "none",
+    compute_dtype: torch.dtype = torch.float32,
+) -> Exception | None:
     """Return the error to raise if a backend cannot run a cell with these parameters, or None.
 
     It names the reason and what to use instead. Constructors raise it, tests skip by it.
@@ -59,6 +65,7 @@ def why_not(name: str, cell: Cell, weights: Weights, recompute: str = "none") ->
         cell: the equation.
         weights: of a layer, for sizes, dtype and device.
         recompute: ``recurrent_recompute``.
+        compute_dtype: ``recurrent_compute_dtype``.
 
     Examples:
         >>> from rnnkeys.cells import GRU_CELL
@@ -77,7 +84,7 @@ def why_not(name: str, cell: Cell, weights: Weights, recompute: str = "none") ->
             "recurrent_recompute='none'."
         )
     if name == "triton":
-        reason = triton.why_not(cell, weights, weights.w_hh.device)
+        reason = triton.why_not(cell, weights, weights.w_hh.device, compute_dtype)
         return None if reason is None else RuntimeError(reason)
     return None
 
