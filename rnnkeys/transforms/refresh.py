@@ -77,7 +77,8 @@ class RefreshStates:
         that is left keeps its state.
 
         Args:
-            buffer: a replay buffer that has ``Windows`` as its transform.
+            buffer: a replay buffer that has ``Windows`` as its transform. Batches that share its
+                memory, such as ``buffer[:]``, change with it: clone what is compared.
 
         Returns:
             How many windows start from a state that was recomputed.
