@@ -565,6 +565,7 @@ _R2D2 = (
     ),
 )
 
+
 def _at_a_glance(form: str) -> tuple[str, ...]:
     """One interpreted problem in one form of the Triton kernels."""
     return (f"tests/test_triton_interpreted.py::test_one_problem_at_a_glance[{form}]",)
@@ -607,10 +608,7 @@ _PRECISION = (
         "rnnkeys/precision.py",
         '"high": "high-prec", "medium": "fast"',
         '"high": "fast", "medium": "high-prec"',
-        (
-            "tests/test_precision.py::"
-            "test_every_order_of_precedence_resolves_as_in_torchrl[Hopper]",
-        ),
+        ("tests/test_precision.py::test_every_order_of_precedence_resolves_as_in_torchrl[Hopper]",),
     ),
     Fault(
         "precision: a block forgets what was set before",
