@@ -68,6 +68,8 @@ faults: $(DEV_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.check_faults --jobs $(JOBS)
 
 # The same tests that interpret the kernels on a CPU run them on the GPU, and more at full size.
+# Some ask torch for deterministic algorithms, which its library has with this workspace only.
+test-gpu: export CUBLAS_WORKSPACE_CONFIG := :4096:8
 test-gpu: $(DEV_READY)
 	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("no CUDA device")'
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests/test_contract.py tests/triton_kernels.py \
