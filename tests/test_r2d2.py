@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -408,6 +409,22 @@ def test_target_updaters_move_the_target(updater):
         update.step()
     after = loss.target_value_network_params
     assert all((after[k] != before[k]).any() for k in before.keys(True, True))
+
+
+def test_copies_pickles_and_checkpoints_compute_the_same():
+    loss = make_loss(make_network(0), make_network(1))
+    windows = make_windows()
+    expected = loss(windows)["loss"]
+    fresh = make_loss(make_network(5), make_network(6))
+    assert not torch.equal(fresh(windows)["loss"], expected)
+    fresh.load_state_dict(loss.state_dict(), strict=True)
+    for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), fresh):
+        assert torch.equal(twin(windows)["loss"], expected)
+    twin = copy.deepcopy(loss)
+    for p in twin.parameters():
+        p.data.zero_()
+    assert not torch.equal(twin(windows)["loss"], expected)
+    assert torch.equal(loss(windows)["loss"], expected)
 
 
 def test_the_value_estimator_is_its_own():
