@@ -32,11 +32,11 @@ export TRITON_CACHE_DIR ?= $(CACHE)/triton
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-gpu lint typecheck pytest faults demo learn bench bench-quick bench-gpu format dist clean
+.PHONY: help env test test-gpu lint typecheck pytest faults demo learn bench bench-quick bench-gpu targets format dist clean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
-	@echo 'others: env lint typecheck pytest faults learn bench bench-quick bench-gpu format dist clean'
+	@echo 'others: env lint typecheck pytest faults learn bench bench-quick bench-gpu targets format dist clean'
 
 $(RUN_READY): pyproject.toml constraints.txt
 	rm -rf $(VENV)
@@ -90,6 +90,10 @@ bench-quick: $(RUN_READY)
 
 bench-gpu: $(DEV_READY)
 	env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.bench_gpu $(BENCH_ARGS)
+
+# How wrong the targets of each loss are; needs the tests' cases and nothing that only tests need.
+targets: $(RUN_READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.targets $(BENCH_ARGS)
 
 format: $(DEV_READY)
 	$(BIN)/ruff check --fix .

@@ -93,8 +93,13 @@ def plot_episode_states(
         _draw_starts(panel, starts)
         panel.set_xlim(0, max(len(data) - 1, 1))
         panel.set_xlabel("step")
-        panel.legend(loc="upper right", fontsize="small")
+        _add_legend(panel)
     return figure
+
+
+def _add_legend(panel: Axes) -> None:
+    """Put the legend beside the panel, where it hides nothing."""
+    panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
 
 
 def _one_row(tensordict: TensorDictBase, row: int) -> TensorDictBase:
@@ -200,7 +205,8 @@ def _draw_reach(
     panel.semilogy(reach.cpu(), marker=".", label=f"d {_name(key)} / d input")
     panel.set_xlabel("age of the observation (steps)")
     panel.set_ylabel("gradient, age 0 = 1")
-    panel.legend(loc="upper right", fontsize="small")
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    _add_legend(panel)
 
 
 def memory_reach(
@@ -293,9 +299,10 @@ def plot_state_staleness(
         keys.append(found.key)
         _draw_staleness(panel, name, found)
     panel.set_xlabel("steps since the start of the sequence")
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set_ylabel(f"difference of {_name(keys[0])},\nshare of its largest value")
     panel.set_ylim(bottom=0)
-    panel.legend(loc="upper left", fontsize="small")
+    _add_legend(panel)
     return figure
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from torchrl.objectives import (
 from torchrl.objectives.value import GAE, TDLambdaEstimator
 
 import rnnkeys
+from benchmarks import targets
 from rnnkeys import set_recurrent_mode
 from rnnkeys.objectives import recurrent_loss
 from rnnkeys.replay import PrioritizedSliceSampler
@@ -349,7 +351,18 @@ def rename_marks(make: Any, keys: dict[str, Any]) -> Setup:
     return setup
 
 
-def test_every_estimator_of_the_issue_is_covered() -> None:
+def test_the_table_of_targets(tmp_path: Path) -> None:
+    page = tmp_path / "targets.md"
+    targets.main(["--seeds", "1", "--only", "CrossQ", "--output", str(page)])
+    [row] = [line for line in page.read_text().splitlines() if line.startswith("| CrossQ")]
+    _, theirs, error, leak, *ours = [cell.strip() for cell in row.strip("|").split("|")]
+    assert int(theirs.split("%")[0]) > 20 and float(error.strip("%")) > 1 and float(leak) > 0.01
+    assert [cell.split(" of ")[0] for cell in ours[::3]] == ["0", "0"]
+    assert float(ours[1]) < 1e-5 and float(ours[4]) < 1e-12
+    assert ours[2::3] == ["0", "0"]
+
+
+def test_every_loss_and_estimator_is_covered() -> None:
     covered = {type(case.make(rnnkeys, "gru").loss) for case in CASES}
     assert {DQNLoss, DistributionalDQNLoss, GAE, TDLambdaEstimator} <= covered
     assert len(covered) >= 14
