@@ -269,6 +269,19 @@ def test_batches_that_do_not_fit_are_refused():
         Windows(2).lay_out(episode(3))
 
 
+def test_windows_that_are_longer_than_every_episode_are_reported_once():
+    transform = Windows(8, "drop")
+    for _ in range(9):
+        transform(episode(5))
+    with pytest.warns(UserWarning, match="10 episodes have ended and none had length=8 steps"):
+        transform(episode(5))
+    assert transform(episode(5)).shape == (0, 8)
+    settled = Windows(5, "drop")
+    settled(episode(5))
+    for _ in range(12):
+        settled(episode(3))
+
+
 def test_a_batch_without_a_whole_window_is_empty_not_wrong():
     empty = Windows(8, "drop")(episode(5))
     assert empty.batch_size == (0, 8) and empty["recurrent_state"].shape == (0, 8, 1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +20,7 @@ RESIDUALS = ("drop", "last", "null", "repeat", "overlap")
 EPISODE_KEY, FIRST_KEY = ("window", "episode"), ("window", "first")
 _STATE_PREFIX = "recurrent_state"
 _ENDS = ("done", "terminated")
+_LOST_EPISODES = 10
 
 
 class _Clock(NamedTuple):
@@ -93,6 +95,9 @@ class Windows(Transform):
     Raises:
         ValueError: if arguments do not fit each other.
 
+    Warns:
+        UserWarning: if ``"drop"`` has left nothing of the first ten episodes.
+
     Examples:
         >>> batch = TensorDict({"x": torch.arange(5), "is_init": torch.zeros(5, 1).bool()}, [5])
         >>> batch["next", "done"] = torch.tensor([[0], [0], [0], [0], [1]]).bool()
@@ -130,6 +135,8 @@ class Windows(Transform):
         self.keep_states = keep_states
         self.init_key = unravel_key(init_key)
         self._episodes = 0
+        # Episodes that ended before any window was made; None once that is settled.
+        self._lost: int | None = 0
         self.clear()
 
     def clear(self) -> None:
@@ -213,7 +220,22 @@ class Windows(Transform):
             waiting.append((steps[episode + keep :].clone(), covered))
             first += steps.shape[0]
         self._waiting = waiting
+        self._warn_if_all_is_dropped(len(spans), sum(len(ends) for *_, ends in streams))
         return self._gather(flat, spans)
+
+    def _warn_if_all_is_dropped(self, windows: int, episodes: int) -> None:
+        if self._lost is None or self.residual != "drop" or windows:
+            self._lost = None
+            return
+        self._lost += episodes
+        if self._lost >= _LOST_EPISODES:
+            warnings.warn(
+                f"{self._lost} episodes have ended and none had length={self.length} steps, so "
+                "that residual='drop' has left nothing. Shorten the windows, or fill them with "
+                "residual='last' or 'null'.",
+                stacklevel=3,
+            )
+            self._lost = None
 
     def _streams(self, rows: TensorDictBase) -> list[tuple[TensorDictBase, int, list[int]]]:
         """Return each row with what waited for it: steps, how many are covered, episodes' ends."""
