@@ -185,7 +185,7 @@ Made by `make targets` (`python -m benchmarks.targets --seeds {seeds}`), with to
 
 Every loss is run on batches of slices of up to 6 steps, drawn by TorchRL's `SliceSampler` from what
 TorchRL's `Collector` gathered in an environment with episodes of 1 to 12 steps that terminate or
-are truncated: {seeds} of a GRU's and {seeds} of an LSTM's. Online and target weights differ from
+are truncated: {seeds} for a GRU and {seeds} for an LSTM. Online and target weights differ from
 each other and from those that collected. TorchRL's modules run in TorchRL's losses as they are
 (estimators inside `set_recurrent_mode(True)`), rnnkeys' in the same losses after
 `recurrent_loss(loss)`.
@@ -201,7 +201,7 @@ each other and from those that collected. TorchRL's modules run in TorchRL's los
 
 \\* TorchRL's modules raise inside of the `vmap` that this loss or estimator runs its networks in;
 it was made with `deactivate_vmap=True` here. rnnkeys' modules run in it. Where it says *raises*,
-TorchRL's modules cannot be used at all: they keep no states of agents (QMIX).
+TorchRL's primer cannot make the states of agents, so that there is no data to compare on (QMIX).
 
 `GAE shifted` is the option `shifted=True`, which runs both views in one call. TorchRL's estimators
 mark the next view by themselves, and read the states that were stored, so all they need is

@@ -361,6 +361,58 @@ _TARGETS = (
     ),
 )
 
+_DOCTOR = (
+    Fault(
+        "a row's first step is not marked in the next view",
+        "rnnkeys/starts.py",
+        "first = torch.ones_like(starts.narrow(time, 0, 1))",
+        "first = torch.zeros_like(starts.narrow(time, 0, 1))",
+        ("tests/test_next_init.py::test_marks_rows_of_a_batch",),
+    ),
+    Fault(
+        "a sampler marks the next view of slices one step late",
+        "rnnkeys/transforms/next_init.py",
+        "starts = lengths.cumsum(0) - lengths",
+        "starts = (lengths.cumsum(0) - lengths + 1).clamp_max(int(lengths.sum()) - 1)",
+        ("tests/test_next_init.py::test_samplers_of_slices_shorter_than_asked[slices]",),
+    ),
+    Fault(
+        "a wired loss leaves its marks in the batch",
+        "rnnkeys/starts.py",
+        "    marked = tensordict.copy()\n",
+        "    marked = tensordict\n",
+        ("tests/test_recurrent_loss.py::test_the_batch_stays_as_it_was[DDPG]",),
+    ),
+    Fault(
+        "the doctor sees marks in the next view where there are none",
+        "rnnkeys/doctor/batches.py",
+        "return bool((ahead | ~starts).narrow(time, 1, steps).all())",
+        "return True",
+        ("tests/test_doctor.py::test_finds[next view not marked]",),
+    ),
+    Fault(
+        "the doctor's single steps carry the state through starts",
+        "rnnkeys/doctor/runs.py",
+        "step.set(key, torch.where(wide, fallback, carried))",
+        "step.set(key, carried)",
+        ("tests/test_doctor.py::test_each_part_alone",),
+    ),
+    Fault(
+        "staleness is measured from the state that was just made",
+        "rnnkeys/doctor/runs.py",
+        "        single = run_from_stored(policy, batch, recurrent)\n        key =",
+        "        single = whole\n        key =",
+        ("tests/test_doctor.py::test_finds[stale states]",),
+    ),
+    Fault(
+        "the picture of the memory's reach counts age from the start",
+        "rnnkeys/plots.py",
+        ".norm(dim=-1).flip(0).cpu()",
+        ".norm(dim=-1).cpu()",
+        ("tests/test_plots.py::test_reach_is_the_gradient_by_age",),
+    ),
+)
+
 _MINIBATCHES = (
     Fault(
         "sequences are cut one step late",
@@ -634,5 +686,5 @@ FAULTS: tuple[Fault, ...] = (
     *(*_SEQUENCES, *_AGENTS, *_STATEFUL, *_R2D2),
     *(*_POLICY_TUTORIALS, *_EXPORT),
     *(*_CELLS, *_OWN_CELLS, *_SEGMENTS, *_LOOP, *_SCAN, *_PAD),
-    *(*_LAYERS, *_LEAKS, *_MODULES, *_TARGETS, *_MINIBATCHES),
+    *(*_LAYERS, *_LEAKS, *_MODULES, *_TARGETS, *_DOCTOR, *_MINIBATCHES),
 )

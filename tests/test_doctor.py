@@ -75,9 +75,16 @@ def gru(**options: Any) -> Any:
 # --- nothing is wrong -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("data", cases.DATA)
 @pytest.mark.parametrize(
-    "case", [DQN, TD3, BY_NAME["SAC"], BY_NAME["QMIX"], BY_NAME["DDPG shared"]], ids=str
+    "case, data",
+    [
+        *((DQN, data) for data in cases.DATA),
+        *((TD3, data) for data in ("flat", "collector")),
+        (BY_NAME["SAC"], "[B, T]"),
+        (BY_NAME["QMIX"], "flat"),
+        (BY_NAME["DDPG shared"], "collector"),
+    ],
+    ids=str,
 )
 def test_a_right_wiring_gives_an_empty_report(case: cases.Case, data: str) -> None:
     wiring = right(case, "lstm" if data == "flat" else "gru")
