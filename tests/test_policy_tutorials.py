@@ -113,9 +113,9 @@ def test_the_mistake_forgets_every_state_and_changes_no_action() -> None:
         ["--cell", "gru", "--shared"],
         ["--memoryless"],
         ["--env", "Pendulum-v1", "--gamma", "0.9"],
-        ["--env", "MountainCarContinuous-v0", "--observation", "all", "--eval-every", "512"],
+        ["--env", "Acrobot-v1", "--observation", "all", "--eval-every", "512"],
     ],
-    ids=["lstm", "gru, shared", "memoryless", "pendulum", "mountain car"],
+    ids=["lstm", "gru, shared", "memoryless", "pendulum", "acrobot"],
 )
 def test_ppo(run: Main, argv: list[str]) -> None:
     rows, result = read(run("recurrent_ppo", *SHORT, *argv))

@@ -86,12 +86,9 @@ class Settings:
 # What other environments ask for.
 PRESETS: dict[str, dict[str, Any]] = {
     "Pendulum-v1": {
-        "num_envs": 4,
-        "steps": 256,
-        "seq_len": 64,
+        "steps": 128,
         "gamma": 0.9,
-        "reward_scale": 0.1,
-        "learning_rate": 1e-3,
+        "reward_scale": 0.02,
     },
     "MountainCarContinuous-v0": {
         "frames": 300_000,
