@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDictBase, unravel_key
 from torch import Tensor, nn
 
-from .doctor.runs import Staleness, ages, quietly, run_sequences, state_staleness
+from .doctor.runs import Staleness, ages, quietly, run_sequences, staleness_by_step
 from .mode import set_recurrent_mode
 from .modules import RecurrentModule
 from .objectives.networks import Recurrent, find_recurrent
@@ -95,6 +95,11 @@ def plot_episode_states(
         panel.set_xlabel("step")
         _add_legend(panel)
     return figure
+
+
+def _count_in_steps(panel: Axes) -> None:
+    locator: Any = panel.xaxis.get_major_locator()
+    locator.set_params(integer=True)
 
 
 def _add_legend(panel: Axes) -> None:
@@ -205,7 +210,7 @@ def _draw_reach(
     panel.semilogy(reach.cpu(), marker=".", label=f"d {_name(key)} / d input")
     panel.set_xlabel("age of the observation (steps)")
     panel.set_ylabel("gradient, age 0 = 1")
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    _count_in_steps(panel)
     _add_legend(panel)
 
 
@@ -272,7 +277,7 @@ def plot_state_staleness(
 
     One line for each batch: over the steps since the start of a sequence, the mean difference
     between what the policy makes of the stored state and of the state that today's weights make
-    (see :func:`rnnkeys.doctor.state_staleness`); the band holds the middle 80 % of sequences. A
+    (see :func:`rnnkeys.doctor.staleness_by_step`); the band holds the middle 80 % of sequences. A
     line that rises says that the states were stored by other weights; where it levels off, the
     sequence has forgotten the state that it started from: a burn-in of that length helps.
 
@@ -295,11 +300,11 @@ def plot_state_staleness(
     figure.set_size_inches(8, 4)
     keys = []
     for name, batch in named.items():
-        found = state_staleness(policy, batch)
+        found = staleness_by_step(policy, batch)
         keys.append(found.key)
         _draw_staleness(panel, name, found)
     panel.set_xlabel("steps since the start of the sequence")
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    _count_in_steps(panel)
     panel.set_ylabel(f"difference of {_name(keys[0])},\nshare of its largest value")
     panel.set_ylim(bottom=0)
     _add_legend(panel)

@@ -23,10 +23,10 @@ from torchrl.objectives.value import GAE
 import rnnkeys
 from rnnkeys import check_recurrent_policy, get_primers_from_module, set_recurrent_mode
 from rnnkeys.__main__ import main
-from rnnkeys.doctor import Report, state_staleness
-from rnnkeys.objectives import recurrent_loss
+from rnnkeys.doctor import Report, staleness_by_step
+from rnnkeys.objectives import R2D2Loss, recurrent_loss
 from rnnkeys.replay import PrioritizedSliceSampler
-from rnnkeys.transforms import NextInitSliceSampler, NextInitTracker
+from rnnkeys.transforms import NextInitSliceSampler, NextInitTracker, Windows
 from tests import target_cases as cases
 from tests.target_cases import Mod, Seq, ShortEpisodes
 
@@ -109,6 +109,15 @@ def test_marks_alone_are_right_too() -> None:
     assert not Wiring(setup.policy, batch=batch, loss=setup.loss).check()
     batch = NextInitTracker()(cases.flat(DQN, setup.policy))
     assert not Wiring(setup.policy, batch=batch, loss=setup.loss).check()
+
+
+def test_windows_with_one_state_each_and_a_loss_of_the_package() -> None:
+    policy = cases._q_network(rnnkeys, "gru")
+    windows = Windows(6, "null", state_keys=["actor_h"])(cases.collect(DQN, policy, 80))
+    assert not windows["collector", "mask"].all()
+    report = Wiring(policy, batch=windows, loss=R2D2Loss(policy, burn_in=2, n_steps=2)).check()
+    assert not report, str(report)
+    assert "staleness" not in report.measured
 
 
 def test_each_part_alone() -> None:
@@ -436,7 +445,7 @@ def test_staleness_is_that_of_the_definition() -> None:
     with torch.no_grad():
         for parameter in wiring.policy.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.7)
-    found = state_staleness(wiring.policy, batch)
+    found = staleness_by_step(wiring.policy, batch)
     assert found.key == "action_value"
     with torch.no_grad():
         with set_recurrent_mode(True):
@@ -455,10 +464,10 @@ def test_staleness_is_that_of_the_definition() -> None:
 def test_staleness_needs_states() -> None:
     wiring = right()
     with pytest.raises(KeyError, match="no state 'actor_h'.*Store it"):
-        state_staleness(wiring.policy, wiring.batch.exclude("actor_h"))
+        staleness_by_step(wiring.policy, wiring.batch.exclude("actor_h"))
     silent = Seq(gru().select_out_keys(("next", "actor_h")))
     with pytest.raises(ValueError, match="nothing that could be compared"):
-        state_staleness(silent, wiring.batch)
+        staleness_by_step(silent, wiring.batch)
 
 
 def test_limits_may_be_set() -> None:

@@ -11,7 +11,7 @@ from tensordict import TensorDict
 
 import rnnkeys
 from rnnkeys import plot_episode_states, plot_state_staleness, plots
-from rnnkeys.doctor import state_staleness
+from rnnkeys.doctor import staleness_by_step
 from rnnkeys.objectives.networks import find_recurrent
 from tests import target_cases as cases
 from tests import target_oracle as oracle
@@ -105,7 +105,7 @@ def test_staleness_is_drawn_by_age() -> None:
     new = cases.windows(DQN, policy)
     [panel] = plot_state_staleness(policy, {"new": new, "old": old}).axes
     assert line(panel, "new").max() < 1e-5 < 0.01 < line(panel, "old").max()
-    found = state_staleness(policy, old)
+    found = staleness_by_step(policy, old)
     for age, value in enumerate(line(panel, "old").tolist()):
         assert value == pytest.approx(found.difference[found.age == age].mean().item(), abs=1e-6)
     [panel] = plot_state_staleness(policy, old).axes

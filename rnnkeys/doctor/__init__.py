@@ -7,6 +7,7 @@ doctor``.
 from __future__ import annotations
 
 from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
 from torch import nn
 from torchrl.envs import EnvBase
 
@@ -19,7 +20,7 @@ from .report import Finding as Finding
 from .report import Report as Report
 from .runs import Staleness as Staleness
 from .runs import largest_difference, part_of
-from .runs import state_staleness as state_staleness
+from .runs import staleness_by_step as staleness_by_step
 
 
 def check_recurrent_policy(
@@ -123,9 +124,9 @@ def _check_runs(
         )
         return
     states = [key for one in find_recurrent(policy) for key in one.state_keys]
-    if max_staleness is None or any(batch.get(key, None) is None for key in states):
+    if max_staleness is None or not all(_is_stored_by_step(batch, key) for key in states):
         return
-    found = state_staleness(policy, part)
+    found = staleness_by_step(policy, part)
     stale = report.measured["staleness"] = float(found.difference[found.is_last].mean())
     if not stale <= max_staleness:
         report.add(
@@ -136,6 +137,15 @@ def _check_runs(
             "burn sequences in before learning from them, recompute their states, or replay what "
             "is younger (a smaller LazyTensorStorage)",
         )
+
+
+def _is_stored_by_step(batch: TensorDictBase, key: NestedKey) -> bool:
+    """Tell whether there is a state for every step; windows have one for all of theirs."""
+    state, time = batch.get(key, None), batch.ndim - 1
+    if state is None or batch.shape[time] < 2:
+        return state is not None
+    first = state.narrow(time, 0, 1)
+    return not bool((state == first).all())
 
 
 def _tolerance(policy: nn.Module) -> float:

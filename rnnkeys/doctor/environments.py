@@ -12,7 +12,7 @@ from torchrl.envs import EnvBase
 from ..mode import set_recurrent_mode
 from ..objectives.networks import Recurrent
 from .report import Report
-from .runs import state_staleness
+from .runs import staleness_by_step
 
 _APPEND = "env.append_transform({}(policy))"
 TRANSFORMS = _APPEND.format("get_env_transforms_from_module")
@@ -138,7 +138,7 @@ def _check_rollout(
                 )
     if len(report) > before:
         return
-    difference = float(state_staleness(policy, rollout).difference.max())
+    difference = float(staleness_by_step(policy, rollout).difference.max())
     if not difference <= _LOST:
         keys = [key for one in recurrent for key in one.state_keys]
         report.add(

@@ -12,7 +12,7 @@ from torchrl.objectives.value import ValueEstimatorBase
 from ..mode import recurrent_mode
 from ..objectives.networks import Recurrent
 from ..objectives.refusals import refuse_batch, refuse_loss
-from ..objectives.wiring import find_cut_keys
+from ..objectives.wiring import Wired, find_cut_keys
 from ..starts import MULTI_STEP_KEY, next_key
 from .batches import next_view_is_marked
 from .report import Report
@@ -26,6 +26,9 @@ def check_loss(
     loss: nn.Module, recurrent: list[Recurrent], batch: TensorDictBase | None, report: Report
 ) -> None:
     """Check a loss, with the batch it will get if that can be run."""
+    if _wires_itself(loss) and not isinstance(loss, Wired):
+        # The package's own losses mark and start their sequences themselves.
+        return
     try:
         refuse_loss(loss, recurrent)
     except ValueError as error:

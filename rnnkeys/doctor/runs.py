@@ -34,14 +34,15 @@ class Staleness(NamedTuple):
     is_last: Tensor
 
 
-def state_staleness(policy: nn.Module, batch: TensorDictBase) -> Staleness:
+def staleness_by_step(policy: nn.Module, batch: TensorDictBase) -> Staleness:
     """Measure how stale the stored states of a batch are for a policy as it is now.
 
     At every step the policy is run once from the state that is stored there, and once as a
     sequence from the start of the segment, with today's weights. Where a segment starts an episode
     the second is exact; elsewhere it still carries some of the stored start, and the measure is a
     lower bound. It is that of "Recurrent Experience Replay in Distributed Reinforcement Learning",
-    Kapturowski et al., 2019 (R2D2), section 3.
+    Kapturowski et al., 2019 (R2D2), section 3; where whole episodes are at hand,
+    ``rnnkeys.transforms.state_staleness`` takes it from recomputed states.
 
     Args:
         policy: with recurrent modules inside.
@@ -61,7 +62,7 @@ def state_staleness(policy: nn.Module, batch: TensorDictBase) -> Staleness:
         >>> marks = torch.zeros(2, 7, 1, dtype=torch.bool)
         >>> batch = TensorDict(observation=torch.randn(2, 7, 3), is_init=marks, batch_size=[2, 7])
         >>> batch["recurrent_state"] = torch.zeros(2, 7, 1, 5)
-        >>> found = state_staleness(gru, batch)
+        >>> found = staleness_by_step(gru, batch)
         >>> found.key, bool((found.difference[found.age == 0] < 1e-6).all())
         ('embed', True)
     """

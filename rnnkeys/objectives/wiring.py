@@ -89,7 +89,7 @@ def recurrent_loss(loss: Loss, init_key: NestedKey | list[NestedKey] | None = No
             "recurrent_loss expects a LossModule or a ValueEstimatorBase of torchrl.objectives. "
             f"Got {type(loss).__name__}; wire a loss before it is compiled or wrapped."
         )
-    if isinstance(loss, _Wired):
+    if isinstance(loss, Wired):
         return loss
     recurrent = find_recurrent(loss)
     if not recurrent and init_key is None:
@@ -171,7 +171,7 @@ def _with_in_keys(loss: Any, name: str, network: Any, keys: list[NestedKey]) -> 
     return view
 
 
-class _Wired:
+class Wired:
     """Marks a class made by :func:`recurrent_loss`, and lets its instances be pickled."""
 
     _wired_base: Any
@@ -195,7 +195,7 @@ def _wired_class(base: Any) -> Any:
         if _is_entry(name, method := inspect.getattr_static(base, name))
     }
     namespace = {"_wired_base": base, "__doc__": base.__doc__, "__module__": __name__, **entries}
-    return type(base)(f"Recurrent{base.__name__}", (_Wired, base), namespace)
+    return type(base)(f"Recurrent{base.__name__}", (Wired, base), namespace)
 
 
 def _is_entry(name: str, method: Any) -> bool:
