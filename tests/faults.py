@@ -327,6 +327,61 @@ _MODULES = (
     ),
 )
 
+_MISUSE = (
+    Fault(
+        "an argument that contradicts the layers given is ignored",
+        "rnnkeys/arguments.py",
+        "if wanted not in (default, has):",
+        "if wanted is nn:",
+        ("tests/test_misuse.py::test_layers_that_contradict_another_argument[num_layers-gru]",),
+    ),
+    Fault(
+        "a time dimension in another place is taken for a batch",
+        "rnnkeys/entries.py",
+        'if "time" in names[:-1]:',
+        'if "time" in names[:-2]:',
+        ("tests/test_misuse.py::test_a_time_dimension_that_is_not_the_last_one[gru]",),
+    ),
+    Fault(
+        "one state without the other counts as none",
+        "rnnkeys/entries.py",
+        "    if not present:\n        return None\n",
+        "    if len(present) < len(keys):\n        return None\n",
+        ("tests/test_misuse.py::test_one_state_without_the_other[h-step]",),
+    ),
+    Fault(
+        "keys that are assigned later are not read",
+        "rnnkeys/modules.py",
+        "            self._read_at(value)\n",
+        '            "_input_key" in vars(self) or self._read_at(value)\n',
+        ("tests/test_misuse.py::test_keys_may_be_assigned_later[gru]",),
+    ),
+    Fault(
+        "nested states do not follow the reset of their group",
+        "rnnkeys/transforms/primers.py",
+        "self.reset_key = _reset_key(parent._filtered_reset_keys, _groups(self.shapes))",
+        "pass",
+        (
+            "tests/test_primers.py::"
+            "test_groups_that_end_in_other_places_follow_the_reset_that_counts[nested_1]",
+        ),
+    ),
+    Fault(
+        "two modules overwrite each other's state in silence",
+        "rnnkeys/transforms/primers.py",
+        "if one != other:",
+        "if not one:",
+        ("tests/test_primers.py::test_two_modules_that_overwrite_each_others_state_are_warned_of",),
+    ),
+    Fault(
+        "states are made before starts are marked",
+        "rnnkeys/transforms/primers.py",
+        "return _compose(*trackers, *([] if primers is None else [primers]))",
+        "return _compose(*([] if primers is None else [primers]), *trackers)",
+        ("tests/test_primers.py::test_starts_are_marked_before_states_are_made[gru]",),
+    ),
+)
+
 _TARGETS = (
     Fault(
         "the next view is not marked",
@@ -686,5 +741,5 @@ FAULTS: tuple[Fault, ...] = (
     *(*_SEQUENCES, *_AGENTS, *_STATEFUL, *_R2D2),
     *(*_POLICY_TUTORIALS, *_EXPORT),
     *(*_CELLS, *_OWN_CELLS, *_SEGMENTS, *_LOOP, *_SCAN, *_PAD),
-    *(*_LAYERS, *_LEAKS, *_MODULES, *_TARGETS, *_DOCTOR, *_MINIBATCHES),
+    *(*_LAYERS, *_LEAKS, *_MODULES, *_MISUSE, *_TARGETS, *_DOCTOR, *_MINIBATCHES),
 )
