@@ -45,7 +45,7 @@ class Built(NamedTuple):
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """The sdist, and the wheel built from it; from a copy, for building writes to its source."""
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for name in ("rnnkeys", "tests", "scripts", "tutorials", "benchmarks"):
+    for name in ("rnnkeys", "tests", "scripts", "tutorials", "benchmarks", "docs"):
         if (PROJECT / name).is_dir():
             copytree(PROJECT / name, source / name, ignore=ignore_patterns("__pycache__"))
     for path in PROJECT.iterdir():
