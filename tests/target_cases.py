@@ -585,8 +585,17 @@ def sampled(data: TensorDictBase, steps: int, sampler: Any) -> TensorDictBase:
         storage=LazyTensorStorage(len(data)), sampler=sampler, batch_size=steps
     )
     buffer.extend(data)
-    batch: Any = buffer.sample()
+    for _ in range(100):
+        batch: Any = buffer.sample()
+        if _starts_inside_an_episode(batch):
+            break
     return batch
+
+
+def _starts_inside_an_episode(batch: TensorDictBase) -> bool:
+    """Whether some slice starts where a stored state must be read; else nobody would miss it."""
+    starts = oracle.starts_of(batch)
+    return bool((starts & (batch.get("step_count").reshape(starts.shape) > 0)).any())
 
 
 def flat(case: Case, policy: Any) -> TensorDictBase:

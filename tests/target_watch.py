@@ -93,9 +93,17 @@ def run(loss: Any, batch: TensorDictBase) -> Seen:
 
 
 def perturbed(batch: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
-    """Change everything real in one slice from the middle; return where nothing was changed."""
-    number = starts_of(batch).cumsum(0)
-    inside = number == number[len(number) // 2]
+    """Change everything real in one slice from the middle; return where nothing was changed.
+
+    A slice behind one that was cut short is preferred: there a return could run on.
+    """
+    starts = starts_of(batch)
+    number = starts.cumsum(0)
+    done = batch.get(("next", "done")).reshape(len(batch))
+    behind_cut = number[1:][starts[1:] & ~done[:-1]]
+    behind_cut = behind_cut[behind_cut < number[-1]]
+    chosen = behind_cut[len(behind_cut) // 2] if len(behind_cut) else number[len(number) // 2]
+    inside = number == chosen
     other = batch.clone()
     for value in other.values(True, True):
         if value.is_floating_point():
