@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from . import contestants
-from .cases import GATES, Grid, full_grid, quick_grid
+from .cases import GATES, Grid, full_grid, quick_grid, short_grid
 from .machine import cpu_facts, load
 from .memory import measure
 from .pictures_cpu import draw_all
@@ -116,7 +116,13 @@ def _render(folder: Path) -> None:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_cpu")
-    parser.add_argument("--quick", action="store_true", help="a small grid; ends in a minute")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="a small grid; ends in a minute")
+    size.add_argument(
+        "--short",
+        action="store_true",
+        help="a part of the grid; ends in ten minutes; needs --output",
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     parser.add_argument("--threads", type=int, default=2, help="of torch (2)")
     parser.add_argument(
@@ -125,7 +131,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--render", action="store_true", help="measure nothing, write tables and pictures anew"
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.short and not arguments.output:
+        parser.error("--short must not replace the figures of a whole run: name an --output")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -135,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.render:
         _render(folder)
         return
-    grid = quick_grid() if arguments.quick else full_grid()
+    grid = quick_grid() if arguments.quick else short_grid() if arguments.short else full_grid()
     say = _say_with_time(time.perf_counter())
     results = run(grid, arguments.only, arguments.threads, arguments.quick, say)
     print(write_report(results))

@@ -30,7 +30,7 @@ def write_report(results: Results, pictures: Iterable[str] = ()) -> str:
     parts = [
         "# Speed and memory on a CPU",
         "Written by `make bench`; what is measured, and how, is in "
-        "[the benchmarks' README](../README.md). Times are medians; `±` is half the distance "
+        "the docstrings of `benchmarks/`. Times are medians; `±` is half the distance "
         "between the quartiles. Contestants in one line took turns.",
         table(("", ""), results.machine.items()),
         "## Goals",
