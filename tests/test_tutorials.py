@@ -118,6 +118,15 @@ def test_resume_goes_on(run: Run) -> None:
     assert after["episodes"] > before["episodes"]
 
 
+def test_a_run_stopped_before_any_evaluation_resumes_with_fewer_frames(run: Run) -> None:
+    folder = run(*POSITIONS)
+    saved = read_checkpoint(folder)
+    torch.save({**saved, "best": {"return": -1.0}, "rows": []}, folder / "checkpoint.pt")
+    run("--resume", str(folder / "checkpoint.pt"), "--frames", "512")
+    assert read_checkpoint(folder)["best"]["return"] > 0
+    assert len(read_rows(folder)) == 1
+
+
 def test_resumed_state_is_the_saved_state(tutorial: ModuleType, run: Run, tmp_path: Path) -> None:
     saved = read_checkpoint(run(*POSITIONS))
     trainer = make_trainer(tutorial, tmp_path, *POSITIONS)

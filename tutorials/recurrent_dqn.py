@@ -315,6 +315,8 @@ class Trainer:
 
         The best of many noisy evaluations is in part good luck; fresh episodes tell how much.
         """
+        if "policy" not in self.best:  # stopped before any evaluation, resumed with fewer frames
+            self._evaluate()
         self.learner.policy.load_state_dict(self.best["policy"])
         return self._make_evaluation(TEST_EPISODES)(TEST_SEED + self.settings.seed)
 
