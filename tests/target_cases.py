@@ -585,10 +585,11 @@ def sampled(data: TensorDictBase, steps: int, sampler: Any) -> TensorDictBase:
         storage=LazyTensorStorage(len(data)), sampler=sampler, batch_size=steps
     )
     buffer.extend(data)
+    batch: Any = buffer.sample()
     for _ in range(100):
-        batch: Any = buffer.sample()
         if _starts_inside_an_episode(batch):
             break
+        batch = buffer.sample()
     return batch
 
 
