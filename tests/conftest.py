@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -16,9 +18,15 @@ settings.register_profile("explore", deadline=None, max_examples=1000, print_blo
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+# Another seed shows which tests pass by luck: RNNKEYS_TEST_SEED=7 pytest.
+SEED = int(os.environ.get("RNNKEYS_TEST_SEED", "0"))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
+    np.random.seed(SEED)  # TorchRL's samplers draw from all three
+    random.seed(SEED)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -353,10 +353,12 @@ def test_a_prioritised_buffer_of_windows_takes_the_priorities():
     )
     index = buffer.extend(episode)
     loss = make_loss(make_network(0), make_network(1), burn_in=1, importance_weights=True)
-    for _ in range(20):
+    unseen = set(index.flatten().tolist())
+    while unseen:
         sample = buffer.sample()
         loss(sample)
         buffer.update_tensordict_priority(sample)
+        unseen -= set(sample["index"].flatten().tolist())
     everything = buffer[:]
     everything["priority_weight"] = torch.ones(everything.shape)
     loss(everything)
