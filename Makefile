@@ -79,8 +79,7 @@ demo: $(RUN_READY)
 	$(BIN)/python tutorials/recurrent_dqn.py --output demo $(DEMO_ARGS)
 
 learn: $(RUN_READY)
-	$(BIN)/python benchmarks/learn_dqn.py $(BENCH_ARGS)
-	$(BIN)/python benchmarks/learn_policy_gradients.py
+	$(BIN)/python -m benchmarks.learn $(BENCH_ARGS)
 
 bench: $(RUN_READY)
 	$(BIN)/python -m benchmarks.bench_cpu $(BENCH_ARGS)

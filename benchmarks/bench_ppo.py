@@ -32,9 +32,9 @@ import rnnkeys
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tutorials"))
-import policy_networks  # noqa: E402 (tutorials are scripts, not a package)
-import policy_records  # noqa: E402
-import policy_settings  # noqa: E402
+import ppo_networks  # noqa: E402 (tutorials are scripts, not a package)
+import ppo_settings  # noqa: E402
+import records  # noqa: E402
 import recurrent_ppo  # noqa: E402
 
 ENVS, STEPS, HIDDEN, MINIBATCH = 8, 128, 64, 256
@@ -53,8 +53,8 @@ class Ours:
         num_envs: int = ENVS,
         processes: int = 1,
     ) -> None:
-        policy_networks.LSTMModule = library.LSTMModule
-        settings = policy_settings.Settings(
+        ppo_networks.LSTMModule = library.LSTMModule
+        settings = ppo_settings.Settings(
             num_envs=num_envs,
             processes=processes,
             steps=STEPS,
@@ -63,8 +63,8 @@ class Ours:
             epochs=epochs,
             hidden_size=HIDDEN,
         )
-        records = policy_records.Records(Path(tempfile.mkdtemp()), "benchmark")
-        self.trainer = recurrent_ppo.Trainer(settings, records)
+        kept = records.Records(Path(tempfile.mkdtemp()), "benchmark")
+        self.trainer = recurrent_ppo.Trainer(settings, kept)
         self.collector = self.trainer._make_collector()
 
     def collect(self) -> None:

@@ -651,7 +651,7 @@ _EXPORT = (
 _POLICY_TUTORIALS = (
     Fault(
         "PPO collects without the critic's memory",
-        "tutorials/policy_networks.py",
+        "tutorials/ppo_networks.py",
         "TensorDictSequential(self.actor, *memories)",
         "TensorDictSequential(self.actor)",
         ("tests/test_policy_tutorials.py::test_ppo_learns_from_what_was_played",),

@@ -75,7 +75,7 @@ def test_reinforce(run: Main, argv: list[str]) -> None:
 def test_episodes_are_whole_and_masked_behind_their_end() -> None:
     reinforce = tutorial("recurrent_reinforce")
     learner = reinforce.Learner(reinforce.Settings(hidden_size=8))
-    env = reinforce.make_env("all", 4, "cpu")
+    env = reinforce.make_env("CartPole-v1", "all", 4)
     env.append_transform(reinforce.get_env_transforms_from_module(learner.both))
     env.set_seed(0)
     episodes, returns = reinforce.play(env, learner.both)
@@ -92,7 +92,7 @@ def test_episodes_are_whole_and_masked_behind_their_end() -> None:
 def test_the_mistake_forgets_every_state_and_changes_no_action() -> None:
     reinforce = tutorial("recurrent_reinforce")
     learner = reinforce.Learner(reinforce.Settings(hidden_size=8))
-    env = reinforce.make_env("all", 2, "cpu")
+    env = reinforce.make_env("CartPole-v1", "all", 2)
     env.append_transform(reinforce.get_env_transforms_from_module(learner.both))
     episodes, _ = reinforce.play(env, learner.both)
     assert episodes["policy_state"].any()
@@ -101,6 +101,11 @@ def test_the_mistake_forgets_every_state_and_changes_no_action() -> None:
     assert not steps["policy_state"].any() and not steps["critic_state"].any()
     assert torch.equal(steps["action"], episodes["action"].reshape(-1, 1, 2))
     assert episodes["policy_state"].any()
+
+
+def read_settings(*argv: str) -> Any:
+    settings = tutorial("ppo_settings").Settings
+    return tutorial("command_line").read_settings(settings, argv, "")[0]
 
 
 # --- PPO ------------------------------------------------------------------------------------------
@@ -127,7 +132,7 @@ def test_ppo(run: Main, argv: list[str]) -> None:
 
 
 def test_ppo_sees_pixels(run: Main, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tutorial("recurrent_ppo"), "TEST_EPISODES", 2)
+    monkeypatch.setattr(tutorial("training"), "TEST_EPISODES", 2)
     argv = ["--observation", "pixels", "--frames", "64", "--num-envs", "2", "--steps", "16"]
     small = ["--seq-len", "8", "--minibatch-steps", "16", "--epochs", "1", "--eval-episodes", "2"]
     rows, _ = read(run("recurrent_ppo", *argv, *small, "--eval-every", "64"))
@@ -155,9 +160,9 @@ def test_ppo_leaves_a_film(run: Main) -> None:
 
 def test_ppo_learns_from_what_was_played(tmp_path: Path) -> None:
     """At the first minibatch the ratio is 1, with separate memories and with one."""
-    ppo, records = tutorial("recurrent_ppo"), tutorial("policy_records")
+    ppo, records = tutorial("recurrent_ppo"), tutorial("records")
     for shared in ([], ["--shared"]):
-        settings, _ = tutorial("policy_settings").read_settings([*SHORT, *shared], "")
+        settings = read_settings(*SHORT, *shared)
         trainer = ppo.Trainer(settings, records.Records(tmp_path, "test"))
         collector = trainer._make_collector()
         trainer._collect(collector)
@@ -172,8 +177,8 @@ def test_ppo_learns_from_what_was_played(tmp_path: Path) -> None:
 
 
 def test_ppo_notes_the_returns_of_whole_episodes(tmp_path: Path) -> None:
-    ppo, records = tutorial("recurrent_ppo"), tutorial("policy_records")
-    settings, _ = tutorial("policy_settings").read_settings(SHORT, "")
+    ppo, records = tutorial("recurrent_ppo"), tutorial("records")
+    settings = read_settings(*SHORT)
     trainer = ppo.Trainer(settings, records.Records(tmp_path, "test"))
     collector = trainer._make_collector()
     ends, going_on = 0, torch.ones(4, dtype=torch.bool)
@@ -229,7 +234,7 @@ def test_tensorboard_is_asked_for_by_name_where_it_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    records = tutorial("policy_records")
+    records = tutorial("records")
     with pytest.raises(SystemExit, match="pip install tensorboard"):
         records.Records(tmp_path, "test", tensorboard=True)
 
@@ -239,7 +244,7 @@ def test_what_is_recorded_goes_to_tensorboard_too(
 ) -> None:
     seen = []
     board = SimpleNamespace(add_scalar=lambda *row: seen.append(row), flush=lambda: None)
-    records = tutorial("policy_records")
+    records = tutorial("records")
     monkeypatch.setattr(records, "_make_board", lambda folder: board)
     written = records.Records(tmp_path, "test", tensorboard=True)
     written.add(frames=7, loss=0.5)

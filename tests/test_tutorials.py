@@ -82,9 +82,9 @@ def assert_complete(folder: Path, frames: list[int], tested: int = 20) -> None:
     result = json.loads((folder / "result.json").read_text())
     assert len(result["test_returns"]) == tested
     assert result["test_return"] == pytest.approx(sum(result["test_returns"]) / tested)
-    best = max(rows, key=lambda row: (row["greedy_return"], row["frames"]))
+    best = max(rows, key=lambda row: (row["evaluation"], row["frames"]))
     assert result["best_frames"] == best["frames"]
-    assert result["best_evaluation"] == pytest.approx(best["greedy_return"])
+    assert result["best_evaluation"] == pytest.approx(best["evaluation"])
 
 
 @pytest.mark.parametrize("layer", [["--cell", "lstm"], ["--cell", "gru"], ["--memoryless"]])
@@ -99,8 +99,8 @@ def test_positions(run: Run, layer: list[str], capsys: pytest.CaptureFixture[str
         assert shown in bar
 
 
-def test_pixels(run: Run, tutorial: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tutorial, "TEST_EPISODES", 3)  # rendering takes its time
+def test_pixels(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("training"), "TEST_EPISODES", 3)  # rendering takes its time
     assert_complete(run(*PIXELS), [64, 96], tested=3)
 
 
@@ -121,7 +121,7 @@ def test_resume_goes_on(run: Run) -> None:
 def test_a_run_stopped_before_any_evaluation_resumes_with_fewer_frames(run: Run) -> None:
     folder = run(*POSITIONS)
     saved = read_checkpoint(folder)
-    torch.save({**saved, "best": {"return": -1.0}, "rows": []}, folder / "checkpoint.pt")
+    torch.save({**saved, "best": {"return": -math.inf}, "rows": []}, folder / "checkpoint.pt")
     run("--resume", str(folder / "checkpoint.pt"), "--frames", "512")
     assert read_checkpoint(folder)["best"]["return"] > 0
     assert len(read_rows(folder)) == 1
@@ -242,12 +242,14 @@ def test_ctrl_c_leaves_everything_written(tmp_path: Path) -> None:
 
 
 def make_trainer(tutorial: ModuleType, folder: Path, *argv: str) -> Any:
-    settings, _ = tutorial.read_settings([*argv, "--output", str(folder)], "")
-    return tutorial.Trainer(settings, tutorial.Records(folder, "test"))
+    command_line, records = import_module("command_line"), import_module("records")
+    argv = (*argv, "--output", str(folder))
+    settings, _ = command_line.read_settings(tutorial.Settings, argv, "")
+    return tutorial.Trainer(settings, records.Records(folder, "test"))
 
 
 def test_velocities_are_hidden(tutorial: ModuleType) -> None:
-    env = tutorial.make_env("positions", 1, "cpu")
+    env = tutorial.make_env("CartPole-v1", "positions", 1)
     check_env_specs(env)
     hide = env.transform
     state = torch.tensor([[1.2, 0.0, 0.2095, 0.0], [1.2, 3.0, 0.2095, -3.0]])
@@ -265,8 +267,8 @@ class PushTowardsTheLean(nn.Module):
 def test_evaluation_is_the_return_of_the_first_episodes(
     tutorial: ModuleType, num_envs: int
 ) -> None:
-    env, policy = tutorial.make_env("positions", num_envs, "cpu"), PushTowardsTheLean()
-    returns = tutorial.Evaluation(env, policy)(seed=7)
+    env, policy = tutorial.make_env("CartPole-v1", "positions", num_envs), PushTowardsTheLean()
+    returns = import_module("evaluation").Evaluation(env, policy)(seed=7)
     env.set_seed(7)
     done = env.rollout(150, policy, break_when_any_done=False)["next", "done"]
     first_end = done.reshape(num_envs, -1).int().argmax(-1)

@@ -1,4 +1,4 @@
-"""The command line of the tutorial: its settings as options, and Ctrl-C."""
+"""The command line of the tutorials: settings as options, ``--resume``, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,132 +7,100 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from learning_records import load_checkpoint
+from records import load_checkpoint
 
 
-def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """Declare a dataclass field that is an option too; its default's type is the option's."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(
+    default: Any,
+    help: str,
+    choices: Sequence[str] | None = None,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """Declare a dataclass field that is an option too; its default's type is the option's.
+
+    Args:
+        default: its value if nothing else is said.
+        help: what ``--help`` says of it.
+        choices: the values that it can have, if they are few.
+        least: the smallest value allowed; if nothing is said, 1 for integers and 0 for floats.
+        most: the largest value allowed, if there is one.
+    """
+    if least is None:
+        least = {int: 1, float: 0}.get(type(default))
+    limits = {"choices": choices, "least": least, "most": most}
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass
-class Settings:
-    """What a run can be told; each entry is an option of the command line."""
+class RunSettings:
+    """What every run can be told; a tutorial's own settings are derived from it.
 
-    observation: str = option(
-        "positions",
-        "what the policy sees; pixels lower the defaults of frames, environments and batches",
-        ["positions", "pixels"],
-    )
-    cell: str = option("lstm", "the recurrent layer", ["lstm", "gru"])
-    memoryless: bool = option(False, "a linear layer in place of the recurrent one")
+    Each entry is an option of the command line: ``eval_every`` is ``--eval-every``.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Other defaults, by the value of the option ``PRESET_OF``."""
+
+    PRESET_OF: ClassVar[str] = ""
+
+    ARCHITECTURE: ClassVar[tuple[str, ...]] = ()
+    """Weights of one network do not fit another: what a resumed run may not change."""
+
     frames: int = option(100_000, "environment steps to learn from")
-    seed: int = option(0, "start of all random numbers")
-    device: str = option("cpu", "where the network lives: cpu, cuda, cuda:1")
-    threads: int = option(1, "CPU threads of torch; a network this small is fastest with one")
-    output: str = option("runs/recurrent_dqn", "folder for all that the run leaves")
-
-    num_envs: int = option(16, "environments stepped together")
-    batch_frames: int = option(128, "frames collected between two rounds of learning")
-    updates: int = option(4, "gradient steps in a round of learning")
-    warmup: int = option(2_000, "frames collected before the first round, after a resume too")
-    capacity: int = option(100_000, "frames that the replay buffer holds")
-    slices: int = option(32, "sequences in a gradient step")
-    slice_len: int = option(64, "steps in a sequence")
-
-    hidden_size: int = option(128, "size of the recurrent layer")
-    gamma: float = option(0.99, "discount")
-    lmbda: float = option(0.95, "lambda of the TD(lambda) returns; 0 bootstraps after one step")
-    reward_scale: float = option(0.1, "rewards are multiplied by it, so that values stay small")
-    learning_rate: float = option(1e-3, "Adam's at the start; it falls to 0 at --frames")
-    max_grad_norm: float = option(10.0, "longer gradients are cut to this length")
-    tau: float = option(0.01, "share of the way that the target network moves in a gradient step")
-    epsilon: float = option(0.02, "chance of a random action in the end; it starts at 1")
-    epsilon_frames: int = option(15_000, "frames over which that chance falls")
-
+    seed: int = option(0, "start of all random numbers", least=0)
+    device: str = option("cpu", "where the networks live: cpu, cuda, cuda:1")
+    threads: int = option(1, "CPU threads of torch; networks this small are fastest with one")
+    output: str = option("runs", "folder for all that the run leaves")
+    tensorboard: bool = option(False, "write what is recorded for TensorBoard too")
     eval_every: int = option(5_000, "frames between two evaluations")
     eval_episodes: int = option(32, "episodes of an evaluation")
 
     def check(self) -> None:
         """Raise ``ValueError`` if a number is out of range, or if numbers do not fit together."""
-        for item in fields(self):
-            value = getattr(self, item.name)
-            least = 1 if isinstance(item.default, int) and item.name != "seed" else 0
-            if isinstance(value, (int, float)) and value < least and item.name != "memoryless":
-                raise ValueError(f"{_flag(item.name)} is {value}: expected at least {least}")
-        for name in SHARES:
-            if getattr(self, name) > 1:
-                raise ValueError(f"{_flag(name)} is {getattr(self, name)}: expected at most 1")
-        self._check_frames()
+        check_ranges(self)
         _check_device(self.device)
-
-    def _check_frames(self) -> None:
-        if self.frames <= self.warmup:
-            raise ValueError(
-                f"--frames is {self.frames}: expected more than --warmup, {self.warmup}, because "
-                "nothing is learned before"
-            )
-        if self.batch_frames % self.num_envs:
-            raise ValueError(
-                f"--batch-frames is {self.batch_frames}: expected a multiple of --num-envs, "
-                f"{self.num_envs}, because the environments are stepped together"
-            )
-        shortest = self.num_envs * self.slice_len
-        for name in ("warmup", "capacity"):
-            if getattr(self, name) < shortest:
-                raise ValueError(
-                    f"--{name} is {getattr(self, name)}: expected at least --num-envs times "
-                    f"--slice-len, {shortest}, so that a sequence can be drawn"
-                )
 
     @property
     def title(self) -> str:
-        layer = "no memory" if self.memoryless else self.cell.upper()
-        return f"CartPole from {self.observation}, {layer}, seed {self.seed}"
+        raise NotImplementedError
 
 
-# A rendered frame costs fifty times what a step without one does: fewer of everything.
-PRESETS = {
-    "positions": {},
-    "pixels": {
-        "frames": 40_000,
-        "capacity": 20_000,
-        "num_envs": 8,
-        "slices": 16,
-        "slice_len": 32,
-        "eval_episodes": 8,
-    },
-}
-
-SHARES = ("gamma", "lmbda", "tau", "epsilon")
-
-# Weights of one network do not fit another: what a resumed run may not change.
-ARCHITECTURE = ("observation", "cell", "memoryless", "hidden_size")
+AnySettings = TypeVar("AnySettings", bound=RunSettings)
 
 
 def read_settings(
-    argv: Sequence[str] | None, description: str
-) -> tuple[Settings, dict[str, Any] | None]:
-    """Read the command line; what it leaves open comes from the checkpoint of ``--resume``."""
+    kind: type[AnySettings], argv: Sequence[str] | None, description: str
+) -> tuple[AnySettings, dict[str, Any] | None]:
+    """Read the command line; what it leaves open comes from the checkpoint of ``--resume``.
+
+    Returns:
+        The settings, and the checkpoint to go on from, if one is named.
+
+    Raises:
+        SystemExit: with a message, if an option or the checkpoint cannot be used.
+    """
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options], of which --help shows a list",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--resume", metavar="CHECKPOINT", help="go on from this checkpoint.pt")
-    add_options(parser, Settings)
+    add_options(parser, kind)
     named = parser.parse_args(argv)
     try:
         if named.resume is None:
-            settings = _parse(parser, argv, PRESETS[named.observation])
-            checkpoint = None
+            checkpoint, preset = None, kind.PRESETS.get(getattr(named, kind.PRESET_OF, ""), {})
         else:
             checkpoint = load_checkpoint(Path(named.resume))
-            settings = _parse(parser, argv, checkpoint["settings"])
-            _check_same_network(settings, checkpoint["settings"])
+            preset = checkpoint["settings"]
+        settings = _parse(kind, parser, argv, preset)
+        if checkpoint is not None:
+            _check_same_networks(settings, checkpoint["settings"])
         settings.check()
         _make_output(Path(settings.output))
     except ValueError as error:
@@ -140,13 +108,40 @@ def read_settings(
     return settings, checkpoint
 
 
-def _check_same_network(settings: Settings, saved: dict[str, Any]) -> None:
-    for name in ARCHITECTURE:
+def _parse(
+    kind: type[AnySettings],
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    preset: Mapping[str, Any],
+) -> AnySettings:
+    """Read settings from ``argv``; what it does not name comes from ``preset``, then defaults."""
+    parser.set_defaults(**preset)
+    options = vars(parser.parse_args(argv))
+    return kind(**{item.name: options[item.name] for item in fields(kind)})
+
+
+def _check_same_networks(settings: RunSettings, saved: Mapping[str, Any]) -> None:
+    for name in settings.ARCHITECTURE:
+        if name not in saved:
+            raise ValueError("--resume names a checkpoint of another tutorial")
         if getattr(settings, name) != saved[name]:
             raise ValueError(
-                f"{_flag(name)} is {getattr(settings, name)!r}, but the checkpoint "
+                f"{flag(name)} is {getattr(settings, name)!r}, but the checkpoint "
                 f"was made with {saved[name]!r}: leave it out, or start a new run without --resume"
             )
+
+
+def check_ranges(settings: Any) -> None:
+    """Raise ``ValueError`` if a number is smaller or larger than its option allows."""
+    for item in fields(settings):
+        value, least, most = getattr(settings, item.name), *map(item.metadata.get, LIMITS)
+        if least is not None and not value >= least:
+            raise ValueError(f"{flag(item.name)} is {value}: expected at least {least}")
+        if most is not None and not value <= most:
+            raise ValueError(f"{flag(item.name)} is {value}: expected at most {most}")
+
+
+LIMITS = ("least", "most")
 
 
 def _check_device(device: str) -> None:
@@ -170,26 +165,16 @@ def _make_output(folder: Path) -> None:
 def add_options(parser: argparse.ArgumentParser, settings: Any) -> None:
     """Give ``parser`` an option for each field of a dataclass: ``slice_len`` is ``--slice-len``."""
     for item in fields(settings):
-        name = _flag(item.name)
         text = item.metadata["help"] + " (default: %(default)s)"
         if isinstance(item.default, bool):
-            parser.add_argument(name, action="store_true", default=item.default, help=text)
+            how: dict[str, Any] = {"action": "store_true"}
         else:
-            choices = item.metadata["choices"]
-            kind = type(item.default)
-            parser.add_argument(name, type=kind, default=item.default, choices=choices, help=text)
+            how = {"type": type(item.default), "choices": item.metadata["choices"]}
+        parser.add_argument(flag(item.name), default=item.default, help=text, **how)
 
 
-def _parse(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, preset: Mapping[str, Any]
-) -> Settings:
-    """Read settings from ``argv``; what it does not name comes from ``preset``, then defaults."""
-    parser.set_defaults(**preset)
-    options = vars(parser.parse_args(argv))
-    return Settings(**{item.name: options[item.name] for item in fields(Settings)})
-
-
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """Return the option of the field ``name``."""
     return "--" + name.replace("_", "-")
 
 

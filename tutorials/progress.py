@@ -19,8 +19,12 @@ def make_bar(frames: int, done: int) -> tqdm:
     )
 
 
-def show(bar: tqdm, done: int, numbers: Mapping[str, str]) -> None:
+def show(bar: tqdm, done: int, numbers: Mapping[str, float]) -> None:
     """Move the bar to ``done`` frames, and show the numbers that are known already."""
-    known = [f"{name} {number}" for name, number in numbers.items() if number != "nan"]
+    known = [f"{name} {_round(value)}" for name, value in numbers.items() if value == value]
     bar.set_postfix_str(", ".join(known), refresh=False)
     bar.update(min(done, bar.total) - bar.n)
+
+
+def _round(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"

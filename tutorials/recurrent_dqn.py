@@ -18,83 +18,47 @@ A run leaves in its --output folder
 
 from __future__ import annotations
 
-import logging
-import math
-import sys
 import tempfile
-import time
-from collections import deque
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
-from cartpole import make_env
-from command_line import Settings, StopOnInterrupt, read_settings
-from evaluation import Evaluation
-from learning_records import Records, save_checkpoint
-from progress import make_bar, show
+from dqn_settings import Settings
+from environments import make_env
+from eye import make_eye
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey
-from torch import Tensor, nn
+from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import LazyMemmapStorage, SliceSampler, TensorDictReplayBuffer, TensorSpec
 from torchrl.envs import RewardScaling, RewardSum, TransformedEnv
-from torchrl.modules import MLP, ConvNet, EGreedyModule, QValueModule
+from torchrl.modules import MLP, EGreedyModule, QValueModule
 from torchrl.objectives import DQNLoss, SoftUpdate, ValueEstimators
-from tqdm import tqdm
+from training import Trainer as BaseTrainer
+from training import run_tutorial
 
 from rnnkeys import GRUModule, LSTMModule, get_env_transforms_from_module
 from rnnkeys.objectives import recurrent_loss
 
-# Weights are chosen on other episodes than they were trained on, and tested on episodes that
-# neither their training nor their choice has seen.
-SELECTION_SEED = 100_000_000
-TEST_SEED = 200_000_000
-TEST_EPISODES = 20
+ENV = "CartPole-v1"
 
 
-def make_policy(settings: Settings, spec: TensorSpec) -> TensorDictSequential:
+def make_policy(settings: Settings, seen: TensorSpec, action: TensorSpec) -> TensorDictSequential:
     """Observation -> features -> memory -> a value for each action -> the best action."""
-    see, size = make_eye(settings.observation)
+    eye, size = make_eye(seen)
     head = MLP(
         in_features=settings.hidden_size,
-        out_features=spec.shape[-1],
+        out_features=action.shape[-1],
         num_cells=[64],
         activation_class=nn.ReLU,
     )
     return TensorDictSequential(
-        TensorDictModule(see, in_keys=["observation"], out_keys=["features"]),
+        TensorDictModule(eye or nn.Identity(), in_keys=["observation"], out_keys=["features"]),
         make_memory(settings, size),
         TensorDictModule(head, in_keys=["memory"], out_keys=["action_value"]),
-        QValueModule(spec=spec),
+        QValueModule(spec=action),
     ).to(settings.device)
-
-
-def make_eye(observation: str) -> tuple[nn.Module, int]:
-    """Make the network in front of the memory; return it and the size of its features.
-
-    The scene is dark lines on white: as ink, ``1 - grey / 255``, most of it is zero.
-    """
-    if observation == "positions":
-        return nn.Identity(), 2
-    conv = ConvNet(
-        in_features=1,
-        num_cells=[16, 32, 32],
-        kernel_sizes=[8, 4, 3],
-        strides=[4, 2, 1],
-        activation_class=nn.ReLU,
-        aggregator_class=nn.AdaptiveAvgPool2d,
-        aggregator_kwargs={"output_size": (4, 7)},
-    )
-    return nn.Sequential(Ink(), conv, nn.Flatten(-3)), 32 * 4 * 7
-
-
-class Ink(nn.Module):
-    def forward(self, frame: Tensor) -> Tensor:
-        return 1 - frame.float() / 255
 
 
 def make_memory(settings: Settings, input_size: int) -> TensorDictModuleBase:
@@ -145,7 +109,7 @@ def make_training_env(
     settings: Settings, policy: TensorDictSequential, seed: int
 ) -> TransformedEnv:
     """Make the environments to learn from, with what the memory needs to start each episode."""
-    env = make_env(settings.observation, settings.num_envs, settings.device)
+    env = make_env(ENV, settings.observation, settings.num_envs, device=settings.device)
     env.append_transform(RewardSum())
     env.append_transform(RewardScaling(loc=0.0, scale=settings.reward_scale))
     env.append_transform(get_env_transforms_from_module(policy))
@@ -158,8 +122,9 @@ class Learner:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        spec = make_env(settings.observation, 1, settings.device).action_spec
-        self.policy = make_policy(settings, spec)
+        env = make_env(ENV, settings.observation, 1, device=settings.device)
+        spec = env.action_spec_unbatched
+        self.policy = make_policy(settings, env.observation_spec["observation"], spec)
         self.explore = EGreedyModule(
             spec=spec,
             eps_end=settings.epsilon,
@@ -205,50 +170,36 @@ class Learner:
         self.explore.load_state_dict(state["explore"])
 
 
-class Trainer:
-    """A run: collect, remember, learn; evaluate in regular intervals and keep the best weights.
+class Trainer(BaseTrainer):
+    """A run: collect, remember, learn. Evaluations and records are those of all tutorials."""
 
-    Args:
-        settings: of the run.
-        records: are added to after every evaluation.
-    """
+    learner: Learner
 
-    def __init__(self, settings: Settings, records: Records) -> None:
-        torch.manual_seed(settings.seed)
-        self.settings = settings
-        self.records = records
-        self.learner = Learner(settings)
-        self.selection = self._make_evaluation(settings.eval_episodes)
-        self.draws = torch.Generator().manual_seed(settings.seed)
-        self.frames = self.episodes = 0
-        self.seconds = 0.0
-        self.best: dict[str, Any] = {"return": -1.0}
-        self.returns: deque[float] = deque(maxlen=100)
-        self.losses: deque[float] = deque(maxlen=100)
+    def make_learner(self) -> Learner:
+        return Learner(self.settings)
 
-    def run(self, stopped: Callable[[], bool]) -> None:
-        """Learn until ``--frames`` are collected or ``stopped()``, and save what there is.
+    def make_evaluation_env(self, episodes: int) -> TransformedEnv:
+        return make_env(ENV, self.settings.observation, episodes, device=self.settings.device)
+
+    def rounds(self) -> Generator[None, None, None]:
+        """Collect and learn for ever; yield after every round.
 
         A resumed run starts with new episodes and an empty replay buffer: it collects ``--warmup``
         frames with the policy it has before it learns on.
         """
-        settings, first, clock = self.settings, self.frames, time.perf_counter()
-        bar = make_bar(settings.frames, self.frames)
-        with tempfile.TemporaryDirectory(prefix="recurrent_dqn_") as folder, bar:
-            replay = make_replay(settings, folder, self.draws)
+        first = self.frames
+        with tempfile.TemporaryDirectory(prefix="recurrent_dqn_") as folder:
+            replay = make_replay(self.settings, folder, self.draws)
             collector = self._make_collector()
-            while self.frames < settings.frames and not stopped():
-                self._collect(collector, replay)
-                if self.frames - first >= settings.warmup:
-                    self._learn(replay)
-                self._show(bar)
-                self.seconds += time.perf_counter() - clock
-                clock = time.perf_counter()
-                if self._evaluation_is_due():
-                    self._evaluate()
-            collector.shutdown()
-            replay.shutdown()
-        self.save()
+            try:
+                while True:
+                    self._collect(collector, replay)
+                    if self.frames - first >= self.settings.warmup:
+                        self._learn(replay)
+                    yield
+            finally:
+                collector.shutdown()
+                replay.shutdown()
 
     def _make_collector(self) -> Collector:
         """Collect with the network that learns, and a random action now and then."""
@@ -280,115 +231,16 @@ class Trainer:
             batch = replay.sample().reshape(-1, self.settings.slice_len)
             self.losses.append(self.learner.learn(batch.to(self.settings.device)))
 
-    def _evaluation_is_due(self) -> bool:
-        """Tell whether the last batch passed a multiple of ``--eval-every``, or the end."""
-        last, every = self.frames - self.settings.batch_frames, self.settings.eval_every
-        return self.frames // every > last // every or self.frames >= self.settings.frames
-
-    def _make_evaluation(self, episodes: int) -> Evaluation:
-        env = make_env(self.settings.observation, episodes, self.settings.device)
-        return Evaluation(env, self.learner.policy)
-
-    def _evaluate(self) -> None:
-        """Play greedy episodes, keep the weights if none did better, and record it."""
-        returns = self.selection(SELECTION_SEED + self.settings.seed)
-        mean = returns.mean().item()
-        if mean >= self.best["return"]:
-            weights = {k: v.clone() for k, v in self.learner.policy.state_dict().items()}
-            self.best = {"return": mean, "frames": self.frames, "policy": weights}
-        self.records.add(
-            frames=self.frames,
-            seconds=self.seconds,
-            episodes=self.episodes,
-            training_return=_mean(self.returns),
-            loss=_mean(self.losses),
-            epsilon=self.learner.explore.eps.item(),
-            learning_rate=self.learner.optimizer.param_groups[0]["lr"],
-            greedy_return=mean,
-            greedy_return_min=returns.min().item(),
-            greedy_return_max=returns.max().item(),
-        )
-        self.save()
-
-    def test_best(self) -> Tensor:
-        """Play the weights that did best on episodes that nothing was chosen by; return returns.
-
-        The best of many noisy evaluations is in part good luck; fresh episodes tell how much.
-        """
-        if "policy" not in self.best:  # stopped before any evaluation, resumed with fewer frames
-            self._evaluate()
-        self.learner.policy.load_state_dict(self.best["policy"])
-        return self._make_evaluation(TEST_EPISODES)(TEST_SEED + self.settings.seed)
-
-    def _show(self, bar: tqdm) -> None:
-        numbers = {
-            "return": f"{_mean(self.returns):.0f}",
-            "greedy": f"{self.records.last('greedy_return', default=math.nan):.0f}",
-            "loss": f"{_mean(self.losses):.3f}",
-            "epsilon": f"{self.learner.explore.eps.item():.2f}",
-        }
-        show(bar, self.frames, numbers)
-
-    def save(self) -> None:
-        save_checkpoint(self.state_dict(), self.records.checkpoint)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that ``--resume`` needs. The replay buffer is left out: it is large."""
-        rng = {"torch": torch.get_rng_state(), "draws": self.draws.get_state()}
-        if torch.cuda.is_available():
-            rng["cuda"] = torch.cuda.get_rng_state()
+    def numbers(self) -> dict[str, float]:
         return {
-            "settings": asdict(self.settings),
-            "learner": self.learner.state_dict(),
-            "frames": self.frames,
-            "episodes": self.episodes,
-            "seconds": self.seconds,
-            "rows": self.records.rows,
-            "best": self.best,
-            "rng": rng,
+            "epsilon": self.learner.explore.eps.item(),
+            "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
         }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learner.load_state_dict(state["learner"])
-        self.frames, self.episodes = state["frames"], state["episodes"]
-        self.seconds = state["seconds"]
-        self.records.rows, self.best = state["rows"], state["best"]
-        torch.set_rng_state(state["rng"]["torch"])
-        self.draws.set_state(state["rng"]["draws"])
-        if "cuda" in state["rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["rng"]["cuda"])
-
-
-def _mean(values: Collection[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the tutorial."""
-    settings, checkpoint = read_settings(argv, __doc__ or "")
-    logging.getLogger("torchrl").setLevel(logging.WARNING)  # it tells of every buffer it makes
-    torch.set_num_threads(settings.threads)
-    records = Records(Path(settings.output), settings.title)
-    trainer = Trainer(settings, records)
-    if checkpoint is not None:
-        trainer.load_state_dict(checkpoint)
-    print(f"{settings.title}: {trainer.frames} of {settings.frames} frames are done. Ctrl-C stops.")
-    if trainer.frames >= settings.frames:
-        print("A larger --frames would go on; the best checkpoint is tested again.")
-    with StopOnInterrupt() as stop:
-        trainer.run(stop)
-    records.draw()
-    if stop.asked:
-        print(f"Stopped after {trainer.frames} frames; what there is lies in {records.folder}.")
-        print(f"To go on: {sys.executable} {sys.argv[0]} --resume {records.checkpoint}")
-        return
-    returns = trainer.test_best()
-    records.write_result(asdict(settings), trainer.best, returns)
-    print(
-        f"Best checkpoint (frame {trainer.best['frames']}, mean return "
-        f"{trainer.best['return']:.1f} when it was chosen): mean return {returns.mean():.1f} over "
-        f"{TEST_EPISODES} fresh episodes. Picture: {records.folder / 'learning_curve.png'}"
-    )
+    run_tutorial(Trainer, Settings, argv, __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -22,37 +22,27 @@ A run leaves in its --output folder
 
 from __future__ import annotations
 
-import logging
-import math
-import sys
-import time
-from collections import deque
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
-from command_line import StopOnInterrupt
 from environments import make_env
-from evaluation import Evaluation
-from learning_records import save_checkpoint
-from policy_networks import Agent
-from policy_records import Records, film
-from policy_settings import Settings, read_settings
+from film import film
+from ppo_networks import Agent
+from ppo_settings import Settings
+from records import Records
 from tensordict import TensorDictBase
-from torch import Tensor, nn
+from torch import nn
 from torchrl.collectors import Collector
+from torchrl.envs import TransformedEnv
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
-from tqdm import tqdm
+from training import TEST_SEED, run_tutorial
+from training import Trainer as BaseTrainer
 
 from rnnkeys import get_env_transforms_from_module
 from rnnkeys.objectives import SequenceMinibatches, recurrent_loss
 
-SELECTION_SEED = 100_000_000
-TEST_SEED = 200_000_000
-TEST_EPISODES = 20
 ENDS = ("reward", "done")
 
 
@@ -63,6 +53,7 @@ class Learner:
         self.settings = settings
         env = make_env(settings.env, settings.observation, 2, device=settings.device)
         self.agent = Agent(settings, env.observation_spec["observation"], env.action_spec)
+        self.policy = self.agent.actor
         env.close()
         self.advantage = GAE(
             gamma=settings.gamma,
@@ -131,44 +122,38 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-class Trainer:
-    """A run: collect, learn, evaluate in regular intervals.
+class Trainer(BaseTrainer):
+    """A run: collect, then learn. Evaluations and records are those of all tutorials."""
 
-    Args:
-        settings: of the run.
-        records: are added to after every evaluation.
-    """
+    learner: Learner
+    tests_best = False  # what PPO has learned is in its last weights: its steps get small
 
     def __init__(self, settings: Settings, records: Records) -> None:
-        torch.manual_seed(settings.seed)
-        self.settings, self.records = settings, records
-        self.learner = Learner(settings)
-        self.selection = self._make_evaluation(settings.eval_episodes)
-        self.frames = self.episodes = 0
-        self.seconds = {"collect": 0.0, "learn": 0.0}
-        self.returns: deque[float] = deque(maxlen=100)
+        super().__init__(settings, records)
         self.so_far = torch.zeros(settings.num_envs)
-        self.loss = math.nan
 
-    def run(self, stopped: Callable[[], bool]) -> None:
-        """Learn until ``--frames`` are collected or ``stopped()``, and save what there is."""
+    def make_learner(self) -> Learner:
+        return Learner(self.settings)
+
+    def make_evaluation_env(self, episodes: int) -> TransformedEnv:
         settings = self.settings
+        return make_env(settings.env, settings.observation, episodes, device=settings.device)
+
+    def rounds(self) -> Generator[None, None, None]:
+        """Collect and learn for ever; yield after every round."""
         collector = self._make_collector()
-        with self._bar() as bar:
-            while self.frames < settings.frames and not stopped():
-                clock = time.perf_counter()
+        try:
+            while True:
                 rollout = self._collect(collector)
-                self.seconds["collect"] += time.perf_counter() - clock
-                clock = time.perf_counter()
-                self.learner.slow_down(self.frames / settings.frames)
-                self.loss = self.learner.learn(rollout)
-                self.seconds["learn"] += time.perf_counter() - clock
+                self.learner.slow_down(self.frames / self.settings.frames)
+                self.losses.append(self.learner.learn(rollout))
                 self.frames += rollout.numel()
-                self._show(bar)
-                if self._evaluation_is_due():
-                    self._evaluate()
-        collector.shutdown()
-        self.save()
+                yield
+        finally:
+            collector.shutdown()
+
+    def numbers(self) -> dict[str, float]:
+        return {"learning_rate": self.learner.optimizer.param_groups[0]["lr"]}
 
     def _make_collector(self) -> Collector:
         """Collect with actor *and* critic's memory: both their states are stored with each step."""
@@ -204,101 +189,14 @@ class Trainer:
         rollout["next", "reward"] *= self.settings.reward_scale
         return rollout
 
-    def _evaluation_is_due(self) -> bool:
-        """Tell whether the last rollout passed a multiple of ``--eval-every``, or the end."""
-        last = self.frames - self.settings.num_envs * self.settings.steps
-        every = self.settings.eval_every
-        return self.frames // every > last // every or self.frames >= self.settings.frames
-
-    def _make_evaluation(self, episodes: int) -> Evaluation:
-        env = make_env(
-            self.settings.env, self.settings.observation, episodes, device=self.settings.device
-        )
-        return Evaluation(env, self.learner.agent.actor)
-
-    def _evaluate(self) -> None:
-        """Play episodes without exploration, and record how it went."""
-        rng = torch.get_rng_state()
-        returns = self.selection(SELECTION_SEED + self.settings.seed)
-        torch.set_rng_state(rng)
-        self.records.add(
-            frames=self.frames,
-            seconds=sum(self.seconds.values()),
-            frames_per_second=self.frames / sum(self.seconds.values()),
-            episodes=self.episodes,
-            training_return=_mean(self.returns),
-            loss=self.loss,
-            learning_rate=self.learner.optimizer.param_groups[0]["lr"],
-            evaluation=returns.mean().item(),
-            evaluation_min=returns.min().item(),
-            evaluation_max=returns.max().item(),
-        )
-        self.save()
-
-    def test(self) -> Tensor:
-        """Play episodes never seen before, without exploration; return their returns."""
-        return self._make_evaluation(TEST_EPISODES)(TEST_SEED + self.settings.seed)
-
-    def _bar(self) -> tqdm:
-        frames = self.settings.frames
-        return tqdm(total=frames, initial=min(self.frames, frames), unit=" frames", smoothing=0.1)
-
-    def _show(self, bar: tqdm) -> None:
-        last = self.records.last("evaluation")
-        text = f"return {_mean(self.returns):.0f}, evaluation {last:.0f}, loss {self.loss:.3f}"
-        bar.set_postfix_str(text, refresh=False)
-        bar.update(min(self.frames, self.settings.frames) - bar.n)
-
-    def save(self) -> None:
-        save_checkpoint(self.state_dict(), self.records.checkpoint)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "settings": asdict(self.settings),
-            "learner": self.learner.state_dict(),
-            "frames": self.frames,
-            "episodes": self.episodes,
-            "seconds": self.seconds,
-            "rows": self.records.rows,
-            "rng": torch.get_rng_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learner.load_state_dict(state["learner"])
-        self.frames, self.episodes = state["frames"], state["episodes"]
-        self.seconds, self.records.rows = state["seconds"], state["rows"]
-        torch.set_rng_state(state["rng"])
-
-
-def _mean(values: Collection[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the tutorial."""
-    settings, checkpoint = read_settings(argv, __doc__ or "")
-    logging.getLogger("torchrl").setLevel(logging.WARNING)
-    torch.set_num_threads(settings.threads)
-    records = Records(Path(settings.output), settings.title, tensorboard=settings.tensorboard)
-    trainer = Trainer(settings, records)
-    if checkpoint is not None:
-        trainer.load_state_dict(checkpoint)
-    with StopOnInterrupt() as stop:
-        trainer.run(stop)
-    records.draw()
-    if stop.asked:
-        print(f"Stopped after {trainer.frames} frames; what there is lies in {records.folder}.")
-        print(f"To go on: python {sys.argv[0]} --resume {records.checkpoint}")
-        return
-    returns = trainer.test()
-    records.write_result(asdict(settings), returns, trainer.seconds, trainer.frames)
-    if settings.film:
+    trainer = run_tutorial(Trainer, Settings, argv, __doc__ or "")
+    if trainer is not None and trainer.settings.film:
+        settings = trainer.settings
         env = make_env(settings.env, settings.observation, 1, film=True)
-        film(env, trainer.learner.agent.actor, records.folder / "film.gif", TEST_SEED)
-    print(
-        f"Mean return {returns.mean():.1f} over {TEST_EPISODES} fresh episodes after "
-        f"{trainer.frames} frames. Picture: {records.folder / 'learning_curve.png'}"
-    )
+        film(env, trainer.learner.policy, trainer.records.folder / "film.gif", TEST_SEED)
 
 
 if __name__ == "__main__":

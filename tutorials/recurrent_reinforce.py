@@ -27,8 +27,8 @@ from typing import Any
 
 import matplotlib
 import torch
-from cartpole import make_env
-from command_line import StopOnInterrupt, add_options, option
+from command_line import StopOnInterrupt, add_options, check_ranges, option
+from environments import make_env
 from evaluation import Evaluation
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
@@ -46,6 +46,7 @@ from rnnkeys.objectives import SequenceMinibatches, recurrent_loss
 matplotlib.use("Agg")  # a picture in a file: no display is needed
 from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen before pyplot loads)
 
+ENV = "CartPole-v1"
 SIZES = {"all": 4, "positions": 2}
 WINDOW = 100  # episodes whose mean return tells how good the policy is
 TEST_EPISODES = 20
@@ -61,7 +62,7 @@ class Settings:
     memoryless: bool = option(False, "a linear layer in place of the GRU")
     episodes: int = option(4_000, "episodes to learn from, at most")
     target: float = option(475.0, "stop when the last 100 episodes reach this mean return")
-    seed: int = option(0, "start of all random numbers")
+    seed: int = option(0, "start of all random numbers", least=0)
     output: str = option("runs/recurrent_reinforce", "folder for all that the run leaves")
     num_envs: int = option(16, "episodes in a round, played side by side")
     hidden_size: int = option(64, "size of both layers of the GRU")
@@ -179,13 +180,13 @@ class Records:
     def write(self, test: Tensor) -> None:
         with (self.folder / "learning_curve.csv").open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["episode", "seconds", "return"])
+            writer.writerow(["episode", "seconds", "return", f"mean_of_last_{WINDOW}"])
             for i, (seconds, value) in enumerate(zip(self.seconds, self.returns, strict=True), 1):
-                writer.writerow([i, round(seconds, 2), value])
+                writer.writerow([i, round(seconds, 2), value, round(self.recent(i), 2)])
         result = {
             "episodes": len(self.returns),
             "steps": int(sum(self.returns)),
-            "seconds": self.seconds[-1],
+            "seconds": round(self.seconds[-1], 1),
             "last_100": self.recent(),
             "test_returns": test.tolist(),
             "settings": asdict(self.settings),
@@ -210,7 +211,7 @@ def train(settings: Settings, records: Records, stop: StopOnInterrupt) -> Learne
     """Play and learn until the target is reached, the episodes are used up, or Ctrl-C."""
     torch.manual_seed(settings.seed)
     learner = Learner(settings)
-    env = make_env(settings.observation, settings.num_envs, "cpu")
+    env = make_env(ENV, settings.observation, settings.num_envs)
     env.append_transform(get_env_transforms_from_module(learner.both))
     env.set_seed(settings.seed)
     start = time.perf_counter()
@@ -235,9 +236,10 @@ def read_settings(argv: Sequence[str] | None) -> Settings:
     settings = Settings(**vars(parser.parse_args(argv)))
     if settings.broken and settings.memoryless:
         parser.error("--broken with --memoryless: without a memory there is none to forget")
-    for name in ("episodes", "num_envs", "hidden_size", "threads"):
-        if getattr(settings, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(settings, name)}: at least 1")
+    try:
+        check_ranges(settings)
+    except ValueError as error:
+        parser.error(str(error))
     return settings
 
 
@@ -248,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = Records(Path(settings.output), settings)
     with StopOnInterrupt() as stop:
         learner = train(settings, records, stop)
-    test = Evaluation(make_env(settings.observation, TEST_EPISODES, "cpu"), learner.policy)
+    test = Evaluation(make_env(ENV, settings.observation, TEST_EPISODES), learner.policy)
     returns = test(TEST_SEED + settings.seed)
     records.write(returns)
     print(

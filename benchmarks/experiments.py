@@ -1,0 +1,100 @@
+"""What `make learn` runs: the tutorials, over several seeds, beside what they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A tutorial and the variants of it that a table and a picture compare.
+
+    Args:
+        script: the tutorial, without ``.py``.
+        title: of table and picture.
+        text: what the table's readers should know.
+        variants: name of each variant and what it adds to the command line.
+        x: column of learning_curve.csv that a curve is drawn over.
+        y: column that is drawn.
+        seeds: of each variant.
+        few: seeds of single variants, where a run takes too long for all of them.
+    """
+
+    script: str
+    title: str
+    text: str
+    variants: Mapping[str, Sequence[str]]
+    x: str = "frames"
+    y: str = "evaluation"
+    seeds: Sequence[int] = range(5)
+    few: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
+POSITIONS = ("--observation", "positions")
+SHORT = ("--episodes", "2000")  # of those that never learn: more than the others need
+LAST = "Weights are those of the last step."
+BEST = (
+    "Weights are those that did best in the regular evaluations (*best evaluation*), tested on "
+    "fresh episodes."
+)
+HIDDEN = "Velocities are hidden. An episode of CartPole returns 500 at most."
+
+EXPERIMENTS = {
+    "recurrent_dqn": Experiment(
+        script="recurrent_dqn",
+        title="DQN on CartPole with its velocities hidden",
+        text=f"{HIDDEN} {BEST}",
+        variants={"recurrent": (), "memoryless": ("--memoryless",), "gru": ("--cell", "gru")},
+        few={"gru": [0]},
+    ),
+    "pixel_dqn": Experiment(
+        script="recurrent_dqn",
+        title="DQN on CartPole from rendered frames",
+        text=BEST,
+        variants={"pixels": ("--observation", "pixels")},
+        seeds=[0],
+    ),
+    "recurrent_reinforce": Experiment(
+        script="recurrent_reinforce",
+        title="REINFORCE with a GRU of two layers",
+        text=(
+            "CartPole-v1: *all* of its state seen or its *positions* only; whole episodes from "
+            "their first state (*right*), single steps from a zero state (*broken*), or no "
+            "memory at all. A run stops when its last 100 episodes reach 475, or after 4,000 "
+            "(2,000 where nothing is learned anyway)."
+        ),
+        variants={
+            "all, right": (),
+            "all, broken": ("--broken", *SHORT),
+            "positions, right": POSITIONS,
+            "positions, broken": (*POSITIONS, "--broken", *SHORT),
+            "positions, memoryless": (*POSITIONS, "--memoryless", *SHORT),
+        },
+        x="episode",
+        y="mean_of_last_100",
+    ),
+    "recurrent_ppo": Experiment(
+        script="recurrent_ppo",
+        title="PPO on CartPole with its velocities hidden",
+        text=f"{HIDDEN} {LAST}",
+        variants={
+            "recurrent": (),
+            "memoryless": ("--memoryless",),
+            "GRU, shared": ("--cell", "gru", "--shared"),
+        },
+        few={"memoryless": [0, 1], "GRU, shared": [0, 1]},
+    ),
+    "recurrent_ppo_pendulum": Experiment(
+        script="recurrent_ppo",
+        title="PPO on Pendulum with its velocity hidden",
+        text=LAST,
+        variants={"recurrent": ("--env", "Pendulum-v1")},
+    ),
+    "recurrent_ppo_mountain_car": Experiment(
+        script="recurrent_ppo",
+        title="PPO on MountainCarContinuous with its velocity hidden",
+        text=LAST,
+        variants={"recurrent": ("--env", "MountainCarContinuous-v0")},
+    ),
+}

@@ -1,0 +1,217 @@
+"""Does memory decide what is learned? The tutorials over several seeds, with and without memory.
+
+    python -m benchmarks.learn                                # everything: hours
+    python -m benchmarks.learn recurrent_dqn --seeds 0 1 --jobs 1
+    python -m benchmarks.learn recurrent_dqn --variants recurrent
+    python -m benchmarks.learn recurrent_ppo --recorded       # report the runs that are there
+
+Each run is a tutorial in a process of its own. A run that has its result in ``--runs`` already is
+not repeated, so that this can be broken off and started again. Table and picture of each
+experiment go to ``benchmarks/results/``: all seeds that were run, none left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import torchrl
+
+import rnnkeys
+from benchmarks.experiments import EXPERIMENTS, Experiment
+
+matplotlib.use("Agg")  # a picture in a file: no display is needed
+from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen before pyplot loads)
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+NOT_SHOWN = ("settings", "tested", "test_return", "test_returns")
+
+
+@dataclass
+class Run:
+    """What one run of a tutorial left."""
+
+    experiment: Experiment
+    variant: str
+    seed: int
+    folder: Path
+    curve: list[dict[str, float]]
+    result: dict[str, Any]
+
+    def row(self) -> dict[str, Any]:
+        """Return the run's line of the table."""
+        test = self.result["test_returns"]
+        rest = {k: round(v, 1) for k, v in self.result.items() if k not in NOT_SHOWN}
+        return {
+            "variant": self.variant,
+            "seed": self.seed,
+            "fresh episodes: mean": round(sum(test) / len(test), 1),
+            "min": round(min(test), 1),
+            "max": round(max(test), 1),
+            f"{self.experiment.y} half way": round(self.half_way(), 1),
+            f"{self.experiment.y} at the end": round(self.curve[-1][self.experiment.y], 1),
+            **rest,
+        }
+
+    def half_way(self) -> float:
+        x, y = self.experiment.x, self.experiment.y
+        return next(row[y] for row in self.curve if row[x] >= self.curve[-1][x] / 2)
+
+
+def run(variant_and_seed: tuple[str, int], name: str, runs: Path) -> Run:
+    """Run a tutorial, unless its result is there already, and read what it left."""
+    variant, seed = variant_and_seed
+    experiment, folder = EXPERIMENTS[name], folder_of(variant_and_seed, name, runs)
+    if not (folder / "result.json").exists():
+        argv = [*experiment.variants[variant], "--seed", str(seed), "--output", str(folder)]
+        run_tutorial(experiment.script, argv)
+    with (folder / "learning_curve.csv").open(newline="") as file:
+        curve = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    result = json.loads((folder / "result.json").read_text())
+    done = Run(experiment, variant, seed, folder, curve, result)
+    print("  ".join(f"{k} {v}" for k, v in done.row().items()), flush=True)
+    return done
+
+
+def folder_of(variant_and_seed: tuple[str, int], name: str, runs: Path) -> Path:
+    variant, seed = variant_and_seed
+    return runs / name / f"{variant}_{seed}".replace(", ", "_").replace(" ", "_")
+
+
+def run_tutorial(script: str, argv: list[str]) -> None:
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "tutorials" / f"{script}.py"), *argv],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    if process.returncode:
+        raise RuntimeError(f"{script} failed with {argv}:\n{process.stderr[-2000:]}")
+
+
+def write_csv(runs: list[Run], path: Path) -> None:
+    rows = [run.row() for run in runs]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_markdown(name: str, runs: list[Run], path: Path) -> None:
+    experiment, rows = EXPERIMENTS[name], [run.row() for run in runs]
+    shown = dict.fromkeys(run.variant for run in runs)
+    lines = [
+        f"# {experiment.title}",
+        "",
+        f"Made by `python -m benchmarks.learn {name}`. {experiment.text} *fresh episodes* were "
+        f"played without exploration; there are {len(runs[0].result['test_returns'])} of them.",
+        "",
+        *(f"- *{variant}*: `{command(experiment, variant)}`" for variant in shown),
+        "",
+        "| " + " | ".join(column.replace("_", " ") for column in rows[0]) + " |",
+        "|" + "---|" * len(rows[0]),
+        *("| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows),
+        "",
+        f"![learning curves]({path.with_suffix('.png').name})",
+        "",
+        f"{describe_machine()}, one thread per run.",
+        "",
+    ]
+    path.write_text("\n".join(lines))
+
+
+def command(experiment: Experiment, variant: str) -> str:
+    words = [f"tutorials/{experiment.script}.py", *experiment.variants[variant], "--seed SEED"]
+    return f"python {' '.join(words)}"
+
+
+def describe_machine() -> str:
+    return (
+        f"rnnkeys {rnnkeys.__version__}, torchrl {torchrl.__version__}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores"
+    )
+
+
+def draw(runs: list[Run], path: Path) -> None:
+    """Draw each run as a thin line, and the mean over a variant's seeds as a thick one."""
+    experiment = runs[0].experiment
+    colors = dict(zip(experiment.variants, plt.get_cmap("tab10").colors, strict=False))  # pyright: ignore[reportAttributeAccessIssue]
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for variant in dict.fromkeys(run.variant for run in runs):
+        curves = [run.curve for run in runs if run.variant == variant]
+        color, label = colors[variant], f"{variant}: {len(curves)} seeds"
+        for curve in curves:
+            x, y = ([row[column] for row in curve] for column in (experiment.x, experiment.y))
+            ax.plot(x, y, color=color, lw=0.8, alpha=0.5)
+        together = list(zip(*curves, strict=False))  # as far as all of them went
+        x, y = (
+            [sum(row[column] for row in rows) / len(rows) for rows in together]
+            for column in (experiment.x, experiment.y)
+        )
+        ax.plot(x, y, color=color, lw=2.5, label=label.replace(": 1 seeds", ""))
+    ax.set(title=experiment.title, xlabel=experiment.x, ylabel=experiment.y.replace("_", " "))
+    ax.legend(loc="best", fontsize="small")
+    ax.grid(alpha=0.3)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def find_wanted(name: str, options: argparse.Namespace) -> list[tuple[str, int]]:
+    """List the variants and seeds of an experiment that the command line asks for."""
+    experiment = EXPERIMENTS[name]
+    wanted = [
+        (variant, seed)
+        for variant in options.variants or experiment.variants
+        if variant in experiment.variants
+        for seed in options.seeds or experiment.few.get(variant, experiment.seeds)
+    ]
+    if not options.recorded:
+        return wanted
+    folders = {one: folder_of(one, name, options.runs) for one in wanted}
+    return [one for one in wanted if (folders[one] / "result.json").exists()]
+
+
+def report(name: str, runs: list[Run]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    write_csv(runs, RESULTS / f"{name}.csv")
+    write_markdown(name, runs, RESULTS / f"{name}.md")
+    draw(runs, RESULTS / f"{name}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
+    parser.add_argument("--variants", nargs="+", help="only these")
+    parser.add_argument("--seeds", type=int, nargs="+", help="others than the experiment's")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "learn")
+    parser.add_argument("--recorded", action="store_true", help="run nothing: report what is there")
+    options = parser.parse_args()
+    for name in options.names:
+        if name not in EXPERIMENTS:
+            parser.error(f"no experiment is called {name}: expected {', '.join(EXPERIMENTS)}")
+    for name in options.names or EXPERIMENTS:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            wanted = find_wanted(name, options)
+            runs = list(pool.map(partial(run, name=name, runs=options.runs), wanted))
+        if runs:
+            report(name, runs)
+
+
+if __name__ == "__main__":
+    main()
