@@ -736,9 +736,60 @@ _PRECISION = (
     ),
 )
 
+_ACTORS = (
+    Fault(
+        "actors: streams of two actors are joined",
+        "tutorials/actors.py",
+        "windows = self._of_actor.get(actor) or",
+        "windows = self._of_actor.get(0) or",
+        ("tests/test_actors.py::test_windows_join_only_what_one_actor_collected",),
+    ),
+    Fault(
+        "actors: episodes of two actors have one number",
+        "tutorials/actors.py",
+        "* self.MOST_ACTORS + actor",
+        "* self.MOST_ACTORS",
+        ("tests/test_actors.py::test_no_two_episodes_have_the_same_number",),
+    ),
+    Fault(
+        "actors: one that took the place of another gets no weights",
+        "tutorials/actors.py",
+        "        self.versions[actor] = 0\n",
+        "",
+        (
+            "tests/test_actors.py::"
+            "test_a_dead_actor_is_replaced_by_one_with_other_episodes_and_the_last_weights",
+        ),
+    ),
+    Fault(
+        "actors: one that took the place of another plays its episodes again",
+        "tutorials/actors.py",
+        "[seed, actor, life]",
+        "[seed, actor]",
+        (
+            "tests/test_actors.py::"
+            "test_a_dead_actor_is_replaced_by_one_with_other_episodes_and_the_last_weights",
+        ),
+    ),
+    Fault(
+        "actors: the quickest starves the others",
+        "tutorials/actors.py",
+        "for future in self.asked:",
+        "for future in reversed(self.asked):",
+        ("tests/test_actors.py::test_batches_come_in_the_order_in_which_they_are_ready",),
+    ),
+    Fault(
+        "actors: deaths add up over the whole run",
+        "tutorials/actors.py",
+        "            self.failures[actor] = 0\n",
+        "",
+        ("tests/test_actors.py::test_deaths_with_batches_in_between_do_not_add_up",),
+    ),
+)
+
 FAULTS: tuple[Fault, ...] = (
     *(*_TRITON, *_PRECISION),
-    *(*_POLICY_TUTORIALS, *_EXPORT),
+    *(*_POLICY_TUTORIALS, *_EXPORT, *_ACTORS),
     *(*_CELLS, *_OWN_CELLS, *_SEGMENTS, *_LOOP, *_SCAN, *_PAD),
     *(
         *_LAYERS,
