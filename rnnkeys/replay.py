@@ -66,7 +66,7 @@ class _SumTree(_Tree):
 
     def scan_lower_bound(self, mass: Any) -> Tensor:
         """Return, for each mass, the index in whose share of the running sum it lies (int64)."""
-        mass = np.array(mass, dtype=np.float64)
+        mass = torch.as_tensor(mass, dtype=torch.float64).numpy()
         node = np.ones(mass.shape, dtype=np.int64)
         for _ in range(self.leaves.bit_length() - 1):
             left = self.nodes[2 * node]

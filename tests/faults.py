@@ -630,6 +630,13 @@ _R2D2 = (
         ("tests/test_r2d2.py::test_what_is_masked_reaches_nothing_not_even_a_nan",),
     ),
     Fault(
+        "R2D2: a window that starts an episode is burned in, too",
+        "rnnkeys/transforms/burn_in.py",
+        "marks[:, steps] |= goes_on",
+        "marks[:, steps] |= goes_on | True",
+        ("tests/test_r2d2.py::test_loss_and_priorities_equal_numpys[starts in the burn-in-True]",),
+    ),
+    Fault(
         "rescaling: the inverse subtracts what is nearly equal",
         "rnnkeys/objectives/rescaling.py",
         "return y.sign() * s * (s + 2)",

@@ -63,6 +63,7 @@ def make_windows(one_hot: bool = True, masked: bool = True) -> TensorDict:
     over = terminated | truncated | reset
     starts = torch.zeros(B, T, dtype=torch.bool)
     starts[:, 1:] = over[:, :-1]
+    starts[0, 0] = starts[1, 0] = True
     observation = torch.randn(B, T, I, dtype=F64)
     behind = torch.randn(B, T, I, dtype=F64)
     goes_on = ~over[:, :-1]
@@ -147,6 +148,7 @@ def expect(
     squared: bool = False,
     double_dqn: bool = True,
     weighted: bool = True,
+    learn_starts: bool = False,
 ) -> tuple[float, np.ndarray, np.ndarray]:
     """Return the loss, priorities ``[B]``, and TD errors ``[B, T]`` (NaN where there is none)."""
     data = {
@@ -163,8 +165,11 @@ def expect(
     errors = np.full((B, T), np.nan)
     for b in range(B):
         ours, theirs = Window(online, data, b), Window(target, data, b)
-        for t in range(burn_in, T):
+        for t in range(T):
             if not mask[b, t]:
+                continue
+            fresh = data["init"][b, : t + 1].any()
+            if t < burn_in and not (learn_starts and fresh):
                 continue
             total, last = 0.0, t
             for k in range(n_steps):
@@ -218,6 +223,8 @@ CASES: dict[str, dict[str, Any]] = {
     "mean priorities": {"eta": 0.0},
     "one step left": {"burn_in": T - 1},
     "no discount": {"gamma": 1.0},
+    "starts in the burn-in": {"learn_starts": True},
+    "one step left, starts": {"learn_starts": True, "burn_in": T - 1},
 }
 
 
@@ -322,6 +329,17 @@ def test_a_mask_that_leaves_nothing_gives_zero_and_says_so():
     value.backward()
     assert value == 0 and (windows["td_error"] == 0).all()
     assert all(not p.grad.any() for p in loss.parameters() if p.grad is not None)
+
+
+def test_short_episodes_are_learned_from_though_they_end_within_the_burn_in():
+    windows = cast(Any, make_windows(masked=False)[:2].clone())
+    windows[MASK] = torch.ones(2, T, dtype=torch.bool)
+    windows[MASK][:, 3:] = False
+    loss = make_loss(make_network(0), make_network(1), learn_starts=True)
+    assert loss(windows)["loss"] > 0 and (windows["td_error"] > 0).all()
+    windows["is_init"][:, 0] = False
+    with pytest.warns(UserWarning, match="leaves no step behind a burn-in of 4"):
+        assert loss(windows)["loss"] == 0
 
 
 def test_windows_filled_with_nulls_or_repeated_steps_give_one_loss():

@@ -90,8 +90,11 @@ def test_a_buffer_holds_what_a_fresh_collection_would(window, storage):
         data = cast(Any, RefreshStates(policy)(data))
         assert (data["next", "done"].sum(1) == torch.tensor([[3], [2]])).all()
     old = buffers[0]
+    copied = cast(Any, old.storage[:]).clone()
     moved = RefreshStates(policy, rows=3).refresh_buffer(old)
     assert 0 < moved < len(old)
+    assert RefreshStates(policy, rows=3).refresh_windows(copied) == moved
+    assert all((copied[k] == old.storage[:][k]).all() for k in policy[1].state_keys)
     # What the second buffer holds is one disturbance old; a third has today's states.
     fresh = Windows(*window)
     pieces = cast(Any, [fresh.cut(data[:, a:b]) for a, b in ((0, 7), (7, 19), (19, 26))])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -79,6 +79,20 @@ def test_draws_follow_priorities_and_weights_undo_them():
     torch.testing.assert_close(share, torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.015, rtol=0)
     torch.testing.assert_close(info["priority_weight"], 1 / (drawn + 1.0))
     assert info["priority_weight"].dtype == torch.float32
+
+
+def test_a_generator_decides_what_is_drawn():
+    drawn = []
+    for seed in (3, 3, 4):
+        buffer = ReplayBuffer(
+            storage=LazyTensorStorage(50),
+            sampler=replay.PrioritizedSampler(50, alpha=0.5, beta=0.5),
+            batch_size=20,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        buffer.extend(cast(Any, torch.arange(50)))
+        drawn.append(buffer.sample().tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_states_are_saved_and_loaded(tmp_path):

@@ -49,6 +49,9 @@ class R2D2Loss(LossModule):
     Args:
         value_network: writes a value for each action; recurrent modules inside.
         burn_in: ``K``, shorter than the windows.
+        learn_starts: learn from steps inside the burn-in too where their episode starts inside the
+            window: their state is not stale. Otherwise the first ``K`` steps of no episode are
+            learned from.
         n_steps: ``n``, at least 1.
         gamma: discount.
         eps: of the rescaling; None for no rescaling.
@@ -104,6 +107,7 @@ class R2D2Loss(LossModule):
         value_network: TensorDictModuleBase,
         *,
         burn_in: int = 40,
+        learn_starts: bool = False,
         n_steps: int = 5,
         gamma: float = 0.997,
         eps: float | None = 1e-3,
@@ -132,6 +136,7 @@ class R2D2Loss(LossModule):
         )
         self.delay_value, self.double_dqn = delay_value, double_dqn
         self.burn_in, self.n_steps, self.gamma, self.eps = burn_in, n_steps, gamma, eps
+        self.learn_starts = learn_starts and burn_in > 0
         self.eta, self.squared_priority = eta, squared_priority
         self.loss_function, self.importance_weights = loss_function, importance_weights
 
@@ -196,8 +201,8 @@ class R2D2Loss(LossModule):
         split(windows, self.burn_in)  # raises before the mask is called empty
         mask = self._mask(windows)
         windows = _without_masked(windows, mask)
-        _, learned = split(windows, self.burn_in)
-        mask = mask[:, self.burn_in :]
+        mask = self._learned(windows, mask)
+        learned = windows if self.learn_starts else split(windows, self.burn_in)[1]
         ends = self._ends(learned, mask)
         online = self._unroll(self.value_network_params, windows, ends)
         with torch.no_grad():
@@ -232,8 +237,16 @@ class R2D2Loss(LossModule):
         if mask is None:
             like = windows.get(next_key(self.tensor_keys.reward))
             return torch.ones(windows.shape, dtype=torch.bool, device=like.device)
-        mask = mask.reshape(windows.shape)
-        if not is_compiling() and not mask[:, self.burn_in :].any():
+        return mask.reshape(windows.shape)
+
+    def _learned(self, windows: TensorDictBase, mask: Tensor) -> Tensor:
+        """Return which steps are learned from: of the window's last ones, or of all."""
+        if self.learn_starts:
+            fresh = self.states.fresh(windows, self.burn_in)
+            mask = torch.cat([mask[:, : self.burn_in] & fresh, mask[:, self.burn_in :]], 1)
+        else:
+            mask = mask[:, self.burn_in :]
+        if not is_compiling() and not mask.any():
             warnings.warn(
                 f"The mask {self.tensor_keys.mask!r} leaves no step behind a burn-in of "
                 f"{self.burn_in}: the loss is 0.",
@@ -261,6 +274,8 @@ class R2D2Loss(LossModule):
         with parameters.to_module(self.value_network, preserve_module_state=False):
             if self.burn_in:
                 states.burn_in(windows, learned, self.burn_in)
+            if self.learn_starts:
+                learned = states.rejoin(windows, learned, self.burn_in)
             out = states.run(learned)
             with torch.no_grad(), set_recurrent_mode(False):
                 behind = self.value_network(_step_behind(states, learned, out, ends))

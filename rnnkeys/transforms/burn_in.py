@@ -190,6 +190,31 @@ class StateKeys:
             left.set(key, state)
             self._write_next(left, key, after.select(time, steps), time)
 
+    def fresh(self, rows: TensorDictBase, steps: int) -> Tensor:
+        """Tell which of the first ``steps`` ``[B, steps]`` follow an episode's start in the row."""
+        fresh = torch.ones(1, dtype=torch.bool, device=rows.device)
+        for key in self.init_keys:
+            marks = read_marks(rows, key)[:, :steps].flatten(2).cumsum(1) > 0
+            fresh = fresh & marks.all(-1)
+        return fresh
+
+    @torch.no_grad()
+    def rejoin(self, rows: TensorDictBase, left: TensorDictBase, steps: int) -> TensorDictBase:
+        """Return all steps, with ``left`` starting anew from its state unless its row is fresh."""
+        joined = rows.copy()
+        goes_on = ~self.fresh(rows, steps)[:, -1]
+        for key in self.states:
+            state = left.get(key)
+            stored = rows.get(key, None)
+            if stored is None:
+                stored = state.new_zeros(*rows.shape, *state.shape[2:])
+            joined.set(key, torch.cat([stored[:, :steps], state], 1))
+        for key in self.init_keys:
+            marks = read_marks(rows, key).clone()
+            marks[:, steps] |= goes_on.reshape(-1, *[1] * (marks.ndim - 2))
+            joined.set(key, marks)
+        return joined
+
     def _write_next(self, left: TensorDictBase, key: NestedKey, value: Tensor, time: int) -> None:
         """Bring the state after the first step up to date, which losses' next views read."""
         stored = left.get(next_key(key), None)

@@ -68,7 +68,6 @@ class RefreshStates:
             refreshed.set(next_key(key), after)
         return refreshed
 
-    @torch.no_grad()
     def refresh_buffer(self, buffer: Any) -> int:
         """Bring the states of all windows in a replay buffer up to date, in place.
 
@@ -86,7 +85,23 @@ class RefreshStates:
         Raises:
             KeyError: if the buffer does not hold windows.
         """
-        stored = buffer.storage[:]
+        return self.refresh_windows(buffer.storage[:])
+
+    @torch.no_grad()
+    def refresh_windows(self, stored: TensorDictBase) -> int:
+        """Bring windows ``[N]`` as a buffer stores them up to date, in place.
+
+        As :meth:`refresh_buffer`, for a part of a buffer or a copy of it.
+
+        Args:
+            stored: whole episodes, or those windows of them that are left, in any order.
+
+        Returns:
+            How many windows start from a state that was recomputed.
+
+        Raises:
+            KeyError: if these are no windows.
+        """
         if stored.get(EPISODE_KEY, None) is None:
             raise KeyError(
                 f"There is no {EPISODE_KEY!r} in the buffer: its items are no windows. Give it "
