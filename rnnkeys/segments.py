@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A block of steps of one size costs a kernel call, about as much as this many rows of one step.
-_BLOCK_ROWS = 96
 _MAX_BLOCK_CANDIDATES = 48
 _CACHE_ENTRIES = 16
 
@@ -34,14 +32,15 @@ class Plan:
         position: ``[B * T]`` long, the row of each flat position.
         padding: rows that repeat a segment's last step to fill a block, or None.
         starts: ``[S]`` long, flat positions of the segments' first steps, in row order.
+        is_dense: whether no row is cut, so that rows are those of the batch.
     """
 
-    def __init__(self, is_init: np.ndarray, in_blocks: bool, device: torch.device) -> None:
+    def __init__(self, is_init: np.ndarray, block_rows: int, device: torch.device) -> None:
         starts, lengths = _segments(is_init)
         order = np.argsort(-lengths, kind="stable")
         starts, lengths = starts[order], lengths[order]
         exact = _rows_per_step(lengths)
-        sizes = _pad_to_blocks(exact) if in_blocks else exact
+        sizes = _pad_to_blocks(exact, block_rows) if block_rows else exact
         offsets = np.cumsum(sizes) - sizes
         step = np.repeat(np.arange(len(sizes)), sizes)
         row = np.arange(len(step)) - offsets[step]
@@ -54,6 +53,8 @@ class Plan:
         self.source = _to(source, device)
         self.position = _to(position, device)
         self.starts = _to(starts, device)
+        self._start_indices = tuple(_to(i, device) for i in np.divmod(starts, is_init.shape[1]))
+        self.is_dense = len(starts) == len(is_init)
         self.padding = None if real.all() else _to(np.flatnonzero(~real), device)
 
     @cached_property
@@ -65,17 +66,26 @@ class Plan:
 
     def pack(self, x: Tensor) -> Tensor:
         """Lay ``x [B, T, F]`` out in rows ``[N, F]``."""
+        if self.is_dense:
+            return x.transpose(0, 1).flatten(0, 1)
         return _Gather.apply(x.flatten(0, 1), self.source, self.position, None)
 
     def unpack(self, rows: Tensor) -> Tensor:
-        """Take ``[B, T, F]`` out of rows ``[N, F]``."""
+        """Take ``[B, T, F]`` out of rows ``[N, F]``: a view if the plan is dense."""
+        if self.is_dense:
+            return rows.view(*self.shape[::-1], -1).transpose(0, 1)
         flat = _Gather.apply(rows, self.position, self.source, self.padding)
         return flat.view(*self.shape, -1)
 
     def at_starts(self, state: Tensor) -> Tensor:
         """Take the entries ``[S, ...]`` of ``state [B, T, ...]`` at the segments' first steps."""
-        steps = self.shape[1]
-        return state[self.starts // steps, self.starts % steps]
+        return state[:, 0] if self.is_dense else state[self._start_indices]
+
+    def put_at_starts(self, rows: Tensor) -> Tensor:
+        """Put ``rows [S, ...]`` where segments start in ``[B, T, ...]``, and NaN elsewhere."""
+        batch, steps = self.shape
+        flat = rows.new_full((batch * steps, *rows.shape[1:]), float("nan"))
+        return flat.index_copy_(0, self.starts, rows).view(batch, steps, *rows.shape[1:])
 
 
 class _Gather(torch.autograd.Function):
@@ -98,7 +108,7 @@ _plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 _plans_lock = threading.Lock()
 
 
-def plan(is_init: Tensor, in_blocks: bool = False) -> Plan:
+def plan(is_init: Tensor, block_rows: int = 0) -> Plan:
     """Plan the packing of a batch, or return the plan made before for the same marks.
 
     Plans are kept by content, since losses pass clones and views: all layers, all modules and both
@@ -106,7 +116,8 @@ def plan(is_init: Tensor, in_blocks: bool = False) -> Plan:
 
     Args:
         is_init: bool ``[B, T]``, True where a segment starts; the first column counts as True.
-        in_blocks: whether to round step sizes up so that they form few blocks of one size.
+        block_rows: if not 0, step sizes are rounded up so that they form few blocks of one size,
+            each of which costs about as much as this many rows of one step.
 
     Returns:
         The plan, with its indices on the device of ``is_init``.
@@ -116,7 +127,7 @@ def plan(is_init: Tensor, in_blocks: bool = False) -> Plan:
         [2, 2, 1]
     """
     marks = is_init.detach().cpu().numpy()
-    key = (marks.shape, np.packbits(marks).tobytes(), in_blocks, is_init.device)
+    key = (marks.shape, np.packbits(marks).tobytes(), block_rows, is_init.device)
     with _plans_lock:
         found = _plans.get(key)
         if found is not None:
@@ -124,7 +135,7 @@ def plan(is_init: Tensor, in_blocks: bool = False) -> Plan:
             return found
     # A plan made while evaluating in inference mode must serve the training that follows.
     with torch.inference_mode(False):
-        made = Plan(marks, in_blocks, is_init.device)
+        made = Plan(marks, block_rows, is_init.device)
     with _plans_lock:
         _plans[key] = made
         while len(_plans) > _CACHE_ENTRIES:
@@ -145,7 +156,7 @@ def _rows_per_step(lengths: np.ndarray) -> np.ndarray:
     return len(lengths) - np.searchsorted(lengths[::-1], np.arange(lengths[0]), side="right")
 
 
-def _pad_to_blocks(sizes: np.ndarray) -> np.ndarray:
+def _pad_to_blocks(sizes: np.ndarray, block_rows: int) -> np.ndarray:
     """Round sizes up to few values, until one more block would cost more than it saves.
 
     Dynamic programming over the steps at which the size falls: ``best[j]`` is the least cost of all
@@ -163,7 +174,7 @@ def _pad_to_blocks(sizes: np.ndarray) -> np.ndarray:
     best = np.zeros(len(cuts))
     choice = np.zeros(len(cuts), dtype=np.int64)
     for j in range(1, len(cuts)):
-        cost = best[:j] + _BLOCK_ROWS + (cuts[j] - cuts[:j]) * sizes[cuts[:j]]
+        cost = best[:j] + block_rows + (cuts[j] - cuts[:j]) * sizes[cuts[:j]]
         choice[j] = int(cost.argmin())
         best[j] = cost[choice[j]]
     padded = np.empty_like(sizes)

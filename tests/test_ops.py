@@ -19,7 +19,7 @@ from tests.problems import CELLS, TORCHS, WAYS, Problem, State
 from tests.tolerances import assert_equal
 
 F64 = torch.float64
-H = 3
+H, I = 3, 2
 # Rows of every step: the same number, as in a dense batch, or fewer and fewer, as packed.
 SIZES = {"dense": [3, 3, 3], "packed": [4, 2, 2, 1]}
 of_both_cells = pytest.mark.parametrize("cell", TORCHS)
@@ -34,14 +34,13 @@ def _arguments(cell: str, sizes: str, resets: bool) -> list[Any]:
     """Arguments of an operator, tensors first; ``sizes`` are those of dense rows with resets."""
     steps = SIZES[sizes]
     gates, states = CELLS[cell][0].num_gates, len(CELLS[cell][0].state_names)
-    weights = [_leaf(sum(steps), gates * H), _leaf(gates * H, H)]
-    if cell == "gru":
-        weights.append(_leaf(H))
+    sizes_of_weights = ((gates * H, I), (gates * H, H), (gates * H,), (gates * H,))
+    given = [_leaf(sum(steps), I), *(_leaf(*size) for size in sizes_of_weights)]
     start = [_leaf(steps[0], H) for _ in range(states)]
     if not resets:
-        return [*weights, *start, steps, None, *(None for _ in start), True]
+        return [*given, *start, steps, None, *(None for _ in start), True]
     where = torch.tensor([[0, 1, 0], [1, 0, 0], [1, 1, 0]]).bool()
-    return [*weights, *start, [], where, *(_leaf(3, 3, H) for _ in start), True]
+    return [*given, *start, [], where, *(_leaf(3, 3, H) for _ in start), True]
 
 
 FORWARD: dict[str, CustomOpDef] = {"lstm": ops.lstm, "gru": ops.gru}
@@ -59,7 +58,7 @@ def test_gradients_equal_finite_differences(cell, sizes, resets):
         given = list(arguments)
         for place, leaf in zip(places, leaves, strict=True):
             given[place] = leaf
-        return FORWARD[cell](*given)[:-1]  # the last output is for the backward pass only
+        return FORWARD[cell](*given)[: len(CELLS[cell][0].state_names)]
 
     assert torch.autograd.gradcheck(states, [arguments[i] for i in places])
 
@@ -70,28 +69,29 @@ def test_forward_operators_keep_torchs_rules(cell, sizes, resets):
     torch.library.opcheck(FORWARD[cell], tuple(_arguments(cell, sizes, resets)))
 
 
-@pytest.mark.parametrize("want_reset_grad", [False, True])
+@pytest.mark.parametrize("wanted", [False, True])
 @in_every_form
 @of_both_cells
-def test_backward_operators_keep_torchs_rules(cell, sizes, resets, want_reset_grad):
+def test_backward_operators_keep_torchs_rules(cell, sizes, resets, wanted):
     arguments = [
         a.detach() if isinstance(a, Tensor) else a for a in _arguments(cell, sizes, resets)
     ]
-    *states, kept = FORWARD[cell](*arguments)
-    grads = [torch.randn_like(s) for s in states]
-    # Neither the projected inputs nor GRU's bias are needed again.
-    rest = arguments[1:-1] if cell == "lstm" else [arguments[1], *arguments[3:-1]]
-    places = len(states)
-    given = [*grads, *rest[: 1 + places], *states, kept, *rest[1 + places :]]
+    count = len(CELLS[cell][0].state_names)
+    outputs = FORWARD[cell](*arguments)
+    grads = [torch.randn_like(s) for s in outputs[:count]]
+    x, w_ih, w_hh, _, b_hh, *rest = arguments[:-1]
+    weights = (w_ih, w_hh) if cell == "lstm" else (w_ih, w_hh, b_hh)
+    given = [*grads, x, *weights, *rest[:count], *outputs, *rest[count:]]
     op = ops.lstm_backward if cell == "lstm" else ops.gru_backward
-    torch.library.opcheck(op, (*given, want_reset_grad and resets))
+    torch.library.opcheck(op, (*given, wanted, wanted and resets))
 
 
 @of_both_cells
 def test_weights_may_have_any_strides(cell):
     """Compiled code believes the strides that the operator promises."""
     arguments = _arguments(cell, "dense", True)
-    arguments[1] = arguments[1].detach().t().contiguous().t().requires_grad_()
+    for k in (1, 2):
+        arguments[k] = arguments[k].detach().t().contiguous().t().requires_grad_()
     torch.library.opcheck(FORWARD[cell], tuple(arguments))
 
 

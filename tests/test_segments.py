@@ -18,7 +18,7 @@ from rnnkeys import segments
 from rnnkeys.segments import Plan, plan
 from tests.problems import MARKS
 
-in_both_forms = pytest.mark.parametrize("in_blocks", [False, True], ids=["exact", "blocks"])
+in_both_forms = pytest.mark.parametrize("block_rows", [0, 96], ids=["exact", "blocks"])
 
 
 @st.composite
@@ -50,16 +50,16 @@ def _numbered(is_init: Tensor) -> Tensor:
 
 @in_both_forms
 @given(is_init=_marks())
-def test_packing_then_unpacking_is_the_identity(in_blocks, is_init):
-    made = plan(is_init, in_blocks)
+def test_packing_then_unpacking_is_the_identity(block_rows, is_init):
+    made = plan(is_init, block_rows)
     x = _numbered(is_init)
     assert torch.equal(made.unpack(made.pack(x)), x)
 
 
 @in_both_forms
 @given(is_init=_marks())
-def test_every_segment_runs_down_one_row_of_its_own(in_blocks, is_init):
-    made, lengths = plan(is_init, in_blocks), _lengths(is_init)
+def test_every_segment_runs_down_one_row_of_its_own(block_rows, is_init):
+    made, lengths = plan(is_init, block_rows), _lengths(is_init)
     steps = _steps(made)
     assert sorted(made.starts.tolist()) == sorted(lengths)
     assert made.starts.tolist() == steps[0]
@@ -72,8 +72,8 @@ def test_every_segment_runs_down_one_row_of_its_own(in_blocks, is_init):
 
 @in_both_forms
 @given(is_init=_marks())
-def test_steps_never_grow_and_blocks_cover_them(in_blocks, is_init):
-    made, lengths = plan(is_init, in_blocks), _lengths(is_init)
+def test_steps_never_grow_and_blocks_cover_them(block_rows, is_init):
+    made, lengths = plan(is_init, block_rows), _lengths(is_init)
     assert made.sizes == sorted(made.sizes, reverse=True)
     assert len(made.sizes) == max(lengths.values())
     assert sum(made.sizes) == len(made.source)
@@ -85,7 +85,7 @@ def test_steps_never_grow_and_blocks_cover_them(in_blocks, is_init):
 def test_an_exact_plan_has_no_padding_and_a_plan_in_blocks_says_where_it_is(is_init):
     assert plan(is_init).padding is None
     assert len(plan(is_init).source) == is_init.numel()
-    made = plan(is_init, in_blocks=True)
+    made = plan(is_init, block_rows=96)
     padding = [] if made.padding is None else made.padding.tolist()
     assert sorted([*padding, *made.position.tolist()]) == list(range(len(made.source)))
     assert len(made.blocks) <= len(plan(is_init).blocks)
@@ -95,14 +95,14 @@ def test_an_exact_plan_has_no_padding_and_a_plan_in_blocks_says_where_it_is(is_i
 def test_blocks_pad_little_where_one_segment_is_long_and_many_are_short():
     is_init = torch.ones(64, 100, dtype=torch.bool)
     is_init[0] = False
-    made = plan(is_init, in_blocks=True)
+    made = plan(is_init, block_rows=96)
     assert len(made.source) < 1.05 * is_init.numel()
     assert len(made.blocks) == 2
 
 
 def test_segments_of_many_lengths_run_in_few_blocks():
     is_init = torch.rand(8, 1024) < 0.02
-    made = plan(is_init, in_blocks=True)
+    made = plan(is_init, block_rows=96)
     assert len(made.blocks) < len(plan(is_init).blocks) / 3
     assert len(made.source) < 1.3 * is_init.numel()
 
@@ -110,8 +110,8 @@ def test_segments_of_many_lengths_run_in_few_blocks():
 def test_marks_may_have_any_strides():
     is_init = torch.rand(7, 5) < 0.3
     for view in (is_init.t().contiguous().t(), torch.stack([is_init, ~is_init], -1)[..., 0]):
-        assert _steps(Plan(view.numpy(), False, view.device)) == _steps(
-            Plan(is_init.numpy(), False, is_init.device)
+        assert _steps(Plan(view.numpy(), 0, view.device)) == _steps(
+            Plan(is_init.numpy(), 0, is_init.device)
         )
 
 
@@ -125,8 +125,8 @@ def test_states_are_taken_at_the_starts_of_segments(is_init):
 
 @in_both_forms
 @pytest.mark.parametrize("marks", MARKS)
-def test_gradients_pass_both_ways_to_any_order(in_blocks, marks):
-    made = plan(MARKS[marks](3, 5), in_blocks)
+def test_gradients_pass_both_ways_to_any_order(block_rows, marks):
+    made = plan(MARKS[marks](3, 5), block_rows)
     x = torch.randn(3, 5, 2, dtype=torch.float64, requires_grad=True)
 
     def there_and_back(x: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def test_no_gradient_reaches_padding_not_even_nan():
     is_init = torch.zeros(20, 30, dtype=torch.bool)
     is_init[:, ::7] = True
     is_init[:, 3::5] = True
-    made = plan(is_init, in_blocks=True)
+    made = plan(is_init, block_rows=96)
     assert made.padding is not None
     rows = torch.zeros(len(made.source), 1, requires_grad=True)
     made.unpack(rows).backward(torch.full((20, 30, 1), float("nan")))
@@ -154,7 +154,7 @@ def test_equal_marks_share_a_plan_and_others_do_not():
     made = plan(is_init)
     assert plan(is_init.clone()) is made
     assert plan(is_init.t().contiguous().t()) is made
-    assert plan(is_init, in_blocks=True) is not made
+    assert plan(is_init, block_rows=96) is not made
     assert plan(is_init.view(5, 3)) is not made
     changed = is_init.clone()
     changed[2, 4] = ~changed[2, 4]

@@ -6,6 +6,7 @@ every step. Nothing here knows a key of a TensorDict; nothing here knows an equa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -172,7 +173,7 @@ def unroll_layers(
             rows = F.dropout(rows, options.dropout)
         history.append(batch.run(weights, rows, layer))
         rows = history[-1][0]
-    return _collect(batch, history, is_init, options)
+    return _collect(batch, history, options)
 
 
 def _empty(
@@ -195,29 +196,24 @@ def _recomputed(cell, layers, x, reset_state, is_init, options, backend):
     return checkpoint(run, x, layers, reset_state, use_reentrant=False)
 
 
-def _collect(
-    batch: Any, history: list[State], is_init: Tensor, options: Options
-) -> tuple[Tensor, State]:
+def _collect(batch: Any, history: list[State], options: Options) -> tuple[Tensor, State]:
     """Bring outputs and states back to ``[B, T, ...]``, states apart from outputs in memory."""
     y = batch.unpack(history[-1][0])
     if batch.keeps_output and y.requires_grad:
         # An activation in place must not spoil what the operator reads in its backward pass.
         y = y.clone(memory_format=torch.contiguous_format)
     with torch.set_grad_enabled(torch.is_grad_enabled() and options.state_grad):
-        top = len(history) - 1
         states = tuple(
-            torch.stack(
-                [
-                    y if layer == top and entry == 0 else batch.unpack(after[entry])
-                    for layer, after in enumerate(history)
-                ],
-                dim=2,
-            )
-            for entry in range(len(history[0]))
+            batch.store(entry, y if name == 0 else None)
+            for name, entry in enumerate(zip(*history, strict=True))
         )
-        if options.only_starts:
-            states = tuple(_nan_after_starts(s, is_init) for s in states)
     return y, states
+
+
+def _stack(rows: State, unpack: Callable[[Tensor], Tensor], top: Tensor | None) -> Tensor:
+    """Bring the layers' rows to ``[B, T, L, H]``, those of the last one by ``top`` if given."""
+    unpacked = [unpack(r) for r in (rows if top is None else rows[:-1])]
+    return torch.stack(unpacked if top is None else [*unpacked, top], dim=2)
 
 
 def _nan_after_starts(state: Tensor, is_init: Tensor) -> Tensor:
@@ -234,7 +230,8 @@ class _Dense:
     def __init__(
         self, cell: Cell, x: Tensor, reset_state: State, is_init: Tensor, options: Options
     ):
-        self.cell, self.reset = cell, is_init.transpose(0, 1)
+        self.cell, self.is_init, self.only_starts = cell, is_init, options.only_starts
+        self.reset = is_init.transpose(0, 1)
         self.reset_state = tuple(s.transpose(0, 1) for s in reset_state)
 
     def pack(self, x: Tensor) -> Tensor:
@@ -242,6 +239,10 @@ class _Dense:
 
     def unpack(self, rows: Tensor) -> Tensor:
         return rows.transpose(0, 1)
+
+    def store(self, rows: State, top: Tensor | None) -> Tensor:
+        states = _stack(rows, self.unpack, top)
+        return _nan_after_starts(states, self.is_init) if self.only_starts else states
 
     def of_layer(self, layer: int) -> State:
         return tuple(s[:, :, layer] for s in self.reset_state)
@@ -262,16 +263,17 @@ class _Scan(_Dense):
 class _Pad:
     """A batch packed segment by segment."""
 
-    keeps_output = False
-
     def __init__(
         self, cell: Cell, x: Tensor, reset_state: State, is_init: Tensor, options: Options
     ):
-        self.cell, self.options = cell, options
+        self.cell, self.only_starts = cell, options.only_starts
         self.vendor = pad.wants_vendor(cell, x.dtype, options.vendor, options.state_grad)
-        self.plan = plan(is_init, in_blocks=self.vendor)
+        rows = pad.block_rows(x.shape[-1], reset_state[0].shape[-1]) if self.vendor else 0
+        self.plan = plan(is_init, rows)
         self.start = tuple(self.plan.at_starts(s) for s in reset_state)
         self.pack, self.unpack = self.plan.pack, self.plan.unpack
+        # Rows that are those of the batch are not copied on their way out.
+        self.keeps_output = self.plan.is_dense
 
     def run(self, weights: Weights, rows: Tensor, layer: int) -> State:
         start = tuple(s[:, layer] for s in self.start)
@@ -282,8 +284,18 @@ class _Pad:
             start,
             self.plan,
             vendor=self.vendor,
-            only_starts=self.options.only_starts,
+            only_starts=self.only_starts,
         )
+
+    def store(self, rows: State, top: Tensor | None) -> Tensor:
+        if self.only_starts:
+            # The first rows of the first step, which holds all segments.
+            count = self.plan.starts.numel()
+            return self.plan.put_at_starts(torch.stack([r[:count] for r in rows], 1))
+        is_own = top is None and (self.vendor or not self.plan.is_dense)
+        if is_own and len(rows) == 1:
+            return self.unpack(rows[0]).unsqueeze(2)
+        return _stack(rows, self.unpack, top)
 
 
 class _Triton:
@@ -296,6 +308,7 @@ class _Triton:
     ):
         self.cell, self.options = cell, options
         self.reset_state, self.is_init = reset_state, is_init
+        self.only_starts = options.only_starts
         self.order = triton.order_segments(is_init)
 
     def pack(self, x: Tensor) -> Tensor:
@@ -310,6 +323,10 @@ class _Triton:
             self.cell, weights, rows, start, self.is_init, self.options, self.order
         )
         return states
+
+    def store(self, rows: State, top: Tensor | None) -> Tensor:
+        states = _stack(rows, self.unpack, top)
+        return _nan_after_starts(states, self.is_init) if self.only_starts else states
 
 
 _BATCHES: dict[str, Any] = {"loop": _Loop, "pad": _Pad, "scan": _Scan, "triton": _Triton}

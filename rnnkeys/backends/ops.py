@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fused
+from . import fused, fused_gru, fused_lstm
 
 
-def _sizes(sizes: Sequence[int], where: Tensor | None, rows: int) -> list[int]:
+def _sizes(sizes: Sequence[int], where: Tensor | None) -> list[int]:
     """Rows of every step; a dense batch names them by its reset mask ``[T, B]``."""
     if where is None:
         return list(sizes)
@@ -24,8 +24,11 @@ def _sizes(sizes: Sequence[int], where: Tensor | None, rows: int) -> list[int]:
 
 @torch.library.custom_op("rnnkeys::lstm", mutates_args=())
 def lstm(
-    gates: Tensor,
+    x: Tensor,
+    w_ih: Tensor,
     w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
     h0: Tensor,
     c0: Tensor,
     sizes: Sequence[int],
@@ -33,78 +36,102 @@ def lstm(
     reset_h: Tensor | None,
     reset_c: Tensor | None,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run :func:`fused.lstm_forward`; dense batches give ``where [T, B]`` and its states."""
-    resets = _resets(where, reset_h, reset_c)
-    return fused.lstm_forward(
-        gates, w_hh, (h0, c0), _sizes(sizes, where, gates.shape[0]), resets, keep
-    )
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run ``lstm_forward``; dense batches give ``where [T, B]`` and its states."""
+    resets, bias = _resets(where, reset_h, reset_c), None
+    if b_ih is not None and b_hh is not None:
+        bias = b_ih + b_hh
+    steps = _sizes(sizes, where)
+    return fused_lstm.lstm_forward(x, w_ih, w_hh, bias, (h0, c0), steps, resets, keep)
 
 
 @torch.library.custom_op("rnnkeys::lstm_backward", mutates_args=())
 def lstm_backward(
     grad_h: Tensor | None,
     grad_c: Tensor | None,
+    x: Tensor,
+    w_ih: Tensor,
     w_hh: Tensor,
     h0: Tensor,
     c0: Tensor,
     h: Tensor,
     c: Tensor,
-    act: Tensor,
+    i_f_o: Tensor,
+    g: Tensor,
     sizes: Sequence[int],
     where: Tensor | None,
     reset_h: Tensor | None,
     reset_c: Tensor | None,
+    want_x_grad: bool,
     want_reset_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run :func:`fused.lstm_backward`; reset gradients that were not asked for are empty."""
-    resets = _resets(where, reset_h, reset_c)
-    steps = _sizes(sizes, where, act.shape[0])
-    grads = fused.lstm_backward(
-        grad_h, grad_c, w_hh, (h0, c0), (h, c, act), steps, resets, want_reset_grad
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run ``lstm_backward``; gradients that were not asked for are empty."""
+    grads = fused_lstm.lstm_backward(
+        (grad_h, grad_c),
+        (w_ih, w_hh),
+        x,
+        (h0, c0),
+        (h, c, i_f_o, g),
+        _sizes(sizes, where),
+        _resets(where, reset_h, reset_c),
+        want_x_grad,
+        want_reset_grad,
     )
-    *most, d_reset_h, d_reset_c = grads
-    gates, d_w, dh, dc = most
-    return gates, d_w, dh, dc, _or_empty(d_reset_h, h), _or_empty(d_reset_c, h)
+    d_x, d_w_ih, d_w_hh, d_b, dh, dc, d_reset_h, d_reset_c = grads
+    resets = _or_empty(d_reset_h, h), _or_empty(d_reset_c, h)
+    return _or_empty(d_x, h), d_w_ih, d_w_hh, d_b, dh, dc, *resets
 
 
 @torch.library.custom_op("rnnkeys::gru", mutates_args=())
 def gru(
-    gates: Tensor,
+    x: Tensor,
+    w_ih: Tensor,
     w_hh: Tensor,
-    bias_n: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
     h0: Tensor,
     sizes: Sequence[int],
     where: Tensor | None,
     reset_h: Tensor | None,
     keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """Run :func:`fused.gru_forward`; dense batches give ``where [T, B]`` and its states."""
-    resets = _resets(where, reset_h)
-    return fused.gru_forward(
-        gates, w_hh, bias_n, h0, _sizes(sizes, where, gates.shape[0]), resets, keep
-    )
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run ``gru_forward``; dense batches give ``where [T, B]`` and its states."""
+    resets, steps = _resets(where, reset_h), _sizes(sizes, where)
+    return fused_gru.gru_forward(x, w_ih, w_hh, b_ih, b_hh, h0, steps, resets, keep)
 
 
 @torch.library.custom_op("rnnkeys::gru_backward", mutates_args=())
 def gru_backward(
     grad_h: Tensor,
+    x: Tensor,
+    w_ih: Tensor,
     w_hh: Tensor,
+    b_hh: Tensor | None,
     h0: Tensor,
     h: Tensor,
-    act: Tensor,
+    r_z: Tensor,
+    n: Tensor,
     sizes: Sequence[int],
     where: Tensor | None,
     reset_h: Tensor | None,
+    want_x_grad: bool,
     want_reset_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run :func:`fused.gru_backward`; a reset gradient that was not asked for is empty."""
-    resets = _resets(where, reset_h)
-    steps = _sizes(sizes, where, act.shape[0])
-    grads = fused.gru_backward(grad_h, w_hh, h0, (h, act), steps, resets, want_reset_grad)
-    *most, d_reset = grads
-    gates, d_w, d_b, dh = most
-    return gates, d_w, d_b, dh, _or_empty(d_reset, h)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run ``gru_backward``; gradients that were not asked for are empty."""
+    grads = fused_gru.gru_backward(
+        grad_h,
+        (w_ih, w_hh, b_hh),
+        x,
+        h0,
+        (h, r_z, n),
+        _sizes(sizes, where),
+        _resets(where, reset_h),
+        want_x_grad,
+        want_reset_grad,
+    )
+    d_x, *most, d_reset = grads
+    d_w_ih, d_w_hh, d_b_ih, d_b_hh, dh = most
+    return _or_empty(d_x, h), d_w_ih, d_w_hh, d_b_ih, d_b_hh, dh, _or_empty(d_reset, h)
 
 
 def _resets(where: Tensor | None, *state: Tensor | None) -> fused.Resets | None:
@@ -121,76 +148,100 @@ def _wants(ctx: Any, index: int) -> bool:
     return bool(ctx.needs_input_grad[index])
 
 
+def _like(tensor: Tensor) -> Tensor:
+    """Stand for a contiguous result of a shape, whatever the strides of what has it."""
+    return tensor.new_empty(tensor.shape)
+
+
+def _like_if(tensor: Tensor, wanted: bool) -> Tensor:
+    return _like(tensor) if wanted else tensor.new_empty(0)
+
+
 @lstm.register_fake
-def _lstm_fake(gates, w_hh, h0, c0, sizes, where, reset_h, reset_c, keep):
-    hidden = w_hh.shape[1]
-    h = gates.new_empty(gates.shape[0], hidden)
-    return h, torch.empty_like(h), gates.new_empty(gates.shape[0] if keep else 0, 4 * hidden)
+def _lstm_fake(x, w_ih, w_hh, b_ih, b_hh, h0, c0, sizes, where, reset_h, reset_c, keep):
+    hidden, rows = w_hh.shape[1], x.shape[0]
+    kept = rows if keep else 0
+    widths = ((rows, hidden), (rows, hidden), (kept, 3 * hidden), (kept, hidden))
+    return tuple(x.new_empty(size) for size in widths)
 
 
 @gru.register_fake
-def _gru_fake(gates, w_hh, bias_n, h0, sizes, where, reset_h, keep):
-    hidden = w_hh.shape[1]
-    h = gates.new_empty(gates.shape[0], hidden)
-    return h, gates.new_empty(gates.shape[0] if keep else 0, 4 * hidden)
+def _gru_fake(x, w_ih, w_hh, b_ih, b_hh, h0, sizes, where, reset_h, keep):
+    hidden, rows = w_hh.shape[1], x.shape[0]
+    kept = rows if keep else 0
+    widths = ((rows, hidden), (kept, 2 * hidden), (kept, hidden))
+    return tuple(x.new_empty(size) for size in widths)
 
 
 @lstm_backward.register_fake
 def _lstm_backward_fake(
-    grad_h, grad_c, w_hh, h0, c0, h, c, act, sizes, where, reset_h, reset_c, want_reset_grad
+    grad_h,
+    grad_c,
+    x,
+    w_ih,
+    w_hh,
+    h0,
+    c0,
+    h,
+    c,
+    i_f_o,
+    g,
+    sizes,
+    where,
+    reset_h,
+    reset_c,
+    want_x_grad,
+    want_reset_grad,
 ):
-    def reset(state):
-        return state.new_empty(state.shape) if want_reset_grad else h.new_empty(0)
-
-    return (
-        torch.empty_like(act),
-        torch.empty_like(w_hh),
-        torch.empty_like(h0),
-        torch.empty_like(c0),
-        reset(reset_h),
-        reset(reset_c),
-    )
+    resets = (_like_if(h if s is None else s, want_reset_grad) for s in (reset_h, reset_c))
+    d_x, d_b = _like_if(x, want_x_grad), w_ih.new_empty(w_ih.shape[0])
+    return d_x, _like(w_ih), _like(w_hh), d_b, torch.empty_like(h0), torch.empty_like(c0), *resets
 
 
 @gru_backward.register_fake
-def _gru_backward_fake(grad_h, w_hh, h0, h, act, sizes, where, reset_h, want_reset_grad):
-    hidden = w_hh.shape[1]
-    reset = reset_h.new_empty(reset_h.shape) if want_reset_grad else h.new_empty(0)
-    gates = torch.empty_like(act)[:, hidden:]
-    return gates, torch.empty_like(w_hh), w_hh.new_empty(hidden), torch.empty_like(h0), reset
+def _gru_backward_fake(
+    grad_h, x, w_ih, w_hh, b_hh, h0, h, r_z, n, sizes, where, reset_h, want_x_grad, want_reset_grad
+):
+    d_reset = _like_if(h if reset_h is None else reset_h, want_reset_grad)
+    d_x, (d_b_ih, d_b_hh) = _like_if(x, want_x_grad), (w_ih.new_empty(len(w_ih)) for _ in "ih")
+    return d_x, _like(w_ih), _like(w_hh), d_b_ih, d_b_hh, torch.empty_like(h0), d_reset
 
 
 def _lstm_setup(ctx, inputs, output):
-    _, w_hh, h0, c0, ctx.sizes, where, reset_h, reset_c, _ = inputs
-    ctx.save_for_backward(w_hh, h0, c0, *output, where, reset_h, reset_c)
+    x, w_ih, w_hh, _, b_hh, h0, c0, ctx.sizes, where, reset_h, reset_c, _ = inputs
+    ctx.has_biases = b_hh is not None
+    ctx.save_for_backward(x, w_ih, w_hh, h0, c0, *output, where, reset_h, reset_c)
     ctx.set_materialize_grads(False)
 
 
-def _lstm_grad(ctx, grad_h, grad_c, _):
-    w_hh, h0, c0, h, c, act, where, reset_h, reset_c = ctx.saved_tensors
-    want = _wants(ctx, 6) or _wants(ctx, 7)
-    gates, d_w, dh, dc, d_reset_h, d_reset_c = lstm_backward(
-        grad_h, grad_c, w_hh, h0, c0, h, c, act, ctx.sizes, where, reset_h, reset_c, want
-    )
-    resets = (d_reset_h, d_reset_c) if want else (None, None)
-    return gates, d_w, dh, dc, None, None, *resets, None
+def _lstm_grad(ctx, grad_h, grad_c, *_):
+    *most, where, reset_h, reset_c = ctx.saved_tensors
+    wants = _wants(ctx, 0), _wants(ctx, 9) or _wants(ctx, 10)
+    found = lstm_backward(grad_h, grad_c, *most, ctx.sizes, where, reset_h, reset_c, *wants)
+    d_x, d_w_ih, d_w_hh, d_b, dh, dc, *d_resets = found
+    # Whoever changes the gradient of one bias in place must not meet both.
+    d_biases = (d_b, d_b.clone()) if ctx.has_biases else (None, None)
+    resets = d_resets if wants[1] else (None, None)
+    of_x = d_x if wants[0] else None
+    return of_x, d_w_ih, d_w_hh, *d_biases, dh, dc, None, None, *resets, None
 
 
 def _gru_setup(ctx, inputs, output):
-    _, w_hh, _, h0, ctx.sizes, where, reset_h, _ = inputs
-    ctx.save_for_backward(w_hh, h0, *output, where, reset_h)
+    x, w_ih, w_hh, _, b_hh, h0, ctx.sizes, where, reset_h, _ = inputs
+    ctx.save_for_backward(x, w_ih, w_hh, b_hh, h0, *output, where, reset_h)
     ctx.set_materialize_grads(False)
 
 
-def _gru_grad(ctx, grad_h, _):
+def _gru_grad(ctx, grad_h, *_):
     if grad_h is None:
-        return (None,) * 8
-    w_hh, h0, h, act, where, reset_h = ctx.saved_tensors
-    want = _wants(ctx, 6)
-    gates, d_w, d_b, dh, d_reset = gru_backward(
-        grad_h, w_hh, h0, h, act, ctx.sizes, where, reset_h, want
-    )
-    return gates, d_w, d_b, dh, None, None, d_reset if want else None, None
+        return (None,) * 10
+    *most, where, reset_h = ctx.saved_tensors
+    wants = _wants(ctx, 0), _wants(ctx, 8)
+    found = gru_backward(grad_h, *most, ctx.sizes, where, reset_h, *wants)
+    d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, dh, d_reset = found
+    d_biases = (None, None) if most[3] is None else (d_b_ih, d_b_hh)
+    of_x, of_reset = d_x if wants[0] else None, d_reset if wants[1] else None
+    return of_x, d_w_ih, d_w_hh, *d_biases, dh, None, None, of_reset, None
 
 
 lstm.register_autograd(_lstm_grad, setup_context=_lstm_setup)

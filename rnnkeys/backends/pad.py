@@ -6,6 +6,8 @@ through cell states take the fused loop; any other cell takes the plain one.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,10 +17,27 @@ from . import vendor as vendor_lstm
 from .loop import State, run_steps
 from .scan import has_kernel, run_rows
 
+_CALL_ROWS = 16
+_CALL_SIZE = 2e6
+
 
 def wants_vendor(cell: Cell, dtype: torch.dtype, vendor: bool, state_grad: bool) -> bool:
     """Whether the vendor's kernel serves: fast for these dtypes, no gradient through ``c``."""
     return vendor and not state_grad and cell.name == "lstm" and vendor_lstm.serves(dtype)
+
+
+def block_rows(inputs: int, hidden: int) -> int:
+    """Cost of a block of steps for the vendor's kernel, in rows of one step.
+
+    A call costs a certain time, which is worth fewer rows the wider they are, and reads the weights
+    anew. Measured; rounded to a power of two, so that layers of similar size share a plan.
+
+    Examples:
+        >>> block_rows(64, 128), block_rows(64, 256)
+        (128, 32)
+    """
+    rows = _CALL_ROWS + _CALL_SIZE / ((inputs + hidden) * hidden)
+    return 1 << round(math.log2(rows))
 
 
 def run(
@@ -40,12 +59,11 @@ def run(
         start: states the segments start from, each ``[S, H]``.
         plan: that packed the rows.
         vendor: whether to run the vendor's kernel.
-        only_starts: whether states after the first step of each segment suffice; others may then be
-            NaN.
+        only_starts: whether states after the first step of each segment suffice.
 
     Returns:
-        The states after every step, each ``[N, H]``; with ``vendor``, those besides ``h`` are
-        detached.
+        The states after every step, each ``[N, H]``. With ``vendor``, those besides ``h`` are
+        detached and, with ``only_starts``, those of the first step, ``[S, H]``.
     """
     if vendor and weights.w_hr is None:
         return vendor_lstm.run(weights, x, start, plan, only_starts)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 from torch.compiler import is_compiling
-from torch.nn import functional as F
 
 from ..cells import Cell, Weights
 from . import ops
@@ -56,29 +55,12 @@ def run_rows(
     Returns:
         The states after every step, each ``[N, H]``.
     """
-    bias, bias_n = _biases(cell, weights)
-    gates = F.linear(x, weights.w_ih, bias)
-    given = (gates, weights.w_hh, bias_n, *start, *reset_state)
-    keep = _records(tuple(t for t in given if t is not None))
+    given = (x, *weights[:4], *start)
+    keep = _records(tuple(t for t in (*given, *reset_state) if t is not None))
     resets = reset_state if reset is not None else (None,) * len(start)
     if cell.name == "lstm":
-        h, c, _ = ops.lstm(gates, weights.w_hh, *start, sizes, reset, *resets, keep)
-        return h, c
-    if bias_n is None:
-        bias_n = gates.new_zeros(weights.w_hh.shape[1])
-    h, _ = ops.gru(gates, weights.w_hh, bias_n, *start, sizes, reset, *resets, keep)
-    return (h,)
-
-
-def _biases(cell: Cell, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
-    """All biases that can be added before time is run, and the one that GRU's reset gate scales."""
-    b_ih, b_hh = weights.b_ih, weights.b_hh
-    if b_ih is None or b_hh is None:
-        return b_ih, None
-    if cell.name == "lstm":
-        return b_ih + b_hh, None
-    hidden = weights.w_hh.shape[1]
-    return b_ih + F.pad(b_hh[: 2 * hidden], (0, hidden)), b_hh[2 * hidden :]
+        return ops.lstm(*given, sizes, reset, *resets, keep)[:2]
+    return ops.gru(*given, sizes, reset, *resets, keep)[:1]
 
 
 def _records(inputs: State) -> bool:
