@@ -17,6 +17,7 @@ class Experiment:
         variants: name of each variant and what it adds to the command line.
         x: column of learning_curve.csv that a curve is drawn over.
         y: column that is drawn.
+        also: columns that are drawn below it, on a logarithmic scale.
         seeds: of each variant.
         few: seeds of single variants, where a run takes too long for all of them.
     """
@@ -27,12 +28,14 @@ class Experiment:
     variants: Mapping[str, Sequence[str]]
     x: str = "frames"
     y: str = "evaluation"
+    also: Sequence[str] = ()
     seeds: Sequence[int] = range(5)
     few: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 POSITIONS = ("--observation", "positions")
 SHORT = ("--episodes", "2000")  # of those that never learn: more than the others need
+SOME = ("--frames", "40000")
 LAST = "Weights are those of the last step."
 BEST = (
     "Weights are those that did best in the regular evaluations (*best evaluation*), tested on "
@@ -84,6 +87,47 @@ EXPERIMENTS = {
             "GRU, shared": ("--cell", "gru", "--shared"),
         },
         few={"memoryless": [0, 1], "GRU, shared": [0, 1]},
+    ),
+    "r2d2": Experiment(
+        script="r2d2",
+        title="R2D2 on CartPole with its velocities hidden",
+        text=f"{HIDDEN} {BEST}",
+        variants={
+            "recurrent": (),
+            "memoryless": ("--memoryless", "--frames", "40000"),
+        },
+        few={"memoryless": range(2)},
+    ),
+    "r2d2_states": Experiment(
+        script="r2d2",
+        title="R2D2: the states that windows start from",
+        text=(
+            "Windows of 40 steps start from the state that was stored, from that which the network "
+            "had at the last refresh, or from zeros. Staleness is how far values are off for it, "
+            "in windows that start inside an episode: at the first step that is learned from, and "
+            f"at the last one (see docs/r2d2.md). {HIDDEN} {BEST}"
+        ),
+        variants={
+            "zero": (*SOME, "--burn-in", "0", "--state", "zero"),
+            "stored": (*SOME, "--burn-in", "0"),
+            "refreshed": (*SOME, "--burn-in", "0", "--state", "refreshed"),
+            "stored, burn-in 4": SOME,
+        },
+        also=("staleness_first", "staleness_last"),
+        seeds=range(3),
+    ),
+    "r2d2_memory": Experiment(
+        script="r2d2",
+        title="R2D2 on POPGym's RepeatPreviousEasy",
+        text=(
+            "A card is shown at each step, and the suit of the one four steps ago is asked for. "
+            f"Returns are from -1 to 1; guessing gives -0.5 on average. {BEST}"
+        ),
+        variants={
+            "recurrent": ("--env", "popgym:popgym-RepeatPreviousEasy-v0"),
+            "memoryless": ("--env", "popgym:popgym-RepeatPreviousEasy-v0", "--memoryless"),
+        },
+        seeds=range(3),
     ),
     "recurrent_ppo_pendulum": Experiment(
         script="recurrent_ppo",

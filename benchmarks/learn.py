@@ -148,25 +148,40 @@ def describe_machine() -> str:
 def draw(runs: list[Run], path: Path) -> None:
     """Draw each run as a thin line, and the mean over a variant's seeds as a thick one."""
     experiment = runs[0].experiment
+    rows = 1 + len(experiment.also)
+    size = (7, 4 + 2.5 * len(experiment.also))
+    heights = [4.0] + [2.5] * len(experiment.also)
+    fig, axes = plt.subplots(
+        rows, figsize=size, height_ratios=heights, sharex=True, squeeze=False, layout="constrained"
+    )
+    for ax, column in zip(axes[:, 0], (experiment.y, *experiment.also), strict=True):
+        draw_curves(ax, runs, column)
+        ax.set_ylabel(column.replace("_", " "))
+        ax.grid(alpha=0.3)
+        if column in experiment.also:
+            ax.set_yscale("log")
+    axes[0, 0].set_title(experiment.title)
+    axes[0, 0].legend(loc="best", fontsize="small")
+    axes[-1, 0].set_xlabel(experiment.x)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def draw_curves(ax: Any, runs: list[Run], column: str) -> None:
+    experiment = runs[0].experiment
     colors = dict(zip(experiment.variants, plt.get_cmap("tab10").colors, strict=False))  # pyright: ignore[reportAttributeAccessIssue]
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     for variant in dict.fromkeys(run.variant for run in runs):
         curves = [run.curve for run in runs if run.variant == variant]
         color, label = colors[variant], f"{variant}: {len(curves)} seeds"
         for curve in curves:
-            x, y = ([row[column] for row in curve] for column in (experiment.x, experiment.y))
+            x, y = ([row[name] for row in curve] for name in (experiment.x, column))
             ax.plot(x, y, color=color, lw=0.8, alpha=0.5)
         together = list(zip(*curves, strict=False))  # as far as all of them went
         x, y = (
-            [sum(row[column] for row in rows) / len(rows) for rows in together]
-            for column in (experiment.x, experiment.y)
+            [sum(row[name] for row in rows) / len(rows) for rows in together]
+            for name in (experiment.x, column)
         )
         ax.plot(x, y, color=color, lw=2.5, label=label.replace(": 1 seeds", ""))
-    ax.set(title=experiment.title, xlabel=experiment.x, ylabel=experiment.y.replace("_", " "))
-    ax.legend(loc="best", fontsize="small")
-    ax.grid(alpha=0.3)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
 
 
 def find_wanted(name: str, options: argparse.Namespace) -> list[tuple[str, int]]:

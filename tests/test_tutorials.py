@@ -220,25 +220,28 @@ def test_resuming_a_finished_run_says_so(run: Run, capsys: pytest.CaptureFixture
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to another process")
 def test_ctrl_c_leaves_everything_written(tmp_path: Path) -> None:
-    argv = [*SHORT, "--frames", "10000000", "--eval-every", "512", "--output", str(tmp_path)]
+    interrupt(SCRIPT, [*SHORT, "--frames", "10000000", "--eval-every", "512"], tmp_path)
+    assert len(read_rows(tmp_path)) == read_checkpoint(tmp_path)["frames"] // 512
+
+
+def interrupt(script: Path, argv: list[str], folder: Path) -> None:
+    """Run a tutorial, press Ctrl-C after its first evaluation, and check that all is written."""
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *argv],
+        [sys.executable, str(script), *argv, "--output", str(folder)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    while process.poll() is None and not (tmp_path / "checkpoint.pt").exists():
+    while process.poll() is None and not (folder / "checkpoint.pt").exists():
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    checkpoint = read_checkpoint(tmp_path)
     assert "Traceback" not in err
-    assert f"Stopped after {checkpoint['frames']} frames" in out
-    assert f"--resume {tmp_path / 'checkpoint.pt'}" in out
-    assert len(read_rows(tmp_path)) == checkpoint["frames"] // 512
-    assert (tmp_path / "learning_curve.png").read_bytes().startswith(PNG_SIGNATURE)
+    assert f"Stopped after {read_checkpoint(folder)['frames']} frames" in out
+    assert f"--resume {folder / 'checkpoint.pt'}" in out
+    assert (folder / "learning_curve.png").read_bytes().startswith(PNG_SIGNATURE)
 
 
 def make_trainer(tutorial: ModuleType, folder: Path, *argv: str) -> Any:
