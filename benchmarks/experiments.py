@@ -35,7 +35,7 @@ class Experiment:
 
 POSITIONS = ("--observation", "positions")
 SHORT = ("--episodes", "2000")  # of those that never learn: more than the others need
-SOME = ("--frames", "40000")
+BRIEF = ("--frames", "30000", "--eval-every", "3000", "--burn-in", "0")
 LAST = "Weights are those of the last step."
 BEST = (
     "Weights are those that did best in the regular evaluations (*best evaluation*), tested on "
@@ -108,10 +108,9 @@ EXPERIMENTS = {
             f"at the last one (see docs/r2d2.md). {HIDDEN} {BEST}"
         ),
         variants={
-            "zero": (*SOME, "--burn-in", "0", "--state", "zero"),
-            "stored": (*SOME, "--burn-in", "0"),
-            "refreshed": (*SOME, "--burn-in", "0", "--state", "refreshed"),
-            "stored, burn-in 4": SOME,
+            "zero": (*BRIEF, "--state", "zero"),
+            "stored": BRIEF,
+            "refreshed": (*BRIEF, "--state", "refreshed"),
         },
         also=("staleness_first", "staleness_last"),
         seeds=range(3),
@@ -128,6 +127,7 @@ EXPERIMENTS = {
             "memoryless": ("--env", "popgym:popgym-RepeatPreviousEasy-v0", "--memoryless"),
         },
         seeds=range(3),
+        few={"memoryless": range(2)},
     ),
     "recurrent_ppo_pendulum": Experiment(
         script="recurrent_ppo",

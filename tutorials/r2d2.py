@@ -3,7 +3,7 @@
     python tutorials/r2d2.py                                # CartPole without its velocities
     python tutorials/r2d2.py --memoryless                   # the same without memory: does not
     python tutorials/r2d2.py --burn-in 0 --state zero       # zero, stored or refreshed states
-    python tutorials/r2d2.py --actors ray --num-actors 2    # collects on a Ray cluster
+    python tutorials/r2d2.py --actors ray 2                 # collects on a Ray cluster
     python tutorials/r2d2.py --env popgym:popgym-RepeatPreviousEasy-v0     # a memory task
     python tutorials/r2d2.py --resume runs/r2d2/checkpoint.pt --frames 200000
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Generator, Sequence
 from functools import partial
 from typing import Any, cast
@@ -31,7 +32,7 @@ import torch
 from actors import ACTOR_KEY, ActorsLost, AnyCollector, make_collector
 from environments import make_env
 from exploration import EpsilonGreedy, epsilon_ladder
-from r2d2_settings import Settings
+from r2d2_settings import Settings, spell_out
 from records import Records
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
@@ -192,6 +193,7 @@ class Trainer(BaseTrainer):
             self.learner.make_explorer,
             frames_per_batch=settings.batch_frames,
             seed=settings.seed + self.frames,  # not the same episodes again after a resume
+            ray_address=settings.ray_address,
         )
 
     def _collect(self, collector: AnyCollector) -> None:
@@ -210,7 +212,7 @@ class Trainer(BaseTrainer):
             if settings.state == "refreshed":
                 self.replay.refresh()
         for _ in range(settings.updates):
-            windows = self.replay.sample().to(settings.device)
+            windows = self.replay.sample()
             self.losses.append(self.learner.learn(windows))
             self.replay.update_priorities(windows)
 
@@ -237,6 +239,7 @@ class Trainer(BaseTrainer):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the tutorial."""
+    argv = spell_out(sys.argv[1:] if argv is None else argv)
     run_tutorial(Trainer, Settings, argv, __doc__ or "")
 
 

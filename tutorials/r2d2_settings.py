@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import gymnasium as gym
@@ -20,7 +21,7 @@ class Settings(RunSettings):
         # Rewards of 1/48 that earlier actions have no influence on; episodes of 51 steps.
         MEMORY_TASK: {
             "observation": "all",
-            "frames": 100_000,
+            "frames": 50_000,
             "window_len": 24,
             "period": 12,
             "windows": 64,
@@ -43,8 +44,18 @@ class Settings(RunSettings):
     eval_every: int = option(2_500, "frames between two evaluations")
     eval_episodes: int = option(20, "episodes of an evaluation")
 
-    actors: str = option("none", "what collects: this process, others, or a Ray cluster's", KINDS)
+    actors: str = option(
+        "none",
+        "what collects: this process, others, or a Ray cluster's; a number behind it, as in "
+        "--actors ray 4, is that of --num-actors",
+        KINDS,
+    )
     num_actors: int = option(2, "how many processes or Ray actors")
+    ray_address: str = option(
+        "",
+        "of a running Ray cluster, such as 10.0.0.1:6379; without it that of RAY_ADDRESS, else a "
+        "cluster is started here",
+    )
     num_envs: int = option(16, "environments of all actors together, stepped together in each")
     batch_frames: int = option(128, "frames collected between two rounds of learning")
     updates: int = option(4, "gradient steps in a round of learning")
@@ -139,6 +150,16 @@ class Settings(RunSettings):
         name = self.env.rpartition(":")[2]
         seen = " from positions" if self.observation == "positions" else ""
         return f"R2D2, {name}{seen}, {layer}, seed {self.seed}"
+
+
+def spell_out(argv: Sequence[str]) -> list[str]:
+    """Name the number in ``--actors ray 4``, for a parser that takes one word for each option."""
+    words = list(argv)
+    if "--actors" in words:
+        number = words.index("--actors") + 2
+        if number < len(words) and words[number].isdigit():
+            words.insert(number, "--num-actors")
+    return words
 
 
 def _check_discrete(name: str) -> None:

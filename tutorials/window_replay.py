@@ -34,9 +34,12 @@ class WindowReplay:
         self.settings, self.policy = settings, policy
         self.states = [key for key in policy.in_keys if "recurrent_state" in key]
         self.windows = ActorWindows(settings.window_len, "overlap", settings.period)
-        self.sampler: Any = PrioritizedSampler(settings.capacity, settings.alpha, settings.beta)
+        # Trees of priorities are small, and stay on the CPU wherever the windows are.
+        self.sampler: Any = PrioritizedSampler(
+            settings.capacity, settings.alpha, settings.beta, device="cpu"
+        )
         self.buffer: Any = TensorDictReplayBuffer(
-            storage=LazyTensorStorage(settings.capacity),
+            storage=LazyTensorStorage(settings.capacity, device=settings.device),
             sampler=self.sampler,
             priority_key="td_error",
             batch_size=settings.windows,
