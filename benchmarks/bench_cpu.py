@@ -1,7 +1,9 @@
 """Measures speed and memory on a CPU, side by side with what else there is.
 
-Run ``python -m benchmarks.bench_cpu``: 25 minutes on two idle cores; figures, tables and pictures
-go to ``benchmarks/results``.
+Run ``python -m benchmarks.bench_cpu``: at most 20 minutes on two idle cores; figures, tables and
+pictures go to ``benchmarks/results``. What there was no time for is left out and counted on the
+page. What was measured is kept at every moment in ``cpu_unfinished.json`` beside them, so that a
+run that is cut off, by Ctrl-C say, loses nothing: ``--render cpu_unfinished.json`` makes a page.
 """
 
 from __future__ import annotations
@@ -26,18 +28,47 @@ from .steps import one_core, time_collectors, time_modules, time_policies
 from .timing import Budget
 
 RESULTS = Path(__file__).resolve().parent / "results"
-_FIGURES, _PAGE = "cpu.json", "cpu.md"
+_FIGURES, _PAGE, _UNFINISHED = "cpu.json", "cpu.md", "cpu_unfinished.json"
+_MINUTES = 18.0
 
 Say = Callable[[str], None]
 
 
-def run_sequences(grid: Grid, results: Results, quick: bool, say: Say) -> None:
-    """Time the grid."""
-    budget = Budget(0.1, 3, 5) if quick else Budget(0.25, 3, 11)
-    for phase, cases in ((BOTH, grid.cases), (FORWARD, grid.forward)):
-        for case in cases:
-            say(f"{phase}: {case.cell} {case.shape} resets {case.resets}")
-            results.sequences += time_together(phase, [(case, names_for(case))], budget)
+class Watch:
+    """Says what runs next, and tells when time is up.
+
+    Args:
+        minutes: from now on.
+        keep: called before everything that is said, with results so far in mind.
+    """
+
+    def __init__(self, minutes: float, keep: Callable[[], None] = lambda: None) -> None:
+        self._start, self._seconds, self._keep = time.perf_counter(), 60 * minutes, keep
+
+    def __call__(self, text: str) -> None:
+        """Keep what there is, and say what follows."""
+        self._keep()
+        print(f"{self._passed():6.0f} s  {text}", file=sys.stderr, flush=True)
+
+    def is_over(self) -> bool:
+        """Whether nothing more should begin."""
+        return self._passed() > self._seconds
+
+    def _passed(self) -> float:
+        return time.perf_counter() - self._start
+
+
+def run_sequences(grid: Grid, results: Results, quick: bool, say: Watch) -> None:
+    """Time the grid; what there is no time for is left out."""
+    budget = Budget(0.1, 3, 5) if quick else Budget(0.2, 2, 9)
+    wanted = [(BOTH, case) for case in grid.cases] + [(FORWARD, case) for case in grid.forward]
+    for done, (phase, case) in enumerate(wanted):
+        if say.is_over():
+            left = len(wanted) - done
+            results.machine["left out for lack of time"] = f"{left} of {len(wanted)} cases"
+            return
+        say(f"{phase}: {case.cell} {case.shape} resets {case.resets}")
+        results.sequences += time_together(phase, [(case, names_for(case))], budget)
 
 
 def run_growth(grid: Grid, results: Results, quick: bool, say: Say) -> None:
@@ -74,18 +105,22 @@ def run_memory(grid: Grid, results: Results, quick: bool, say: Say) -> None:
         results.memory_growth += measure([(case, ours) for case in grid.memory_growth], threads)
 
 
-PARTS: dict[str, Callable[[Grid, Results, bool, Say], None]] = {
-    "sequences": run_sequences,
-    "growth": run_growth,
+# What takes as long as there is time for is last.
+PARTS: dict[str, Callable[[Grid, Results, bool, Watch], None]] = {
     "steps": run_steps,
     "memory": run_memory,
+    "growth": run_growth,
+    "sequences": run_sequences,
 }
 
 
-def run(grid: Grid, parts: Sequence[str], threads: int, quick: bool, say: Say) -> Results:
+def run(
+    results: Results, grid: Grid, parts: Sequence[str], threads: int, quick: bool, say: Watch
+) -> None:
     """Measure.
 
     Args:
+        results: to fill.
         grid: what to measure.
         parts: names of ``PARTS``, in the order to run them.
         threads: of torch, for sequences and memory.
@@ -95,22 +130,13 @@ def run(grid: Grid, parts: Sequence[str], threads: int, quick: bool, say: Say) -
     torch.set_num_threads(threads)
     # Whoever computes something else is not worth timing.
     contestants.check_agreement()
-    results = Results(cpu_facts(threads))
     for part in parts:
         PARTS[part](grid, results, quick, say)
     results.machine["load when it ended"] = load()
-    return results
 
 
-def _say_with_time(start: float) -> Say:
-    def say(text: str) -> None:
-        print(f"{time.perf_counter() - start:6.0f} s  {text}", file=sys.stderr, flush=True)
-
-    return say
-
-
-def _render(folder: Path) -> None:
-    results = Results.load(folder / _FIGURES)
+def _render(folder: Path, figures: str = _FIGURES) -> None:
+    results = Results.load(folder / figures)
     (folder / _PAGE).write_text(write_report(results, draw_all(results, folder)))
 
 
@@ -128,8 +154,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, help="folder for figures, tables and pictures (benchmarks/results)"
     )
+    parser.add_argument("--minutes", type=float, default=_MINUTES, help=f"limit ({_MINUTES:g})")
     parser.add_argument(
-        "--render", action="store_true", help="measure nothing, write tables and pictures anew"
+        "--render",
+        nargs="?",
+        const=_FIGURES,
+        metavar="FIGURES",
+        help=f"measure nothing, write tables and pictures anew from a file ({_FIGURES})",
     )
     arguments = parser.parse_args(argv)
     if arguments.short and not arguments.output:
@@ -142,15 +173,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _arguments(argv)
     folder = arguments.output or RESULTS
     if arguments.render:
-        _render(folder)
+        _render(folder, arguments.render)
         return
     grid = quick_grid() if arguments.quick else short_grid() if arguments.short else full_grid()
-    say = _say_with_time(time.perf_counter())
-    results = run(grid, arguments.only, arguments.threads, arguments.quick, say)
+    results = Results(cpu_facts(arguments.threads))
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / _UNFINISHED
+    say = Watch(arguments.minutes, lambda: results.save(unfinished))
+    try:
+        run(results, grid, arguments.only, arguments.threads, arguments.quick, say)
+    except KeyboardInterrupt:
+        results.machine["cut off"] = "yes"
+        results.save(unfinished)
+        print(write_report(results))
+        sys.exit(f"Cut off. What was measured is in {unfinished}.")
+    unfinished.unlink(missing_ok=True)
     print(write_report(results))
     # A quick look, or a part of a run, must not replace the kept figures of a whole one.
     if arguments.output or not (arguments.quick or arguments.only != list(PARTS)):
-        folder.mkdir(parents=True, exist_ok=True)
         results.save(folder / _FIGURES)
         _render(folder)
 

@@ -32,6 +32,7 @@ def draw_all(results: Results, folder: Path) -> list[str]:
         ("cpu_resets.png", _draw_resets),
         ("cpu_growth.png", _draw_growth),
         ("cpu_bound.png", _draw_bound),
+        ("cpu_memory.png", _draw_memory),
     ):
         figure = draw(results)
         if figure is not None:
@@ -153,5 +154,30 @@ def _draw_bound(results: Results) -> Any:
         axes.set(title=cell, xlabel="% of the machine's matmul bound", xlim=(0, None))
         axes.invert_yaxis()
         axes.grid(alpha=0.3)
+    _legend(figure, grid[0][0])
+    return figure
+
+
+def _draw_memory(results: Results) -> Any:
+    """Peak memory over the length of rows, for one number of rows."""
+    if not results.memory_growth:
+        return None
+    figure, grid = _figure(1, len(GATES), sharey=True)
+    for axes, cell in zip(grid[0], GATES, strict=True):
+        records = [record for record in results.memory_growth if record.case.cell == cell]
+        shape = records[0].case.shape
+        lengths = [record.case.shape.T for record in records]
+        for name, (label, colour, line) in _STYLES.items():
+            if name in records[0].peaks:
+                peaks = [record.peaks[name] / 2**20 for record in records]
+                axes.plot(lengths, peaks, line, color=colour, label=label, marker="o")
+        axes.set(
+            title=f"{cell}, B = {shape.B}, H = {shape.H}, one reset in 20 steps",
+            xlabel="T",
+            xlim=(0, None),
+            ylim=(0, None),
+        )
+        axes.grid(alpha=0.3)
+    grid[0][0].set_ylabel("peak of forward + backward, MiB")
     _legend(figure, grid[0][0])
     return figure

@@ -100,7 +100,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any):
         grad = grads[0].index_select(0, ctx.inverse)
         if ctx.unused is not None:
-            grad = grad.index_fill(0, ctx.unused, 0.0)
+            grad.index_fill_(0, ctx.unused, 0.0)
         return grad, None, None, None
 
 

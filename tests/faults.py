@@ -116,7 +116,7 @@ _SEGMENTS = (
     Fault(
         "gradients of padding reach the last real step",
         "rnnkeys/segments.py",
-        "grad = grad.index_fill(0, ctx.unused, 0.0)",
+        "grad.index_fill_(0, ctx.unused, 0.0)",
         "pass",
         _reference("vendor-lstm-float32"),
     ),

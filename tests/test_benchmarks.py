@@ -189,6 +189,49 @@ def test_all_parts_run_and_are_kept(
     assert torch.get_num_threads() == threads
 
 
+def _fake_run(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
+    """Make the run of a grid of three cases quick, and interrupt it at one of them."""
+    begun: list[Case] = []
+
+    def time_once(phase: str, wanted: Sequence[tuple[Case, Any]], budget: Budget) -> list[Record]:
+        begun.append(wanted[0][0])
+        if len(begun) == stop_at:
+            raise KeyboardInterrupt
+        return [_record(0.1)]
+
+    monkeypatch.setattr(contestants, "check_agreement", lambda: None)
+    monkeypatch.setattr(bench_cpu, "time_together", time_once)
+    cases = [Case("GRU", TINY, p) for p in (0.0, 0.1, 0.5)]
+    monkeypatch.setattr(bench_cpu, "quick_grid", lambda: _grid(*cases))
+
+
+def test_what_was_measured_before_an_interrupt_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    threads = str(torch.get_num_threads())
+    _fake_run(monkeypatch, stop_at=3)
+    arguments = ["--quick", "--only", "sequences", "--threads", threads, "--output", str(tmp_path)]
+    with pytest.raises(SystemExit, match="cpu_unfinished.json"):
+        bench_cpu.main(arguments)
+    assert [p.name for p in tmp_path.iterdir()] == ["cpu_unfinished.json"]
+    kept = Results.load(tmp_path / "cpu_unfinished.json")
+    assert len(kept.sequences) == 2
+    bench_cpu.main(["--render", "cpu_unfinished.json", "--output", str(tmp_path)])
+    assert "| cut off | yes |" in (tmp_path / "cpu.md").read_text()
+
+
+def test_what_there_is_no_time_for_is_left_out_and_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    threads = str(torch.get_num_threads())
+    _fake_run(monkeypatch, stop_at=99)
+    arguments = ["--quick", "--only", "sequences", "--threads", threads, "--output", str(tmp_path)]
+    bench_cpu.main([*arguments, "--minutes", "0"])
+    page = (tmp_path / "cpu.md").read_text()
+    assert "| left out for lack of time | 6 of 6 cases |" in page
+    assert not (tmp_path / "cpu_unfinished.json").exists()
+
+
 def test_a_record_holds_the_seconds_of_one_operation_of_a_matmul() -> None:
     case = Case("GRU", TINY, 0.1)
     (record,) = time_together(FORWARD, [(case, (AUTO, NO_RESETS))], Budget(0.01, 1, 1))
