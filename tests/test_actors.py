@@ -156,9 +156,9 @@ def test_a_dead_actor_is_replaced_by_one_with_other_episodes_and_the_last_weight
     collector: Any, started: Started
 ) -> None:
     first, second = started.all
+    collector.update_policy_weights_(nn.Linear(1, 1))
     second.answer()
     collector.next()
-    collector.update_policy_weights_(nn.Linear(1, 1))
     second.die()
     first.answer()
     assert whose(collector.next()) == 0
@@ -275,6 +275,13 @@ def test_bad_arguments_are_named(actors: ModuleType, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'rnnkeys\[ray\]'"):
         make("ray", 2)
+
+
+def test_the_number_of_actors_may_follow_their_kind(actors: ModuleType) -> None:
+    spell_out = import_module("r2d2_settings").spell_out
+    named = ["--actors", "ray", "--num-actors", "4", "--seed", "3"]
+    assert spell_out(["--actors", "ray", "4", "--seed", "3"]) == named == spell_out(named)
+    assert spell_out(["--seed", "3", "--actors", "ray"]) == ["--seed", "3", "--actors", "ray"]
 
 
 # Windows of several actors.

@@ -381,5 +381,12 @@ def connect_to_ray(count: int, address: str | None) -> Callable[[], None]:
             "include_dashboard": False,
             "object_store_memory": STORE_BYTES,
         }
-    ray.init(address=address, **options)
+    try:
+        ray.init(address=address, **options)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{error}. RAY_ADDRESS or ray_address must be that of a running cluster, such as "
+            "10.0.0.1:6379; without one, a cluster is started here. Clusters that ask for a token, "
+            "as Ray's do by default, need RAY_AUTH_MODE=token and the token on this machine too."
+        ) from error
     return ray.shutdown
