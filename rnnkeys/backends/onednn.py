@@ -141,12 +141,12 @@ def _add(sums: list[Tensor], terms: list[Tensor]) -> list[Tensor]:
 def _run_block(weights, x: Tensor, h: Tensor, c: Tensor, with_workspace: bool) -> _Ran:
     """Run ``x [T, B, I]``; it leaves a workspace only where gradients are recorded."""
     with torch.set_grad_enabled(with_workspace):
-        return _Ran(
-            *torch.mkldnn_rnn_layer(  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-                *(x, *weights, h, c),
-                *(False, [], _LSTM_MODE, h.shape[1], 1, True, False, False, with_workspace),
-            )
+        y, h, c, workspace = torch.mkldnn_rnn_layer(  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+            *(x, *weights, h, c),
+            *(False, [], _LSTM_MODE, h.shape[1], 1, True, False, False, with_workspace),
         )
+    # Without gradients there is none: torch gives None.
+    return _Ran(y, h, c, y.new_empty(0) if workspace is None else workspace)
 
 
 def _store(rows: Tensor, out: Tensor | None, block: slice, total: int) -> Tensor:
