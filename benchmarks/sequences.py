@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from . import contestants
 from .cases import Case, make_batch
 from .contestants import Contestant
-from .timing import Budget, Timing, interleave
+from .timing import Budget, Clock, Timing, interleave
 
 FORWARD, BOTH = "forward", "forward + backward"
 
@@ -37,7 +38,10 @@ class Record:
 
 
 def time_together(
-    phase: str, wanted: Iterable[tuple[Case, Iterable[str]]], budget: Budget
+    phase: str,
+    wanted: Iterable[tuple[Case, Iterable[str]]],
+    budget: Budget,
+    clock: Clock = time.perf_counter,
 ) -> list[Record]:
     """Time contestants in one or several cases, all in turns.
 
@@ -45,6 +49,7 @@ def time_together(
         phase: ``FORWARD`` or ``BOTH``.
         wanted: cases, each with the names of contestants.
         budget: how long to measure.
+        clock: returns seconds.
 
     Returns:
         A record per case. Each holds ``GEMM`` too, the time of *one floating point operation* of a
@@ -60,7 +65,7 @@ def time_together(
             contestant = Contestant(name, case, batch)
             calls[case, name] = contestant.forward if phase == FORWARD else contestant.both
     calls[None, contestants.GEMM] = gemm
-    timings = interleave(calls, budget)
+    timings = interleave(calls, budget, clock)
     median, low, high, rounds = timings[None, contestants.GEMM]
     per_flop = Timing(median / flops, low / flops, high / flops, rounds)
     records = []

@@ -394,7 +394,7 @@ def test_fit_ranks_cases_by_regret_and_counts_those_beyond_the_limit() -> None:
 def test_fit_times_cases_beyond_the_limit_again(monkeypatch: pytest.MonkeyPatch) -> None:
     budgets: list[Budget] = []
 
-    def time_once(phase: str, wanted, budget: Budget) -> list[Record]:
+    def time_once(phase: str, wanted, budget: Budget, clock: Callable) -> list[Record]:
         budgets.append(budget)
         return [_record(0.1, scan=0.5 if len(budgets) == 1 else 1.0)]
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rnnkeys.backends import Options, choose, unroll, why_not
+from rnnkeys.backends import Options, choose, fused, unroll, why_not
 from rnnkeys.cells import Cell, Weights
 from tests import problems
 from tests.problems import CELLS, LAYOUTS, MARKS, TORCHS, WAYS, Problem, Run, State, assert_same_run
@@ -88,8 +88,9 @@ def test_equals_the_reference_in_any_memory_layout(way, cell, dtype, layout):
 
 @pytest.mark.parametrize("marks", ["none", "random", "one long among short"])
 @in_every_way_once
-def test_equals_the_reference_where_time_is_long(way, cell, dtype, marks):
+def test_equals_the_reference_where_time_is_long(monkeypatch, way, cell, dtype, marks):
     """More steps and rows than are handled at once anywhere."""
+    monkeypatch.setattr(fused, "_CHUNK_ELEMENTS", 1 << 14)
     _check(problems.for_way(way, cell, marks, dtype=dtype, batch=6, steps=160, hidden=48), way)
 
 

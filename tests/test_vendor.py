@@ -1,4 +1,4 @@
-"""The vendor's LSTM kernel: cell states it hides, blocks, and batches that nothing cuts."""
+"""oneDNN: its LSTM kernel, the cell states that hides, and its products."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rnnkeys.backends import onednn
+from rnnkeys.backends import onednn, products
 from tests import problems
 from tests.problems import WAYS, Problem, State, assert_same_run
 from tests.tolerances import assert_equal
@@ -104,3 +104,29 @@ def test_outputs_may_be_changed_in_place_before_the_backward_pass():
     actual = expected._replace(y=y.detach() / 2, states=states)
     actual = actual._replace(grads=dict(zip(problem.leaves, grads, strict=True)))
     assert_same_run(actual, expected, F32)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_are_those_of_torch(monkeypatch, transposed, rows):
+    """Of rows that are part of wider ones and of weights in any order, large and small."""
+    x, weight, bias = torch.randn(rows, 96)[:, :64], torch.randn(64, 80), torch.randn(80)
+    weight = weight.t() if transposed else weight.t().contiguous()
+    expected = x.double() @ weight.t().double() + bias
+    for least in (0, 1 << 40):
+        monkeypatch.setattr(products, "_LARGE", least)
+        assert_equal(products.linear(x, weight, bias), expected.float(), F32)
+        assert products.linear(x, weight).is_contiguous()
+
+
+@pytest.mark.parametrize("only_starts", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_numbers_are_the_same(mode, only_starts):
+    problem = problems.make("lstm", "random", dtype=F32, **SIZES)
+    options = replace(VENDOR.options, only_starts=only_starts)
+    way = VENDOR._replace(options=options)
+    expected_y, expected = problems.outputs(problem, way)
+    with mode():
+        y, states = problems.outputs(problem, way)
+        for a, b in zip((y, *states), (expected_y, *expected), strict=True):
+            assert torch.allclose(a, b, rtol=0, atol=1e-6, equal_nan=True)
