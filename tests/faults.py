@@ -494,6 +494,29 @@ _DOCTOR = (
 
 _MINIBATCHES = (
     Fault(
+        "a loss learns from advantages that are not finite",
+        "rnnkeys/objectives/refusals.py",
+        "            refuse_not_finite(tensordict, key, mask)\n",
+        "            pass\n",
+        (
+            "tests/test_lost_causes.py::test_what_is_not_finite_is_refused_where_it_counts[ClipPPOLoss-advantage-nan]",
+        ),
+    ),
+    Fault(
+        "what is not finite is refused behind a mask, too",
+        "rnnkeys/objectives/refusals.py",
+        "        bad &= mask\n",
+        "        pass\n",
+        ("tests/test_minibatches.py::test_what_is_not_finite_is_refused",),
+    ),
+    Fault(
+        "a loss does not look at what it would learn from",
+        "rnnkeys/objectives/wiring.py",
+        "        refuse_values(loss, tensordict)\n",
+        "        pass\n",
+        ("tests/test_lost_causes.py::test_nothing_to_learn_from_is_refused[ReinforceLoss]",),
+    ),
+    Fault(
         "sequences are cut one step late",
         "rnnkeys/objectives/minibatches.py",
         "cuts |= (where - origin) % self.seq_len == 0",

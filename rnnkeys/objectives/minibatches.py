@@ -13,9 +13,14 @@ from torch import Tensor, nn
 from ..mode import set_recurrent_mode
 from ..starts import check_time, find_starts, next_key
 from .networks import Recurrent, find_recurrent
-from .refusals import refuse_lost_memory, refuse_unknown_states
-
-_MASK_KEY = ("collector", "mask")
+from .refusals import (
+    MASK_KEY,
+    read_mask,
+    refuse_emptiness,
+    refuse_lost_memory,
+    refuse_not_finite,
+    refuse_unknown_states,
+)
 
 
 class Sequences(NamedTuple):
@@ -138,7 +143,7 @@ class SequenceMinibatches:
         Raises:
             KeyError: if marks, advantages that are to be normalised or the states of ``networks``
                 are missing.
-            TypeError: if the marks are not bool.
+            TypeError: if the marks or the mask are not bool.
             ValueError: if there are no steps or no unmasked ones, if time is not contiguous, or if
                 an unmasked reward, advantage or value target is not finite.
         """
@@ -146,14 +151,10 @@ class SequenceMinibatches:
         return self._minibatches(*self._prepare(rollout))
 
     def _prepare(self, rollout: TensorDictBase) -> tuple[TensorDictBase, Tensor, Tensor | None]:
-        if not rollout.ndim or not rollout.batch_size.numel():
-            raise ValueError(
-                "A rollout [*, T] with at least one step is expected. Got batch size "
-                f"{list(rollout.batch_size)}: there are no sequences in it."
-            )
+        refuse_emptiness(rollout, "SequenceMinibatches")
         starts = find_starts(rollout, self.init_key)
         check_time(rollout, self.init_key, starts)
-        mask = _read_mask(rollout)
+        mask = read_mask(rollout, "a loss")
         for one in self.recurrent:
             refuse_lost_memory(rollout, one, "the minibatches")
         if self.normalize_advantage and rollout.get(self.advantage_key, None) is None:
@@ -162,7 +163,7 @@ class SequenceMinibatches:
                 "first, over the whole rollout: recurrent_loss(GAE(...))(rollout)."
             )
         for key in (("next", "reward"), self.advantage_key, "value_target"):
-            _check_finite(rollout, key, mask)
+            refuse_not_finite(rollout, key, mask)
         steps = rollout.shape[-1]
         marks = starts.flatten(rollout.ndim).any(-1).reshape(-1, steps)
         rows = rollout.reshape(-1, steps) if rollout.ndim != 2 else rollout
@@ -223,7 +224,7 @@ class SequenceMinibatches:
         if mask is not None:
             valid &= mask[chosen.row.unsqueeze(-1), step]
         if mask is not None or not valid.all():
-            batch.set(_MASK_KEY, valid)
+            batch.set(MASK_KEY, valid)
             _mark_filling(batch, self.init_key, chosen.length)
         if self.normalize_advantage:
             advantage = batch.get(self.advantage_key)
@@ -288,34 +289,6 @@ def _mark_filling(batch: TensorDictBase, init_key: NestedKey, length: Tensor) ->
     filling = ahead >= length.unsqueeze(-1)
     marks |= filling.reshape(*filling.shape, *[1] * (marks.ndim - 2))
     batch.set(init_key, marks)
-
-
-def _read_mask(rollout: TensorDictBase) -> Tensor | None:
-    mask = rollout.get(_MASK_KEY, None)
-    if mask is None:
-        return None
-    mask = mask.reshape(rollout.batch_size)
-    if not mask.any():
-        raise ValueError(
-            f"The mask {_MASK_KEY!r} of this rollout {list(rollout.batch_size)} is False "
-            "everywhere, so there is nothing to learn from. Expected a step at least that is True."
-        )
-    return mask
-
-
-def _check_finite(rollout: TensorDictBase, key: NestedKey, mask: Tensor | None) -> None:
-    value = rollout.get(key, None)
-    if value is None:
-        return
-    bad = (~value.isfinite()).reshape(*rollout.batch_size, -1).any(-1)
-    if mask is not None:
-        bad &= mask
-    if bad.any():
-        raise ValueError(
-            f"{key!r} is not finite at {int(bad.sum())} of {bad.numel()} steps, first at "
-            f"{bad.nonzero()[0].tolist()}: nothing can be learned from that. Look for the reward "
-            "or the network that made it."
-        )
 
 
 def _check_positive(name: str, value: Any, optional: bool) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from tensordict import TensorDictBase
-from torch import nn
+import torch
+from tensordict import TensorDictBase, unravel_key
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
 from torchrl.objectives import (
     A2CLoss,
     CQLLoss,
@@ -27,6 +29,8 @@ from .networks import Recurrent
 
 # They take their next view from the batch that their own forward on the root has just written.
 READS_OWN_STATES = (DQNLoss, QMixerLoss)
+
+MASK_KEY = ("collector", "mask")
 
 # They learn from what their own policy collected, so that zeros in place of a state are a mistake.
 ON_POLICY = (A2CLoss, PPOLoss, ReinforceLoss, ValueEstimatorBase)
@@ -137,11 +141,89 @@ def refuse_batch(
 
 
 def _refuse_mask(tensordict: TensorDictBase) -> None:
-    mask = tensordict.get(("collector", "mask"), None)
+    mask = tensordict.get(MASK_KEY, None)
     if mask is not None and not mask.all():
         raise ValueError(
             "QMixerLoss averages over every step and ignores the mask ('collector', 'mask'), so "
             "padding would be learned from. Sample slices without padding (pad_output=False)."
+        )
+
+
+def refuse_values(loss: nn.Module, tensordict: TensorDictBase) -> None:
+    """Raise if a loss on collected data would learn from nothing, or from what is no number.
+
+    Reads values, so that the host waits for a device that holds them.
+
+    Raises:
+        ValueError: if there are no steps or no unmasked ones, or if the reward, advantage or value
+            target of an unmasked step is not finite.
+    """
+    if not isinstance(loss, ON_POLICY):
+        return
+    name = str(type(loss).__name__)
+    refuse_emptiness(tensordict, name)
+    mask = read_mask(tensordict, name)
+    names: Any = loss.tensor_keys
+    read = {key: unravel_key(getattr(names, key, key)) for key in ("advantage", "value_target")}
+    for key in (next_key(unravel_key(getattr(names, "reward", "reward"))), *read.values()):
+        if not (isinstance(loss, ValueEstimatorBase) and key in read.values()):
+            refuse_not_finite(tensordict, key, mask)
+
+
+def refuse_emptiness(tensordict: TensorDictBase, reader: str) -> None:
+    """Raise if there is no step.
+
+    Raises:
+        ValueError: with the batch size.
+    """
+    if not tensordict.ndim or not tensordict.batch_size.numel():
+        raise ValueError(
+            f"{reader} takes sequences [*, T]; at least one step is expected. Got batch size "
+            f"{list(tensordict.batch_size)}: there are no sequences in it."
+        )
+
+
+def read_mask(tensordict: TensorDictBase, reader: str) -> Tensor | None:
+    """Return the mask ``[*, T]`` if there is one, checked.
+
+    Raises:
+        TypeError: if it is not bool.
+        ValueError: if it is False everywhere.
+    """
+    mask = tensordict.get(MASK_KEY, None)
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"The mask {MASK_KEY!r} must be bool. Got {mask.dtype}: convert it with .bool()."
+        )
+    mask = mask.reshape(tensordict.batch_size)
+    if not mask.any():
+        raise ValueError(
+            f"The mask {MASK_KEY!r} of this batch {list(tensordict.batch_size)} is False "
+            f"everywhere, so there is nothing that {reader} could learn from. Expected a step at "
+            "least that is True: skip such a batch."
+        )
+    return mask
+
+
+def refuse_not_finite(tensordict: TensorDictBase, key: NestedKey, mask: Tensor | None) -> None:
+    """Raise if an entry ``[*, T, ...]`` is there and is NaN or infinite at an unmasked step.
+
+    Raises:
+        ValueError: with the number of such steps and the place of the first.
+    """
+    value = tensordict.get(key, None)
+    if value is None or value.isfinite().all():
+        return
+    bad = (~value.isfinite()).reshape(*tensordict.batch_size, -1).any(-1)
+    if mask is not None:
+        bad &= mask
+    if bad.any():
+        raise ValueError(
+            f"{key!r} is not finite at {int(bad.sum())} of {bad.numel()} steps, first at "
+            f"{bad.nonzero()[0].tolist()}: nothing can be learned from that. Look for the reward "
+            "or the network that made it."
         )
 
 

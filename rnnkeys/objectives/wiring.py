@@ -31,7 +31,7 @@ from torchrl.objectives.value import ValueEstimatorBase
 from ..mode import set_recurrent_mode
 from ..starts import as_keys, mark_next, next_key
 from .networks import Recurrent, find_outputs, find_recurrent
-from .refusals import refuse_batch, refuse_estimator, refuse_loss
+from .refusals import refuse_batch, refuse_estimator, refuse_loss, refuse_values
 
 Loss = TypeVar("Loss", LossModule, ValueEstimatorBase)
 
@@ -243,11 +243,14 @@ def _run(
 
 def _prepare(loss: Any, wiring: _Wiring, tensordict: TensorDictBase) -> TensorDictBase:
     refuse_estimator(loss)
-    refuse_batch(loss, tensordict, wiring.recurrent)
-    if tensordict.get("next", None) is None:
-        return tensordict.copy()
     # Elsewhere than on the CPU a look at values waits for the device, so the first look must do.
     look = not is_compiling() and (not wiring.checked or _on_cpu(tensordict, wiring))
+    if look:
+        refuse_values(loss, tensordict)
+    refuse_batch(loss, tensordict, wiring.recurrent)
+    if tensordict.get("next", None) is None:
+        wiring.checked = wiring.checked or look
+        return tensordict.copy()
     marked = mark_next(tensordict, wiring.init_keys, check=look)
     wiring.checked = wiring.checked or look
     _mark_ends(loss, marked, wiring.init_keys)
