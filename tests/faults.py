@@ -720,8 +720,8 @@ _POLICY_TUTORIALS = (
     Fault(
         "PPO collects without the critic's memory",
         "tutorials/ppo_networks.py",
-        "TensorDictSequential(self.actor, *memories)",
-        "TensorDictSequential(self.actor)",
+        "TensorDictSequential(self.actor, *noise, *memories)",
+        "TensorDictSequential(self.actor, *noise)",
         ("tests/test_policy_tutorials.py::test_ppo_learns_from_what_was_played",),
     ),
     Fault(
@@ -752,6 +752,20 @@ _TRITON = (
         "rnnkeys/backends/triton/pieces.py",
         "first, third = tl.split(even)",
         "third, first = tl.split(even)",
+    Fault(
+        "noise goes on over the end of an episode",
+        "tutorials/lasting_noise.py",
+        'torch.where(tensordict.get("is_init"), fresh, lasting)',
+        "lasting",
+        ("tests/test_policy_tutorials.py::test_noise_starts_anew_with_an_episode",),
+    ),
+    Fault(
+        "noise that lasts grows",
+        "tutorials/lasting_noise.py",
+        "math.sqrt(1 - self.correlation**2)",
+        "1",
+        ("tests/test_policy_tutorials.py::test_noise_outlasts_a_step_and_no_ratio_tells",),
+    ),
         _at_a_glance("split"),
     ),
     Fault(

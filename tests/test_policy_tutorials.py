@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torchrl.envs.utils import check_env_specs
+from tensordict import TensorDict
+from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration_type
 
 TUTORIALS = Path(__file__).parents[1] / "tutorials"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -194,9 +195,53 @@ def test_ppo_notes_the_returns_of_whole_episodes(tmp_path: Path) -> None:
     collector.shutdown()
 
 
+def test_noise_outlasts_a_step_and_no_ratio_tells(tmp_path: Path) -> None:
+    ppo, records = tutorial("recurrent_ppo"), tutorial("records")
+    argv = ["--env", "Pendulum-v1", "--noise-correlation", "0.8", "--steps", "256"]
+    settings = read_settings(*SHORT, *argv)
+    trainer = ppo.Trainer(settings, records.Records(tmp_path, "test"))
+    collector = trainer._make_collector()
+    rollout, learner = trainer._collect(collector), trainer.learner
+    noise, starts = rollout["next", "noise"], rollout["is_init"]
+    torch.testing.assert_close(
+        rollout["noise"][:, 1:][~starts[:, 1:]], noise[:, :-1][~starts[:, 1:]]
+    )
+    assert starts[:, 1:].any() and not rollout["noise"][starts].any()
+    torch.testing.assert_close(
+        (rollout["action"] / 2).atanh(),
+        rollout["loc"] + rollout["scale"] * noise,
+        rtol=0,
+        atol=0.01,
+    )
+    fresh = torch.where(starts, noise, (noise - 0.8 * rollout["noise"]) / 0.6)
+    assert 0.8 < fresh.std() < 1.2 and (fresh[:, 1:] * noise[:, :-1]).mean().abs() < 0.3
+    learner.advantage(rollout)
+    batch = next(learner.minibatches(learner._keep_what_is_read(rollout)))
+    torch.testing.assert_close(learner.loss(batch)["max_ratio"], torch.ones(()), rtol=0, atol=1e-4)
+    collector.shutdown()
+
+
+def test_noise_starts_anew_with_an_episode() -> None:
+    """And without exploration no action is touched."""
+    actor = SimpleNamespace(build_dist_from_params=None)
+    starts, old = torch.tensor([[True], [False]]), torch.full((2, 1), 100.0)
+    step = TensorDict(is_init=starts, noise=old, action=old, batch_size=[2])
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        tutorial("lasting_noise").LastingNoise(actor, 0.8, 1)(step)
+    new, going_on = step["next", "noise"].flatten().tolist()
+    assert abs(new) < 10 and 70 < going_on < 90
+    assert step["action"] is old
+
+
+def test_noise_is_for_continuous_actions() -> None:
+    with pytest.raises(ValueError, match="--noise-correlation is 0.5, and the actions of CartPole"):
+        tutorial("recurrent_ppo").Learner(read_settings(*SHORT, "--noise-correlation", "0.5"))
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--noise-correlation", "1.5"], "--noise-correlation is 1.5: expected at most 1"),
         (["--minibatch-steps", "100"], "expected a multiple of --seq-len, 64"),
         (["--num-envs", "3", "--processes", "2"], "expected a multiple of --processes, 2"),
         (["--epochs", "0"], "--epochs is 0: expected at least 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from eye import make_eye
+from lasting_noise import LastingNoise
 from ppo_settings import Settings
 from tensordict import TensorDictBase
 from tensordict.nn import (
@@ -76,9 +77,22 @@ class Agent:
             memories = make_memory(settings, observation, "critic")
             value = Layers(head, "critic", ["state_value"])
             self.critic = self.critic_in_loss = TensorDictSequential(*memories, value)
+        noise = make_noise(settings, self.actor, action)
         # What collects: all that remembers. Values are worked out later, for all steps at once.
-        self.both = TensorDictSequential(self.actor, *memories).to(settings.device)
+        self.both = TensorDictSequential(self.actor, *noise, *memories).to(settings.device)
         self.critic.to(settings.device)
+
+
+def make_noise(settings: Settings, actor: Any, spec: TensorSpec) -> list[LastingNoise]:
+    """Make what lets exploration outlast a step, if that is asked for."""
+    if not settings.noise_correlation:
+        return []
+    if spec.domain == "discrete":
+        raise ValueError(
+            f"--noise-correlation is {settings.noise_correlation}, and the actions of "
+            f"{settings.env} are discrete: expected 0, because there is no noise in them"
+        )
+    return [LastingNoise(actor, settings.noise_correlation, spec.shape[-1])]
 
 
 def make_head(settings: Settings, outputs: int) -> MLP:

@@ -15,22 +15,33 @@ class Settings(RunSettings):
     # What other environments ask for.
     PRESETS = {
         "Pendulum-v1": {
-            "steps": 128,
+            "magnify": 5.0,
+            "num_envs": 10,
+            "steps": 200,  # an episode
+            "seq_len": 25,
+            "minibatch_steps": 250,
             "gamma": 0.9,
             "reward_scale": 0.02,
+            "learning_rate": 3e-3,
+            "noise_correlation": 0.7,
         },
         "MountainCarContinuous-v0": {
-            "frames": 300_000,
-            "gamma": 0.99,
+            "magnify": 5.0,
+            "num_envs": 16,
+            "steps": 128,
+            "minibatch_steps": 512,
+            "lmbda": 0.98,
             "reward_scale": 0.05,
             "entropy": 0.01,
-            "eval_every": 20_000,
+            # Noise that is drawn afresh at every step never gets the car up the hill.
+            "noise_correlation": 0.9,
         },
     }
     PRESET_OF = "env"
     ARCHITECTURE = (
         "env",
         "observation",
+        "magnify",
         "cell",
         "shared",
         "memoryless",
@@ -42,6 +53,7 @@ class Settings(RunSettings):
     observation: str = option(
         "positions", "what the policy sees of the state", ["positions", "all", "pixels"]
     )
+    magnify: float = option(1.0, "positions are multiplied by it: smaller changes stand out")
     cell: str = option("lstm", "the recurrent layer", ["lstm", "gru"])
     shared: bool = option(False, "one memory for actor and critic")
     memoryless: bool = option(False, "a linear layer in place of the recurrent one")
@@ -64,6 +76,9 @@ class Settings(RunSettings):
     learning_rate: float = option(1e-3, "Adam's at the start; it falls to 0 at --frames")
     clip: float = option(0.2, "how far a ratio may go before it counts no more; it falls too")
     entropy: float = option(0.0, "weight of the entropy bonus")
+    noise_correlation: float = option(
+        0.0, "how much of the noise in continuous actions is left at the next step", most=1
+    )
     critic_coeff: float = option(0.5, "weight of the critic's loss")
     max_grad_norm: float = option(0.5, "longer gradients are cut to this length")
 

@@ -2,6 +2,7 @@
 
     python tutorials/recurrent_ppo.py                               # CartPole without velocities
     python tutorials/recurrent_ppo.py --env Pendulum-v1             # continuous actions
+    python tutorials/recurrent_ppo.py --env MountainCarContinuous-v0   # a goal that is hard to find
     python tutorials/recurrent_ppo.py --env Acrobot-v1 --observation pixels
     python tutorials/recurrent_ppo.py --memoryless                  # for comparison
     python tutorials/recurrent_ppo.py --resume runs/recurrent_ppo/checkpoint.pt --frames 200000
@@ -9,6 +10,9 @@
 The parts are TorchRL's: environments, collector, GAE, loss. The memory is rnnkeys', and so are the
 two things that memory asks of PPO: ``recurrent_loss``, so that values and ratios are those of the
 steps as they were played, and ``SequenceMinibatches``, which tears no step from what came before.
+Where velocities are hidden, two options help a memory to find out about them: ``--magnify``, since
+they show in small changes of position, and ``--noise-correlation``, since noise that lasts makes
+larger ones (``lasting_noise.py``). ``PRESETS`` in ``ppo_settings.py`` has both where they help.
 
 A run leaves in its --output folder
 
@@ -46,12 +50,24 @@ from rnnkeys.objectives import SequenceMinibatches, recurrent_loss
 ENDS = ("reward", "done")
 
 
+def make_envs(settings: Settings, number: int, **options: Any) -> TransformedEnv:
+    """Make environments that are stepped together, as the settings say."""
+    return make_env(
+        settings.env,
+        settings.observation,
+        number,
+        magnify=settings.magnify,
+        device=settings.device,
+        **options,
+    )
+
+
 class Learner:
     """The networks, their loss and optimiser: all that gradient steps change."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        env = make_env(settings.env, settings.observation, 2, device=settings.device)
+        env = make_envs(settings, 2)
         self.agent = Agent(settings, env.observation_spec["observation"], env.action_spec)
         self.policy = self.agent.actor
         env.close()
@@ -136,8 +152,7 @@ class Trainer(BaseTrainer):
         return Learner(self.settings)
 
     def make_evaluation_env(self, episodes: int) -> TransformedEnv:
-        settings = self.settings
-        return make_env(settings.env, settings.observation, episodes, device=settings.device)
+        return make_envs(self.settings, episodes)
 
     def rounds(self) -> Generator[None, None, None]:
         """Collect and learn for ever; yield after every round."""
@@ -158,13 +173,7 @@ class Trainer(BaseTrainer):
     def _make_collector(self) -> Collector:
         """Collect with actor *and* critic's memory: both their states are stored with each step."""
         settings = self.settings
-        env = make_env(
-            settings.env,
-            settings.observation,
-            settings.num_envs,
-            processes=settings.processes,
-            device=settings.device,
-        )
+        env = make_envs(settings, settings.num_envs, processes=settings.processes)
         env.append_transform(get_env_transforms_from_module(self.learner.agent.both))
         env.set_seed(settings.seed + self.frames)  # not the same episodes after a resume
         return Collector(
@@ -195,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = run_tutorial(Trainer, Settings, argv, __doc__ or "")
     if trainer is not None and trainer.settings.film:
         settings = trainer.settings
-        env = make_env(settings.env, settings.observation, 1, film=True)
+        env = make_envs(settings, 1, film=True)
         film(env, trainer.learner.policy, trainer.records.folder / "film.gif", TEST_SEED)
 
 
