@@ -45,7 +45,8 @@ def refuses(reader: Any, data: TensorDictBase, error: type[Exception], message: 
 def test_nothing_to_learn_from_is_refused(name: str) -> None:
     agent = make_agent()
     reader, data = make_reader(name, agent), advantages_of(agent)
-    for empty in (data[:, :0], data[:0]):
+    empties: list[Any] = [data[:, :0], data[:0]]
+    for empty in empties:
         refuses(reader, empty, ValueError, r"at least one step is expected. Got batch size \[")
     data[MASK] = torch.zeros(data.shape, dtype=torch.bool)
     refuses(reader, data, ValueError, "is False everywhere, so there is nothing")
