@@ -214,7 +214,7 @@ def check_trajectories(tensordict: TensorDictBase, is_init: Tensor, init_key: Ne
     rank = tensordict.ndim
     if ids is None or ids.device.type != "cpu" or ids.shape != tensordict.batch_size:
         return
-    starts = is_init.reshape(*tensordict.batch_size, -1).all(-1) if is_init.ndim > rank else is_init
+    starts = is_init.reshape(*tensordict.batch_size, -1).any(-1) if is_init.ndim > rank else is_init
     broken = (ids[..., 1:] != ids[..., :-1]) & ~starts[..., 1:]
     mask = tensordict.get(_MASK_KEY, None)
     if mask is not None:

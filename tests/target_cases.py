@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -423,9 +424,33 @@ def expect_discrete_sac(setup: Setup, batch: TensorDictBase, starts: Tensor) -> 
 # --- agents ---------------------------------------------------------------------------------------
 
 
-def make_qmix(library: Any, cell: str) -> Setup:
+def _agents(library: Any, cell: str, own: bool) -> list[Any]:
+    """Agents that share the weights of one layer, or each with a layer, and keys, of its own."""
+    if not own:
+        return [recurrent(library, cell, key=("agents", "observation"), name="local")]
+    names = [f"agent_{number}" for number in range(AGENTS)]
+    layers = [recurrent(library, cell, key=(one, "observation"), name="local") for one in names]
+    apart, together = [(one, "observation") for one in names], [(n, "local_embed") for n in names]
+    return [
+        Mod(_Apart(), [("agents", "observation")], apart),
+        *layers,
+        Mod(_Together(), together, [("agents", "local_embed")]),
+    ]
+
+
+class _Apart(nn.Module):
+    def forward(self, entry: Tensor) -> tuple[Tensor, ...]:
+        return entry.unbind(-2)
+
+
+class _Together(nn.Module):
+    def forward(self, *entries: Tensor) -> Tensor:
+        return torch.stack(entries, -2)
+
+
+def make_qmix(library: Any, cell: str, own: bool = False) -> Setup:
     local = Seq(
-        recurrent(library, cell, key=("agents", "observation"), name="local"),
+        *_agents(library, cell, own),
         Mod(_net(HIDDEN, 8, ACTIONS), [("agents", "local_embed")], [("agents", "action_value")]),
         QValueModule(
             action_value_key=("agents", "action_value"),
@@ -554,6 +579,7 @@ CASES = [
     _estimator(GAE, lmbda=0.8),
     _estimator(GAE, " shifted", lmbda=0.8, shifted=True, shifted_budget=64),
     _estimator(GAE, " without vmap", lmbda=0.8, deactivate_vmap=True),
+    Case("QMIX own weights", "agents", partial(make_qmix, own=True), expect_qmix),
 ]
 
 

@@ -190,14 +190,16 @@ class R2D2Loss(LossModule):
 
         Raises:
             KeyError: if an entry is missing.
-            ValueError: if the batch is flat, or windows are no longer than the burn-in.
+            ValueError: if the batch is flat, windows are no longer than the burn-in, or the mask
+                is not bool, one for each step.
         """
         if tensordict.ndim < 2:
             raise ValueError(
                 f"R2D2Loss takes windows [*, T]. Got batch size {list(tensordict.batch_size)}: "
                 "reshape slices of one length, batch.reshape(-1, slice_len)."
             )
-        windows = self._read(tensordict.reshape(-1, tensordict.shape[-1]))
+        rows = tensordict if tensordict.ndim == 2 else tensordict.flatten(0, -2)
+        windows = self._read(rows)
         split(windows, self.burn_in)  # raises before the mask is called empty
         mask = self._mask(windows)
         windows = _without_masked(windows, mask)
@@ -215,8 +217,9 @@ class R2D2Loss(LossModule):
         tensordict.set(self.tensor_keys.priority, priorities)
         loss = distance_loss(chosen, returns, self.loss_function)
         weights = self._weights(tensordict, loss)
-        # A select, so that nothing of a masked step counts, and no gradient of one.
-        loss = torch.where(mask, loss * weights, 0.0).sum() / mask.sum().clamp(min=1)
+        # Selects, so that nothing of a masked step counts, and no gradient of one.
+        loss = torch.where(mask, loss * torch.where(mask, weights, 0.0), 0.0).sum()
+        loss = loss / mask.sum().clamp(min=1)
         return TensorDict({"loss": loss}, [])
 
     def _read(self, windows: TensorDictBase) -> TensorDictBase:
@@ -237,6 +240,11 @@ class R2D2Loss(LossModule):
         if mask is None:
             like = windows.get(next_key(self.tensor_keys.reward))
             return torch.ones(windows.shape, dtype=torch.bool, device=like.device)
+        if mask.dtype is not torch.bool or mask.numel() != windows.shape.numel():
+            raise ValueError(
+                f"The mask {self.tensor_keys.mask!r} must be bool, one for each step of the "
+                f"windows {list(windows.shape)}. Got {mask.dtype}, {list(mask.shape)}."
+            )
         return mask.reshape(windows.shape)
 
     def _learned(self, windows: TensorDictBase, mask: Tensor) -> Tensor:
@@ -258,7 +266,7 @@ class R2D2Loss(LossModule):
         """Tell behind which steps ``[B, T]`` the window does not go on with the next one."""
         ends = self._flag(learned, self.tensor_keys.done).clone()
         for key in self._states[0].init_keys:
-            starts = find_starts(learned, key).reshape(*learned.shape, -1).any(-1)
+            starts = find_starts(learned, key).flatten(learned.ndim).any(-1)
             ends[:, :-1] |= starts[:, 1:]
         ends[:, :-1] |= mask[:, :-1] & ~mask[:, 1:]
         ends[:, -1] = True
@@ -385,9 +393,8 @@ def _without_masked(windows: TensorDictBase, mask: Tensor) -> TensorDictBase:
         return windows
 
     def fill(entry: Tensor) -> Tensor:
-        if not entry.is_floating_point():
+        if entry.dtype is torch.bool:
             return entry
-        where = mask.reshape(*mask.shape, *[1] * (entry.ndim - 2))
-        return torch.where(where, entry, 0.0)
+        return entry.masked_fill(~mask.reshape(*mask.shape, *[1] * (entry.ndim - 2)), 0)
 
     return windows.apply(fill)  # pyright: ignore[reportReturnType]

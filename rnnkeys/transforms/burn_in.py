@@ -37,8 +37,8 @@ class BurnIn(Transform):
             of a slice: right if no slice goes on into another episode.
 
     Raises:
-        ValueError: if ``burn_in`` is negative, nothing inside is recurrent, or its states are not
-            stored within sequences (``store_states="starts"``).
+        ValueError: if ``burn_in`` is negative, ``slice_len`` is not positive, nothing inside is
+            recurrent, or its states are not stored within sequences (``store_states="starts"``).
 
     Examples:
         >>> from tensordict import TensorDict
@@ -58,6 +58,8 @@ class BurnIn(Transform):
     ) -> None:
         super().__init__()
         check_burn_in(burn_in)
+        if slice_len is not None and (not isinstance(slice_len, int) or slice_len < 1):
+            raise ValueError(f"slice_len must be a positive int. Got {slice_len!r}.")
         listed = [modules] if isinstance(modules, TensorDictModuleBase) else list(modules)
         # A tuple is no submodule: the transform neither owns nor copies the networks.
         self._networks = tuple(StateKeys(network) for network in listed)
@@ -74,7 +76,7 @@ class BurnIn(Transform):
 
         Raises:
             KeyError: if the marks or an input are missing.
-            ValueError: if ``K`` steps or fewer are there.
+            ValueError: if ``K`` steps or fewer are there, or ``slice_len`` does not divide them.
             RuntimeError: if it runs inside a replay buffer before its sampler's marks are there.
         """
         in_buffer = self.__dict__["_container"] is not None and not self.training
@@ -89,6 +91,12 @@ class BurnIn(Transform):
         if tensordict.ndim == 1 and self.slice_len is None:
             return self._cut_flat(tensordict)
         if tensordict.ndim == 1:
+            if tensordict.shape[0] % cast(int, self.slice_len):
+                raise ValueError(
+                    f"slice_len={self.slice_len} does not divide a batch of {tensordict.shape[0]} "
+                    "steps: these are slices of other lengths. Leave slice_len out, or sample "
+                    "with strict_length=True."
+                )
             rows = tensordict.reshape(-1, cast(int, self.slice_len))
             left = self._cut_rows(rows)
             for key in self._init_keys:
