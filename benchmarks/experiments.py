@@ -132,13 +132,52 @@ EXPERIMENTS = {
     "recurrent_ppo_pendulum": Experiment(
         script="recurrent_ppo",
         title="PPO on Pendulum with its velocity hidden",
-        text=LAST,
-        variants={"recurrent": ("--env", "Pendulum-v1")},
+        text=(
+            "An episode of 200 steps returns 0 at most. "
+            f"{LAST} Noise in actions lasts, or is drawn afresh at every step."
+        ),
+        variants={
+            "recurrent": ("--env", "Pendulum-v1"),
+            "memoryless": ("--env", "Pendulum-v1", "--memoryless"),
+            "fresh noise": (
+                *("--env", "Pendulum-v1", "--noise-correlation", "0", "--eval-every", "20000"),
+            ),
+        },
+        few={"memoryless": [0], "fresh noise": [0, 1]},
     ),
     "recurrent_ppo_mountain_car": Experiment(
         script="recurrent_ppo",
         title="PPO on MountainCarContinuous with its velocity hidden",
-        text=LAST,
-        variants={"recurrent": ("--env", "MountainCarContinuous-v0")},
+        text=(
+            "An episode returns 100 for the hilltop less what its thrust costs; standing still "
+            f"returns 0. {LAST} Noise in actions lasts, or is drawn afresh at every step."
+        ),
+        variants={
+            "recurrent": ("--env", "MountainCarContinuous-v0"),
+            "memoryless": ("--env", "MountainCarContinuous-v0", "--memoryless"),
+            "fresh noise": ("--env", "MountainCarContinuous-v0", "--noise-correlation", "0"),
+        },
+        few={"memoryless": [0], "fresh noise": [0]},
+    ),
+    "recurrent_sac": Experiment(
+        script="recurrent_sac",
+        title="SAC on Pendulum with its velocity hidden",
+        text=BEST,
+        variants={"recurrent": (), "memoryless": ("--memoryless",)},
+        seeds=range(3),
+        few={"memoryless": [0]},
+    ),
+    "recurrent_qmix": Experiment(
+        script="recurrent_qmix",
+        title="QMIX: three agents that have to remember a word each",
+        text=(
+            "The return is 1 if each agent says the word, one of two, that it was told 4 to 8 "
+            f"steps before, and 0 otherwise. Guessing returns 0.125 on average. {BEST}"
+        ),
+        variants={
+            "shared weights": (),
+            "own weights": ("--own",),
+            "memoryless": ("--memoryless",),
+        },
     ),
 }
