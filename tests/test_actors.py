@@ -10,13 +10,14 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -277,6 +278,28 @@ def test_bad_arguments_are_named(actors: ModuleType, monkeypatch: pytest.MonkeyP
         make("ray", 2)
 
 
+def test_a_cluster_that_cannot_be_joined_is_told_with_the_remedy(
+    actors: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(address: str, **options: Any) -> None:
+        raise ConnectionError(f"Failed to connect to Ray cluster at {address}")
+
+    ray = SimpleNamespace(is_initialized=lambda: False, init=init)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    make = partial(actors.make_collector, "ray", 2, None, None, frames_per_batch=8)
+    with pytest.raises(ConnectionError, match="at 10.0.0.1:6379. .*RAY_AUTH_MODE=token"):
+        make()
+    with pytest.raises(ConnectionError, match="at 10.0.0.2:1. .*RAY_ADDRESS or ray_address"):
+        make(ray_address="10.0.0.2:1")
+
+
+def test_actors_beside_a_learner_on_a_gpu_are_refused(actors: ModuleType) -> None:
+    settings = import_module("r2d2_settings").Settings(actors="ray", device="cuda")
+    with pytest.raises(ValueError, match="--device is cuda: expected cpu"):
+        settings._check_actors()
+
+
 def test_the_number_of_actors_may_follow_their_kind(actors: ModuleType) -> None:
     spell_out = import_module("r2d2_settings").spell_out
     named = ["--actors", "ray", "--num-actors", "4", "--seed", "3"]
@@ -405,12 +428,22 @@ def make_parts(policy: TensorDictSequential) -> tuple[Callable, Callable]:
 
 
 @pytest.fixture
-def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Say what a cluster of this test alone needs."""
     pytest.importorskip("ray")
+    # Not tmp_path: the names of sockets in it may have a hundred characters.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        _set_up_ray(monkeypatch)
+        yield
+
+
+def _set_up_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    # Else Ray writes a token for other programs to find into the home of whoever runs the tests.
+    # Else Ray writes a token of its own into the home of whoever runs the tests.
+    monkeypatch.setenv("RAY_AUTH_MODE", "")  # is put back after Ray has set it
+    monkeypatch.delenv("RAY_AUTH_MODE")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 32)
 
 

@@ -123,6 +123,11 @@ class Settings(RunSettings):
             )
 
     def _check_actors(self) -> None:
+        if self.actors != "none" and self.device != "cpu":
+            raise ValueError(
+                f"--device is {self.device}: expected cpu, or --actors none, because actors get a "
+                "copy of the network as it is, and have no GPU"
+            )
         if self.num_envs % self.workers:
             raise ValueError(
                 f"--num-envs is {self.num_envs}: expected a multiple of --num-actors, "
