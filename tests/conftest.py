@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -27,6 +28,14 @@ def _seed() -> None:
     torch.manual_seed(SEED)
     np.random.seed(SEED)  # TorchRL's samplers draw from all three
     random.seed(SEED)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Make new tensors, parameters and specs float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

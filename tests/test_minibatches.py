@@ -188,7 +188,7 @@ def test_it_composes_with_the_loss() -> None:
     loss = recurrent_loss(ClipPPOLoss(agent.actor, agent.critic, entropy_bonus=False))
     optimizer = torch.optim.Adam(loss.parameters(), 1e-2)
     minibatches = SequenceMinibatches(
-        48, 8, epochs=8, networks=agent.both, refresh=True, normalize_advantage=True
+        48, 8, epochs=16, networks=agent.both, refresh=True, normalize_advantage=True
     )
     losses = []
     for batch in minibatches(data):
@@ -198,7 +198,7 @@ def test_it_composes_with_the_loss() -> None:
         total.backward()
         optimizer.step()
         losses.append(total.item())
-    assert len(losses) == 16
+    assert len(losses) == 32
     assert sum(losses[-4:]) < sum(losses[:4]) - 0.2
 
 

@@ -16,7 +16,7 @@ from torchrl.data import OneHot
 
 from rnnkeys import LSTMModule, StatefulPolicy, drqn_policy
 from tests.recurrent import chain, recurrently
-from tests.tolerances import assert_equal
+from tests.tolerances import assert_equal, relative_error
 
 KINDS = ("lstm", "gru", "lstm_ln")
 
@@ -45,7 +45,8 @@ def _values_player(policy: Any, *arguments: Any, **keywords: Any) -> StatefulPol
 @pytest.mark.parametrize("mode", ["same_step", "next_step"])
 def test_vector_environments_restart_where_episodes_do(kind, mode):
     """Real environments in both of Gymnasium's modes, with episodes that are told by their time."""
-    policy, n = make_policy(kind), 3
+    # In float64: layer normalisation makes rounding of a small state as large as the state.
+    policy, n = make_policy(kind).double(), 3
     envs = gym.make_vec(
         "CartPole-v1",
         n,
@@ -58,9 +59,9 @@ def test_vector_environments_restart_where_episodes_do(kind, mode):
     seen, values, starts, first = [], [], [], np.ones(n, dtype=bool)
     pending = np.zeros(n, dtype=bool)
     for _ in range(80):
-        seen.append(observation)
+        seen.append(observation.astype(np.float64))
         starts.append(first)
-        values.append(torch.as_tensor(player(observation)))
+        values.append(torch.as_tensor(player(seen[-1])))
         observation, _, terminated, truncated, _ = envs.step(envs.action_space.sample())
         done = terminated | truncated
         player.episode_over(done)
@@ -69,7 +70,7 @@ def test_vector_environments_restart_where_episodes_do(kind, mode):
     marks = np.stack(starts, 1)
     assert marks[:, 1:].any(1).all()
     expected = _values(policy, np.stack(seen, 1), marks)
-    assert_equal(torch.stack(values, 1), expected, torch.float32)
+    assert relative_error(torch.stack(values, 1), expected) < 1e-9
 
 
 def test_environments_may_be_called_in_any_order_and_number():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,6 @@ from tests.target_watch import perturbed, run
 from tests.tolerances import TOLERANCE, assert_equal
 
 BY_NAME = {case.name: case for case in CASES}
-
-
-@pytest.fixture
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def cell_of(case: Case, data: str) -> str:
@@ -104,7 +96,9 @@ def test_next_values_in_float64(case: Case, float64: None) -> None:
 def test_flat_data_has_slices_cut_everywhere() -> None:
     """Starts, insides and ends of episodes, both kinds of ends, and episodes of one step."""
     case = BY_NAME["DQN double delayed TD0"]
-    batch = cases.flat(case, case.make(rnnkeys, "gru").policy)
+    policy = case.make(rnnkeys, "gru").policy
+    # Not every draw has all of it; together a few have.
+    batch: Any = torch.cat([cases.flat(case, policy) for _ in range(8)])
     starts = oracle.starts_of(batch)
     ends = torch.cat([starts[1:], torch.ones(1, dtype=torch.bool)])
     first = batch.get("step_count").flatten() == 0
@@ -194,8 +188,8 @@ def test_padding_is_masked_and_changes_nothing(name: str) -> None:
         assert_equal(value[live], truth[live], torch.float32)
         if name != "GAE":
             padded_out, plain_out = setup.loss(padded), setup.loss(plain)
-            losses = [key for key in plain_out.keys() if not plain_out.get(key).ndim]
-            assert any(key.startswith("loss") for key in losses)
+            losses = [key for key in plain_out.keys() if key.startswith("loss")]
+            assert losses
             for key in losses:
                 torch.testing.assert_close(
                     padded_out.get(key), plain_out.get(key), rtol=1e-5, atol=1e-6
