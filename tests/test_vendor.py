@@ -43,6 +43,15 @@ def test_states_that_are_hidden_are_computed(monkeypatch, only_starts, marks):
         assert a[~starts].isnan().all()
 
 
+@pytest.mark.parametrize("marks", ["none", "random"])
+def test_without_onednn_torchs_own_kernel_gives_the_same(monkeypatch, marks):
+    problem = problems.make("lstm", marks, dtype=F32, **SIZES)
+    d_y, d_states = problem.cotangents(False)
+    expected = problems.run(problem, VENDOR, d_y, d_states)
+    monkeypatch.setattr(onednn, "runs", lambda x: False)
+    assert_same_run(problems.run(problem, VENDOR, d_y, d_states), expected, F32)
+
+
 def test_a_wrong_place_of_hidden_states_is_noticed(monkeypatch):
     problem = problems.make("lstm", "random", dtype=F32, **SIZES)
     every = _states(problem)

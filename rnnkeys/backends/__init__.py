@@ -103,7 +103,9 @@ def choose(name: str, options: Options) -> str:
     =========  =======================  =========================  ==============
 
     "pad" needs the host to read the marks, which neither vmap nor compiled code allows, so "scan"
-    steps in.
+    steps in. Where both run, "pad" is never slower to speak of, whatever the sizes and resets
+    (``benchmarks/fit_auto.py``), so sizes do not matter to the choice; which kernel "pad" runs does
+    depend on cell and dtype.
     """
     if name == "auto" and not options.vendor:
         name = "scan" if is_compiling() else "loop"
