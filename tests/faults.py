@@ -197,6 +197,13 @@ _SCAN = (
         _reference("scan-gru-float64", "everywhere"),
     ),
     Fault(
+        "fused: without a backward pass chunks run from the last to the first",
+        "rnnkeys/backends/fused.py",
+        "return list(chunks(sizes, width))[::-1]",
+        "return list(chunks(sizes, width))",
+        ("tests/test_ops.py::test_states_do_not_depend_on_what_is_kept[lstm-packed-False]",),
+    ),
+    Fault(
         "fused: a chunk of steps begins with the states of the step before",
         "rnnkeys/backends/fused.py",
         "return after[begin - rows : end - rows]",

@@ -12,7 +12,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rnnkeys.backends import Options, ops, unroll_layers
+from rnnkeys.backends import Options, fused, ops, unroll_layers
 from rnnkeys.cells import Weights
 from tests import problems
 from tests.problems import CELLS, TORCHS, WAYS, Problem, State
@@ -67,6 +67,19 @@ def test_gradients_equal_finite_differences(cell, sizes, resets):
 @of_both_cells
 def test_forward_operators_keep_torchs_rules(cell, sizes, resets):
     torch.library.opcheck(FORWARD[cell], tuple(_arguments(cell, sizes, resets)))
+
+
+@in_every_form
+@of_both_cells
+def test_states_do_not_depend_on_what_is_kept(monkeypatch, cell, sizes, resets):
+    """Without a backward pass no more than a chunk of activations is held at a time."""
+    monkeypatch.setattr(fused, "_CHUNK_ELEMENTS", 1)
+    *arguments, _ = _arguments(cell, sizes, resets)
+    count = len(CELLS[cell][0].state_names)
+    kept, few = FORWARD[cell](*arguments, True), FORWARD[cell](*arguments, False)
+    for a, b in zip(few[:count], kept[:count], strict=True):
+        assert_equal(a, b, F64)
+    assert all(rest.numel() == 0 for rest in few[count:])
 
 
 @pytest.mark.parametrize("wanted", [False, True])
