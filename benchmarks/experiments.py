@@ -35,7 +35,8 @@ class Experiment:
 
 POSITIONS = ("--observation", "positions")
 SHORT = ("--episodes", "2000")  # of those that never learn: more than the others need
-BRIEF = ("--frames", "30000", "--eval-every", "3000", "--burn-in", "0")
+BRIEF = ("--frames", "20000", "--burn-in", "0")
+HILL = ("--env", "MountainCarContinuous-v0", "--eval-every", "20000", "--eval-episodes", "8")
 LAST = "Weights are those of the last step."
 BEST = (
     "Weights are those that did best in the regular evaluations (*best evaluation*), tested on "
@@ -153,9 +154,9 @@ EXPERIMENTS = {
             f"returns 0. {LAST} Noise in actions lasts, or is drawn afresh at every step."
         ),
         variants={
-            "recurrent": ("--env", "MountainCarContinuous-v0"),
-            "memoryless": ("--env", "MountainCarContinuous-v0", "--memoryless"),
-            "fresh noise": ("--env", "MountainCarContinuous-v0", "--noise-correlation", "0"),
+            "recurrent": HILL,
+            "memoryless": (*HILL, "--memoryless"),
+            "fresh noise": (*HILL, "--noise-correlation", "0"),
         },
         few={"memoryless": [0], "fresh noise": [0]},
     ),
