@@ -270,6 +270,8 @@ class StatefulPolicy:
                     f"{self.num_envs} environments."
                 )
             return index.nonzero().squeeze(-1)
+        if index.is_floating_point() and len(index):
+            raise ValueError(f"{name} must be ints, or a mask of bools. Got {index.tolist()}.")
         index = index.long()
         numbers = index.tolist()
         unknown = sorted({i for i in numbers if not 0 <= i < self.num_envs})

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
+import rnnkeys
 from rnnkeys import recurrent_module
+from rnnkeys.objectives import recurrent_loss
 from rnnkeys.transforms import BurnIn, RefreshStates, Windows
+from tests import target_cases as cases
 from tests.recurrent import batch, recurrently
 from tests.test_r2d2 import MASK, make_loss, make_network, make_windows
 
@@ -96,6 +99,35 @@ def test_a_mask_may_have_a_last_dimension():
     windows[MASK] = windows[MASK].unsqueeze(-1)
     for one, other in zip(learn(windows), expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["DQN double delayed TD0", "DDPG"])
+def test_what_is_masked_reaches_nothing_in_losses_of_torchrl(name):
+    case = next(one for one in cases.CASES if one.name == name)
+    setup = case.make(rnnkeys, "gru")
+    loss = recurrent_loss(setup.loss)
+    clean = cases.windows(case, setup.policy)
+    mask = torch.ones(clean.shape, dtype=torch.bool)
+    mask[::2, 2:] = False
+    clean[MASK] = mask
+    spoiled = clean.clone()
+    for entry in spoiled.values(True, True):
+        if entry.is_floating_point():
+            entry[~mask] = NAN
+    results = []
+    for data in (clean, spoiled):
+        loss.zero_grad()
+        losses = [value for key, value in loss(data).items() if key.startswith("loss_")]
+        losses = losses or [loss(data)["loss"]]
+        torch.stack(losses).sum().backward()
+        grads = [p.grad.clone() for p in loss.parameters() if p.grad is not None]
+        results.append([torch.stack(losses).detach(), *grads])
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(actual, expected) and actual.isfinite().all()
+    assert spoiled["observation"][~mask].isnan().all()
+    clean[MASK] = torch.zeros_like(mask)
+    with pytest.raises(ValueError, match="False everywhere"):
+        loss(clean)
 
 
 def test_burn_in_leaves_masked_nans_behind_what_is_read():

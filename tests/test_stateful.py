@@ -195,6 +195,7 @@ def test_a_plain_loop_plays_an_episode():
 WRONG: dict[str, tuple[Any, str]] = {
     "unknown ids": (lambda p: p(torch.zeros(2, 4), [0, 3]), r"ids \[3\] are unknown.*0 to 2"),
     "a negative id": (lambda p: p.reset([-1]), r"ids \[-1\] are unknown"),
+    "ids between two": (lambda p: p(torch.zeros(1, 4), [0.5]), r"ids must be ints.*\[0.5\]"),
     "an id twice": (lambda p: p(torch.zeros(2, 4), [1, 1]), r"each environment once. Got \[1, 1\]"),
     "too few observations": (lambda p: p(torch.zeros(2, 4)), r"\(2, 4\); expected 3 first"),
     "a short mask": (lambda p: p.reset([True, False]), "a mask of 2; expected one entry for each"),

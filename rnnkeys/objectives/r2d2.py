@@ -17,6 +17,7 @@ from torchrl.objectives import LossModule, distance_loss
 from ..mode import set_recurrent_mode
 from ..starts import find_starts, next_key
 from ..transforms.burn_in import StateKeys, check_burn_in, split
+from .masks import without_masked
 from .rescaling import value_rescale, value_rescale_inverse
 
 
@@ -202,7 +203,7 @@ class R2D2Loss(LossModule):
         windows = self._read(rows)
         split(windows, self.burn_in)  # raises before the mask is called empty
         mask = self._mask(windows)
-        windows = _without_masked(windows, mask)
+        windows = without_masked(windows, mask, integers=True)
         mask = self._learned(windows, mask)
         learned = windows if self.learn_starts else split(windows, self.burn_in)[1]
         ends = self._ends(learned, mask)
@@ -385,16 +386,3 @@ def _step_behind(
     for key in states.init_keys:
         step.set(key, torch.zeros_like(learned.get(key)[ends]))
     return step
-
-
-def _without_masked(windows: TensorDictBase, mask: Tensor) -> TensorDictBase:
-    """Put zeros where steps are masked: zero times a NaN would be NaN in the gradient."""
-    if not is_compiling() and bool(mask.all()):
-        return windows
-
-    def fill(entry: Tensor) -> Tensor:
-        if entry.dtype is torch.bool:
-            return entry
-        return entry.masked_fill(~mask.reshape(*mask.shape, *[1] * (entry.ndim - 2)), 0)
-
-    return windows.apply(fill)  # pyright: ignore[reportReturnType]

@@ -150,17 +150,18 @@ def _refuse_mask(tensordict: TensorDictBase) -> None:
 
 
 def refuse_values(loss: nn.Module, tensordict: TensorDictBase) -> None:
-    """Raise if a loss on collected data would learn from nothing, or from what is no number.
+    """Raise if a loss would learn from nothing or, on collected data, from what is no number.
 
     Reads values, so that the host waits for a device that holds them.
 
     Raises:
-        ValueError: if there are no steps or no unmasked ones, or if the reward, advantage or value
-            target of an unmasked step is not finite.
+        ValueError: if there are no unmasked steps or, on collected data, no steps, or if the
+            reward, advantage or value target of an unmasked one is not finite.
     """
-    if not isinstance(loss, ON_POLICY):
-        return
     name = str(type(loss).__name__)
+    if not isinstance(loss, ON_POLICY):
+        read_mask(tensordict, name)
+        return
     refuse_emptiness(tensordict, name)
     mask = read_mask(tensordict, name)
     names: Any = loss.tensor_keys

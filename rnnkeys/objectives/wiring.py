@@ -30,8 +30,9 @@ from torchrl.objectives.value import ValueEstimatorBase
 
 from ..mode import set_recurrent_mode
 from ..starts import as_keys, mark_next, next_key
+from .masks import without_masked
 from .networks import Recurrent, find_outputs, find_recurrent
-from .refusals import refuse_batch, refuse_estimator, refuse_loss, refuse_values
+from .refusals import MASK_KEY, refuse_batch, refuse_estimator, refuse_loss, refuse_values
 
 Loss = TypeVar("Loss", LossModule, ValueEstimatorBase)
 
@@ -50,6 +51,7 @@ def recurrent_loss(loss: Loss, init_key: NestedKey | list[NestedKey] | None = No
     - marks in the next view where segments start, so that it runs from the states stored there;
     - runs on a shallow copy: the batch stays as it was, but for what the loss itself writes
       (priorities, advantages, value targets);
+    - puts zeros where ``("collector", "mask")`` is False, so that not even a NaN gets out of there;
     - keeps the states that the loss would cut away (TD3, REDQ and IQL: the critic's; SAC with a
       value network: the others');
     - runs in recurrent mode (losses do by themselves, estimators do not);
@@ -248,6 +250,9 @@ def _prepare(loss: Any, wiring: _Wiring, tensordict: TensorDictBase) -> TensorDi
     if look:
         refuse_values(loss, tensordict)
     refuse_batch(loss, tensordict, wiring.recurrent)
+    mask = tensordict.get(MASK_KEY, None)
+    if mask is not None:
+        tensordict = without_masked(tensordict, mask.reshape(tensordict.batch_size))
     if tensordict.get("next", None) is None:
         wiring.checked = wiring.checked or look
         return tensordict.copy()
