@@ -622,6 +622,54 @@ _AGENTS = (
             "test_what_happens_to_one_agent_reaches_no_other[gru-auto-observation]",
         ),
     ),
+    Fault(
+        "masks: a NaN at a masked step reaches the gradient of a wired loss",
+        "rnnkeys/objectives/wiring.py",
+        "tensordict = without_masked(tensordict, mask.reshape(tensordict.batch_size))",
+        "pass",
+        (
+            "tests/test_bad_batches.py::"
+            "test_what_is_masked_reaches_nothing_in_losses_of_torchrl[DDPG]",
+        ),
+    ),
+    Fault(
+        "masks: the weight of a masked window counts",
+        "rnnkeys/objectives/r2d2.py",
+        "loss * torch.where(mask, weights, 0.0)",
+        "loss * weights",
+        (
+            "tests/test_bad_batches.py::"
+            "test_whatever_stands_at_masked_steps_changes_nothing[weights-4]",
+        ),
+    ),
+    Fault(
+        "agents: a trajectory must end for all of them at once",
+        "rnnkeys/entries.py",
+        "-1).any(-1) if is_init.ndim > rank",
+        "-1).all(-1) if is_init.ndim > rank",
+        (
+            "tests/test_agents.py::"
+            "test_agents_that_end_apart_remember_what_each_saw_in_its_own_episode[gru]",
+        ),
+    ),
+    Fault(
+        "agents: one agent that starts anew restarts all",
+        "rnnkeys/entries.py",
+        "    if marks.shape == shape:\n        return marks\n",
+        "    if marks.shape == shape:\n"
+        "        return marks.any(-1, True).expand(shape) if shape[2:] else marks\n",
+        (
+            "tests/test_agents.py::"
+            "test_agents_that_end_apart_remember_what_each_saw_in_its_own_episode[gru]",
+        ),
+    ),
+    Fault(
+        "agents: steps of one agent are written to another",
+        "rnnkeys/entries.py",
+        "unfolded = entry.reshape(*lead[:-1]",
+        "unfolded = entry.roll(1, 0).reshape(*lead[:-1]",
+        ("tests/test_agents.py::test_qmix_has_the_loss_and_gradients_of_single_steps[shared-gru]",),
+    ),
 )
 
 _STATEFUL = (
@@ -679,7 +727,7 @@ _R2D2 = (
     Fault(
         "R2D2: what is masked has a part in the gradient",
         "rnnkeys/objectives/r2d2.py",
-        "windows = _without_masked(windows, mask)",
+        "windows = without_masked(windows, mask, integers=True)",
         "pass",
         ("tests/test_r2d2.py::test_what_is_masked_reaches_nothing_not_even_a_nan",),
     ),
