@@ -657,7 +657,7 @@ _AGENTS = (
         "rnnkeys/entries.py",
         "    if marks.shape == shape:\n        return marks\n",
         "    if marks.shape == shape:\n"
-        "        return marks.any(-1, True).expand(shape) if shape[2:] else marks\n",
+        "        return marks.any(-1, True).expand(shape) if shape[len(lead):] else marks\n",
         (
             "tests/test_agents.py::"
             "test_agents_that_end_apart_remember_what_each_saw_in_its_own_episode[gru]",
