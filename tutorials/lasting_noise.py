@@ -30,18 +30,20 @@ class LastingNoise(TensorDictModuleBase):
         actor: has written ``"loc"`` and ``"scale"`` of a bell that is then squeezed between bounds.
         correlation: ``c``, how much of the noise is left after a step, from 0 to 1.
         size: of an action.
+        device: of the noise, which has to be that of the actor.
     """
 
-    def __init__(self, actor: Any, correlation: float, size: int) -> None:
+    def __init__(self, actor: Any, correlation: float, size: int, device: str = "cpu") -> None:
         super().__init__()
         self.in_keys = ["loc", "scale", "noise", "is_init"]
         self.out_keys = ["action", "action_log_prob", ("next", "noise")]
-        self.correlation, self.size = correlation, size
+        self.correlation, self.size, self.device = correlation, size, device
         # A method is no submodule: the actor's weights stay the actor's.
         self.distribution_of = actor.build_dist_from_params
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        return TensorDictPrimer({"noise": Unbounded(self.size)}, expand_specs=True)
+        spec = Unbounded(self.size, device=self.device)
+        return TensorDictPrimer({"noise": spec}, expand_specs=True)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         noise = tensordict.get("noise")

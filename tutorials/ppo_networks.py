@@ -92,7 +92,7 @@ def make_noise(settings: Settings, actor: Any, spec: TensorSpec) -> list[Lasting
             f"--noise-correlation is {settings.noise_correlation}, and the actions of "
             f"{settings.env} are discrete: expected 0, because there is no noise in them"
         )
-    return [LastingNoise(actor, settings.noise_correlation, spec.shape[-1])]
+    return [LastingNoise(actor, settings.noise_correlation, spec.shape[-1], settings.device)]
 
 
 def make_head(settings: Settings, outputs: int) -> MLP:
