@@ -103,6 +103,8 @@ class _Blocks(torch.autograd.Function):
             ctx.save_for_backward(x, y, *weights, *kept)
         if cells is not None:
             ctx.mark_non_differentiable(cells)
+        # No zeros for the gradient of cells, which has no reader.
+        ctx.set_materialize_grads(False)
         return y, cells
 
     @staticmethod
