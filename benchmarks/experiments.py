@@ -35,7 +35,7 @@ class Experiment:
 
 POSITIONS = ("--observation", "positions")
 SHORT = ("--episodes", "2000")  # of those that never learn: more than the others need
-BRIEF = ("--frames", "20000", "--burn-in", "0")
+BRIEF = ("--frames", "40000", "--burn-in", "0")
 HILL = ("--env", "MountainCarContinuous-v0", "--eval-every", "20000", "--eval-episodes", "8")
 LAST = "Weights are those of the last step."
 BEST = (
@@ -125,7 +125,10 @@ EXPERIMENTS = {
         ),
         variants={
             "recurrent": ("--env", "popgym:popgym-RepeatPreviousEasy-v0"),
-            "memoryless": ("--env", "popgym:popgym-RepeatPreviousEasy-v0", "--memoryless"),
+            "memoryless": (
+                *("--env", "popgym:popgym-RepeatPreviousEasy-v0"),
+                *("--memoryless", "--frames", "15000"),
+            ),
         },
         seeds=range(3),
         few={"memoryless": range(2)},
