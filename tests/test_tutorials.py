@@ -284,10 +284,11 @@ def test_sequences_hold_the_states_that_the_policy_had(
 ) -> None:
     """Unrolled from its first stored state, a drawn sequence gives every other stored state."""
     trainer = make_trainer(tutorial, tmp_path, *POSITIONS, "--slice-len", "32", "--warmup", "512")
-    replay = tutorial.make_replay(trainer.settings, str(tmp_path / "replay"), trainer.draws)
-    collector = trainer._make_collector()
+    make_replay = import_module("replay").make_replay
+    replay = make_replay(trainer.settings, str(tmp_path / "replay"), trainer.draws)
+    collector = trainer.make_collector()
     for _ in range(8):
-        trainer._collect(collector, replay)
+        trainer.collect(collector, replay)
     batch = replay.sample().reshape(8, 32)
     starts = batch["is_init"].clone()
     assert starts[:, 0].all() and starts[:, 1:].any() and not starts[:, 1:].all()

@@ -18,27 +18,26 @@ A run leaves in its --output folder
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from dqn_settings import Settings
 from environments import make_env
 from eye import make_eye
+from replay import ReplayTrainer, set_returns
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey
 from torch import nn
 from torchrl.collectors import Collector
-from torchrl.data import LazyMemmapStorage, SliceSampler, TensorDictReplayBuffer, TensorSpec
-from torchrl.envs import RewardScaling, RewardSum, TransformedEnv
+from torchrl.data import TensorDictReplayBuffer, TensorSpec
+from torchrl.envs import TransformedEnv
 from torchrl.modules import MLP, EGreedyModule, QValueModule
-from torchrl.objectives import DQNLoss, SoftUpdate, ValueEstimators
-from training import Trainer as BaseTrainer
+from torchrl.objectives import DQNLoss, SoftUpdate
 from training import run_tutorial
 
-from rnnkeys import GRUModule, LSTMModule, get_env_transforms_from_module
+from rnnkeys import GRUModule, LSTMModule
 from rnnkeys.objectives import recurrent_loss
 
 ENV = "CartPole-v1"
@@ -85,36 +84,8 @@ def make_loss(settings: Settings, policy: TensorDictSequential, spec: TensorSpec
     loss = DQNLoss(
         policy, action_space=spec, delay_value=True, double_dqn=True, loss_function="smooth_l1"
     )
-    loss.make_value_estimator(ValueEstimators.TDLambda, gamma=settings.gamma, lmbda=settings.lmbda)
+    set_returns(loss, settings)
     return loss if settings.memoryless else recurrent_loss(loss)
-
-
-def make_replay(settings: Settings, folder: str, draws: torch.Generator) -> TensorDictReplayBuffer:
-    """Keep experience on disk, one stream for each environment; draw sequences from it.
-
-    A sequence starts anywhere in a stream, with the state that the memory had there, and runs on
-    through the ends of episodes: ``is_init`` tells the memory where to start anew. Were episodes
-    drawn instead, the many short ones of the beginning would crowd out the few long ones.
-    """
-    return TensorDictReplayBuffer(
-        storage=LazyMemmapStorage(settings.capacity, scratch_dir=folder, ndim=2),
-        sampler=SliceSampler(slice_len=settings.slice_len, traj_key="stream", cache_values=True),
-        batch_size=settings.slices * settings.slice_len,
-        prefetch=1,
-        generator=draws,
-    )
-
-
-def make_training_env(
-    settings: Settings, policy: TensorDictSequential, seed: int
-) -> TransformedEnv:
-    """Make the environments to learn from, with what the memory needs to start each episode."""
-    env = make_env(ENV, settings.observation, settings.num_envs, device=settings.device)
-    env.append_transform(RewardSum())
-    env.append_transform(RewardScaling(loc=0.0, scale=settings.reward_scale))
-    env.append_transform(get_env_transforms_from_module(policy))
-    env.set_seed(seed)
-    return env
 
 
 class Learner:
@@ -151,15 +122,6 @@ class Learner:
         self.target.step()
         return loss.item()
 
-    def slow_down(self, progress: float) -> None:
-        """Let the learning rate fall with ``progress``, from 0 to 1.
-
-        Greedy returns swing from one evaluation to the next until the steps get small.
-        """
-        rate = self.settings.learning_rate * max(0.0, 1 - progress)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
     def state_dict(self) -> dict[str, Any]:
         parts = {"loss": self.loss, "optimizer": self.optimizer, "explore": self.explore}
         return {name: part.state_dict() for name, part in parts.items()}
@@ -170,8 +132,8 @@ class Learner:
         self.explore.load_state_dict(state["explore"])
 
 
-class Trainer(BaseTrainer):
-    """A run: collect, remember, learn. Evaluations and records are those of all tutorials."""
+class Trainer(ReplayTrainer):
+    """A run: collect, remember, learn. ``replay.py`` has what this shares with other tutorials."""
 
     learner: Learner
 
@@ -181,55 +143,13 @@ class Trainer(BaseTrainer):
     def make_evaluation_env(self, episodes: int) -> TransformedEnv:
         return make_env(ENV, self.settings.observation, episodes, device=self.settings.device)
 
-    def rounds(self) -> Generator[None, None, None]:
-        """Collect and learn for ever; yield after every round.
+    def make_explorer(self) -> TensorDictSequential:
+        """Play with the network that learns, and a random action now and then."""
+        return TensorDictSequential(self.learner.policy, self.learner.explore)
 
-        A resumed run starts with new episodes and an empty replay buffer: it collects ``--warmup``
-        frames with the policy it has before it learns on.
-        """
-        first = self.frames
-        with tempfile.TemporaryDirectory(prefix="recurrent_dqn_") as folder:
-            replay = make_replay(self.settings, folder, self.draws)
-            collector = self._make_collector()
-            try:
-                while True:
-                    self._collect(collector, replay)
-                    if self.frames - first >= self.settings.warmup:
-                        self._learn(replay)
-                    yield
-            finally:
-                collector.shutdown()
-                replay.shutdown()
-
-    def _make_collector(self) -> Collector:
-        """Collect with the network that learns, and a random action now and then."""
-        policy = TensorDictSequential(self.learner.policy, self.learner.explore)
-        seed = self.settings.seed + self.frames  # not the same episodes again after a resume
-        env = make_training_env(self.settings, self.learner.policy, seed)
-        return Collector(
-            env,
-            policy,
-            frames_per_batch=self.settings.batch_frames,
-            storing_device="cpu",
-        )
-
-    def _collect(self, collector: Collector, replay: TensorDictReplayBuffer) -> None:
-        """Collect ``--batch-frames`` frames and remember them, ``[num_envs, T]``."""
-        data = collector.next()
-        ended = data["next", "done"]
-        self.frames += data.numel()
-        self.episodes += int(ended.sum())
-        self.returns.extend(data["next", "episode_reward"][ended].tolist())
-        self.learner.explore.step(data.numel())
-        data = data.reshape(self.settings.num_envs, -1).select(*self.learner.reads)
-        streams = torch.arange(self.settings.num_envs).unsqueeze(-1)
-        replay.extend(data.set("stream", streams.expand(data.shape)))
-
-    def _learn(self, replay: TensorDictReplayBuffer) -> None:
-        self.learner.slow_down(self.frames / self.settings.frames)
-        for _ in range(self.settings.updates):
-            batch = replay.sample().reshape(-1, self.settings.slice_len)
-            self.losses.append(self.learner.learn(batch.to(self.settings.device)))
+    def collect(self, collector: Collector, replay: TensorDictReplayBuffer) -> None:
+        super().collect(collector, replay)
+        self.learner.explore.step(self.settings.batch_frames)
 
     def numbers(self) -> dict[str, float]:
         return {
