@@ -175,7 +175,7 @@ EXPERIMENTS = {
         script="recurrent_qmix",
         title="QMIX: three agents that have to remember a word each",
         text=(
-            "The return is 1 if each agent says the word, one of two, that it was told 4 to 8 "
+            "The return is 1 if each agent says the word, one of two, that it was told 2 to 5 "
             f"steps before, and 0 otherwise. Guessing returns 0.125 on average. {BEST}"
         ),
         variants={

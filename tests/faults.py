@@ -670,6 +670,20 @@ _AGENTS = (
         "unfolded = entry.roll(1, 0).reshape(*lead[:-1]",
         ("tests/test_agents.py::test_qmix_has_the_loss_and_gradients_of_single_steps[shared-gru]",),
     ),
+    Fault(
+        "agents: a word is heard all the time",
+        "tutorials/password.py",
+        "word * told.unsqueeze(-1)",
+        "word",
+        ("tests/test_tutorial_qmix.py::test_an_agent_is_told_its_word_once_and_no_other_one",),
+    ),
+    Fault(
+        "agents: one word opens the door",
+        "tutorials/password.py",
+        "== self.password).all(-1",
+        "== self.password).any(-1",
+        ("tests/test_tutorial_qmix.py::test_only_all_words_right_open_the_door[1]",),
+    ),
 )
 
 _STATEFUL = (
