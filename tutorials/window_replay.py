@@ -16,7 +16,7 @@ from rnnkeys.replay import PrioritizedSampler
 from rnnkeys.transforms import RefreshStates, state_staleness
 from rnnkeys.transforms.windows import EPISODE_KEY, FIRST_KEY
 
-MEASURED_EPISODES = 32
+MEASURED_EPISODES = 8
 
 
 class WindowReplay:
@@ -80,19 +80,20 @@ class WindowReplay:
             The mean over windows that start inside an episode, at the ``"first"`` and at the
             ``"last"`` step that is learned from; NaN while there are no such windows.
         """
-        stored: Any = self._some_episodes(seed)
+        stored: Any = self._some_long_episodes(seed)
+        if not len(stored):
+            return {"first": math.nan, "last": math.nan}
         true = stored.clone()
         RefreshStates(self.policy).refresh_windows(true)
         inside = stored[FIRST_KEY] > 0
-        if not inside.any():
-            return {"first": math.nan, "last": math.nan}
         used, true = self._lay_out(stored[inside]), self.windows(true[inside])
         off = state_staleness(self.policy, used, true, self.settings.burn_in)
         return {step: values.nanmean().item() for step, values in off.items()}
 
-    def _some_episodes(self, seed: int) -> TensorDictBase:
+    def _some_long_episodes(self, seed: int) -> TensorDictBase:
+        """Return the windows of a few episodes that have more than one."""
         stored = self.buffer.storage[:]
-        episodes = stored[EPISODE_KEY].unique()
+        episodes = stored[EPISODE_KEY][stored[FIRST_KEY] > 0].unique()
         order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed))
         chosen = episodes[order[:MEASURED_EPISODES]]
         return stored[torch.isin(stored[EPISODE_KEY], chosen)]
