@@ -8,7 +8,7 @@ from torch.compiler import is_compiling
 
 
 def without_masked(
-    batch: TensorDictBase, mask: Tensor, *, integers: bool = False
+    batch: TensorDictBase, mask: Tensor, *, integers: bool = False, finite: bool = True
 ) -> TensorDictBase:
     """Put zeros where steps are masked: a NaN there, times zero, would be NaN in the gradient.
 
@@ -16,6 +16,7 @@ def without_masked(
         batch: ``[*, T]``; it stays as it was.
         mask: bool ``[*, T]``, False where steps are masked.
         integers: put zeros in place of integers too, such as actions that there are not.
+        finite: put zeros in place of finite floats too, not only of NaN and infinities.
 
     Examples:
         >>> import torch
@@ -31,6 +32,7 @@ def without_masked(
     def fill(entry: Tensor) -> Tensor:
         if not (entry.is_floating_point() or (integers and entry.dtype.is_signed)):
             return entry
-        return entry.masked_fill(~mask.reshape(*mask.shape, *[1] * (entry.ndim - mask.ndim)), 0)
+        where = ~mask.reshape(*mask.shape, *[1] * (entry.ndim - mask.ndim))
+        return entry.masked_fill(where if finite else where & ~entry.isfinite(), 0)
 
     return batch.apply(fill)  # pyright: ignore[reportReturnType]

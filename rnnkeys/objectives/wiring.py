@@ -252,7 +252,9 @@ def _prepare(loss: Any, wiring: _Wiring, tensordict: TensorDictBase) -> TensorDi
     refuse_batch(loss, tensordict, wiring.recurrent)
     mask = tensordict.get(MASK_KEY, None)
     if mask is not None:
-        tensordict = without_masked(tensordict, mask.reshape(tensordict.batch_size))
+        # What is finite stays: torchrl's losses report ratios and values of masked steps too.
+        mask = mask.reshape(tensordict.batch_size)
+        tensordict = without_masked(tensordict, mask, finite=False)
     if tensordict.get("next", None) is None:
         wiring.checked = wiring.checked or look
         return tensordict.copy()
