@@ -33,7 +33,7 @@ class Settings(RunSettings):
             "lmbda": 0.98,
             "reward_scale": 0.05,
             "entropy": 0.01,
-            # Noise that is drawn afresh at every step never gets the car up the hill.
+            # Noise that lasts drives the car up the hill now and then, from the start.
             "noise_correlation": 0.9,
         },
     }
