@@ -77,7 +77,11 @@ def check_every_kind_of_end(data: TensorDictBase) -> None:
 
 @in_every_shape
 @for_both_cells
-@pytest.mark.parametrize(("kind", "double"), [("discrete", False), ("continuous", True)])
+@pytest.mark.parametrize(
+    ("kind", "double"),
+    [("discrete", False), ("continuous", True)],
+    ids=["discrete", "continuous"],
+)
 @pytest.mark.parametrize("seq_len", [None, 4, 7])
 def test_ratios_of_the_first_epoch_are_one(
     kind: str,
