@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,25 +19,8 @@ SHORT = [
     *("--frames", "128", "--eval-every", "64", "--eval-episodes", "4"),
 ]
 
+pytestmark = pytest.mark.usefixtures("tutorial")
 Run = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def tutorial(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module; its neighbours are importable, as they are for the script."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    return import_module(SCRIPT.stem)
-
-
-@pytest.fixture
-def run(tutorial: ModuleType, tmp_path: Path) -> Run:
-    """Run the script in this process, and return its output folder."""
-
-    def main(*argv: str) -> Path:
-        tutorial.main([*argv, "--output", str(tmp_path)])
-        return tmp_path
-
-    return main
 
 
 def make_doors(num_envs: int = 6, **arguments: Any) -> Any:

@@ -37,25 +37,8 @@ SHORT = [
     *("--windows", "4", "--window-len", "8", "--period", "4", "--burn-in", "2"),
 ]
 
+pytestmark = pytest.mark.usefixtures("tutorial")
 Run = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def tutorial(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module; its neighbours are importable, as they are for the script."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    return import_module(SCRIPT.stem)
-
-
-@pytest.fixture
-def run(tutorial: ModuleType, tmp_path: Path) -> Run:
-    """Run the script in this process, and return its output folder."""
-
-    def main(*argv: str) -> Path:
-        tutorial.main([*argv, "--output", str(tmp_path)])
-        return tmp_path
-
-    return main
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from .test_tutorials import (
     read_rows,
 )
 
-TUTORIALS = Path(__file__).parents[1] / "tutorials"
+SCRIPT = Path(__file__).parents[1] / "tutorials" / "recurrent_sac.py"
 # Episodes have 200 steps: those of the 4 environments end before the first evaluation.
 SHORT = [
     *("--frames", "1792", "--num-envs", "4", "--batch-frames", "128", "--updates", "1"),
@@ -31,25 +31,8 @@ SHORT = [
     *("--hidden-size", "8", "--head-size", "8", "--eval-every", "896", "--eval-episodes", "2"),
 ]
 
+pytestmark = pytest.mark.usefixtures("tutorial")
 Run = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def tutorial(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module; its neighbours are importable, as they are for the script."""
-    monkeypatch.syspath_prepend(str(TUTORIALS))
-    return import_module("recurrent_sac")
-
-
-@pytest.fixture
-def run(tutorial: ModuleType, tmp_path: Path) -> Run:
-    """Run the script in this process, and return its output folder."""
-
-    def main(*argv: str) -> Path:
-        tutorial.main([*argv, "--output", str(tmp_path)])
-        return tmp_path
-
-    return main
 
 
 @pytest.mark.parametrize("layer", [["--cell", "gru"], ["--cell", "lstm"], ["--memoryless"]])

@@ -36,10 +36,11 @@ from r2d2_settings import Settings, spell_out
 from records import Records
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
-from torch import Tensor, nn
+from torch import Tensor
 from torchrl.data import TensorSpec
 from torchrl.envs import DTypeCastTransform, RewardScaling, RewardSum, TransformedEnv
 from torchrl.objectives import SoftUpdate
+from training import Learner as BaseLearner
 from training import Trainer as BaseTrainer
 from training import run_tutorial
 from window_replay import WindowReplay
@@ -92,7 +93,7 @@ def make_policy(settings: Settings, seen: TensorSpec, action: TensorSpec) -> Ten
     return policy.to(settings.device)
 
 
-class Learner:
+class Learner(BaseLearner):
     """The network, its loss and its optimiser: all that gradient steps change."""
 
     def __init__(self, settings: Settings) -> None:
@@ -124,11 +125,7 @@ class Learner:
     def learn(self, windows: TensorDictBase) -> float:
         """Take one gradient step; the loss writes the windows' priorities. Return the loss."""
         loss = self.loss(windows)["loss"]
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.loss.parameters(), self.settings.max_grad_norm)
-        self.optimizer.step()
-        self.target.step()
+        self.step(loss)
         return loss.item()
 
     def anneal(self, frames: int) -> None:
@@ -137,13 +134,6 @@ class Learner:
         self.floor.fill_(max(0.0, 1 - frames / settings.epsilon_frames))
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * max(0.0, 1 - frames / settings.frames)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"loss": self.loss.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 class Trainer(BaseTrainer):

@@ -19,19 +19,16 @@ A run leaves in its --output folder
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from dqn_settings import Settings
 from environments import make_env
 from eye import make_eye
-from replay import ReplayTrainer, set_returns
-from tensordict import TensorDictBase
+from replay import EpsilonGreedyTrainer, GreedyLearner, set_returns
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey
 from torch import nn
-from torchrl.collectors import Collector
-from torchrl.data import TensorDictReplayBuffer, TensorSpec
+from torchrl.data import TensorSpec
 from torchrl.envs import TransformedEnv
 from torchrl.modules import MLP, EGreedyModule, QValueModule
 from torchrl.objectives import DQNLoss, SoftUpdate
@@ -88,7 +85,7 @@ def make_loss(settings: Settings, policy: TensorDictSequential, spec: TensorSpec
     return loss if settings.memoryless else recurrent_loss(loss)
 
 
-class Learner:
+class Learner(GreedyLearner):
     """The network, its loss and its optimiser: all that gradient steps change."""
 
     def __init__(self, settings: Settings) -> None:
@@ -112,50 +109,15 @@ class Learner:
         memory = self.policy[1]
         return [key for key in self.loss.in_keys if key not in memory.out_keys]
 
-    def learn(self, batch: TensorDictBase) -> float:
-        """Take one gradient step on ``batch``, ``[slices, slice_len]``; return the loss."""
-        loss = self.loss(batch)["loss"]
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.loss.parameters(), self.settings.max_grad_norm)
-        self.optimizer.step()
-        self.target.step()
-        return loss.item()
 
-    def state_dict(self) -> dict[str, Any]:
-        parts = {"loss": self.loss, "optimizer": self.optimizer, "explore": self.explore}
-        return {name: part.state_dict() for name, part in parts.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.explore.load_state_dict(state["explore"])
-
-
-class Trainer(ReplayTrainer):
+class Trainer(EpsilonGreedyTrainer):
     """A run: collect, remember, learn. ``replay.py`` has what this shares with other tutorials."""
-
-    learner: Learner
 
     def make_learner(self) -> Learner:
         return Learner(self.settings)
 
     def make_evaluation_env(self, episodes: int) -> TransformedEnv:
         return make_env(ENV, self.settings.observation, episodes, device=self.settings.device)
-
-    def make_explorer(self) -> TensorDictSequential:
-        """Play with the network that learns, and a random action now and then."""
-        return TensorDictSequential(self.learner.policy, self.learner.explore)
-
-    def collect(self, collector: Collector, replay: TensorDictReplayBuffer) -> None:
-        super().collect(collector, replay)
-        self.learner.explore.step(self.settings.batch_frames)
-
-    def numbers(self) -> dict[str, float]:
-        return {
-            "epsilon": self.learner.explore.eps.item(),
-            "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
-        }
 
 
 def main(argv: Sequence[str] | None = None) -> None:

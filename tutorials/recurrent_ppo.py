@@ -36,12 +36,12 @@ from ppo_networks import Agent
 from ppo_settings import Settings
 from records import Records
 from tensordict import TensorDictBase
-from torch import nn
 from torchrl.collectors import Collector
 from torchrl.envs import TransformedEnv
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 from training import TEST_SEED, run_tutorial
+from training import Learner as BaseLearner
 from training import Trainer as BaseTrainer
 
 from rnnkeys import get_env_transforms_from_module
@@ -62,7 +62,7 @@ def make_envs(settings: Settings, number: int, **options: Any) -> TransformedEnv
     )
 
 
-class Learner:
+class Learner(BaseLearner):
     """The networks, their loss and optimiser: all that gradient steps change."""
 
     def __init__(self, settings: Settings) -> None:
@@ -110,10 +110,7 @@ class Learner:
         for batch in self.minibatches(self._keep_what_is_read(rollout)):
             terms = self.loss(batch)
             loss = sum(value for key, value in terms.items() if key.startswith("loss_"))
-            self.optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.loss.parameters(), self.settings.max_grad_norm)
-            self.optimizer.step()
+            self.step(loss)
             losses.append(loss.detach())
         return torch.stack(losses).mean().item()
 
@@ -129,13 +126,6 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * left
         self.loss.clip_epsilon.fill_(self.settings.clip * max(left, 0.1))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"loss": self.loss.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 class Trainer(BaseTrainer):

@@ -22,18 +22,15 @@ rnnkeys'. ``docs/agents.md`` explains the keys. A run leaves in its --output fol
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from password import Password
 from qmix_settings import Settings
-from replay import ReplayTrainer, set_returns
-from tensordict import TensorDictBase, unravel_key
+from replay import EpsilonGreedyTrainer, GreedyLearner, set_returns
+from tensordict import unravel_key
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torchrl.collectors import Collector
-from torchrl.data import TensorDictReplayBuffer
 from torchrl.envs import TransformedEnv
 from torchrl.modules import EGreedyModule, MultiAgentMLP, QMixer, QValueModule
 from torchrl.objectives import QMixerLoss, SoftUpdate
@@ -138,7 +135,7 @@ def make_loss(settings: Settings, policy: TensorDictSequential) -> QMixerLoss:
     return loss if settings.memoryless else recurrent_loss(loss)
 
 
-class Learner:
+class Learner(GreedyLearner):
     """The agents, the mixer, their loss and its optimiser: all that gradient steps change."""
 
     def __init__(self, settings: Settings) -> None:
@@ -161,54 +158,19 @@ class Learner:
         written = set(map(unravel_key, self.policy.out_keys)) - {("agents", "action")}
         return [key for key in map(unravel_key, self.loss.in_keys) if key not in written]
 
-    def learn(self, batch: TensorDictBase) -> float:
-        """Take one gradient step on ``batch``, ``[slices, slice_len]``; return the loss."""
-        loss = self.loss(batch)["loss"]
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.loss.parameters(), self.settings.max_grad_norm)
-        self.optimizer.step()
-        self.target.step()
-        return loss.item()
-
-    def state_dict(self) -> dict[str, Any]:
-        parts = {"loss": self.loss, "optimizer": self.optimizer, "explore": self.explore}
-        return {name: part.state_dict() for name, part in parts.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.explore.load_state_dict(state["explore"])
-
 
 def make_env(settings: Settings, num_envs: int) -> TransformedEnv:
     return TransformedEnv(Password(num_envs, settings.agents, settings.words, settings.device))
 
 
-class Trainer(ReplayTrainer):
+class Trainer(EpsilonGreedyTrainer):
     """A run: collect, remember, learn. ``replay.py`` has what this shares with other tutorials."""
-
-    learner: Learner
 
     def make_learner(self) -> Learner:
         return Learner(self.settings)
 
     def make_evaluation_env(self, episodes: int) -> TransformedEnv:
         return make_env(self.settings, episodes)
-
-    def make_explorer(self) -> TensorDictSequential:
-        """Play with the agents that learn; each says a word at random now and then."""
-        return TensorDictSequential(self.learner.policy, self.learner.explore)
-
-    def collect(self, collector: Collector, replay: TensorDictReplayBuffer) -> None:
-        super().collect(collector, replay)
-        self.learner.explore.step(self.settings.batch_frames)
-
-    def numbers(self) -> dict[str, float]:
-        return {
-            "epsilon": self.learner.explore.eps.item(),
-            "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
-        }
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,7 +20,6 @@ A run leaves in its --output folder
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from environments import make_env
@@ -38,6 +37,7 @@ from torchrl.data import TensorSpec
 from torchrl.envs import TransformedEnv
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal
 from torchrl.objectives import SACLoss, SoftUpdate
+from training import Learner as BaseLearner
 from training import run_tutorial
 
 from rnnkeys import GRUModule, LSTMModule
@@ -137,7 +137,7 @@ def make_loss(
     return loss if settings.memoryless else recurrent_loss(loss)
 
 
-class Learner:
+class Learner(BaseLearner):
     """The networks, their loss and its optimiser: all that gradient steps change."""
 
     def __init__(self, settings: Settings) -> None:
@@ -171,19 +171,8 @@ class Learner:
         losses = self.find_losses(batch)
         # Each reaches its own weights only: one backward pass and one optimiser serve all three.
         loss = losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_alpha"]
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.loss.parameters(), self.settings.max_grad_norm)
-        self.optimizer.step()
-        self.target.step()
+        self.step(loss)
         return losses["loss_qvalue"].item()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"loss": self.loss.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 class Trainer(ReplayTrainer):

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from command_line import RunSettings, option
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torchrl.collectors import Collector
 from torchrl.data import LazyMemmapStorage, SliceSampler, TensorDictReplayBuffer
 from torchrl.envs import RewardScaling, RewardSum, TransformedEnv
+from torchrl.modules import EGreedyModule
 from torchrl.objectives import LossModule, ValueEstimators
-from training import Trainer
+from training import Learner, Trainer
 
 from rnnkeys import get_env_transforms_from_module
 
@@ -171,3 +172,39 @@ class ReplayTrainer(Trainer):
         rate = self.settings.learning_rate * max(0.0, 1 - progress)
         for group in self.learner.optimizer.param_groups:
             group["lr"] = rate
+
+
+class GreedyLearner(Learner):
+    """A learner of values that plays the best action, and now and then a random one.
+
+    Its policy's values are learned by a loss that the tutorial makes.
+    """
+
+    explore: EGreedyModule
+    saved = ("loss", "optimizer", "explore")
+
+    def learn(self, batch: TensorDictBase) -> float:
+        """Take one gradient step on ``batch``, ``[slices, slice_len]``; return the loss."""
+        loss = self.loss(batch)["loss"]
+        self.step(loss)
+        return loss.item()
+
+
+class EpsilonGreedyTrainer(ReplayTrainer):
+    """A run of a :class:`GreedyLearner`: the chance of a random action falls with the frames."""
+
+    learner: GreedyLearner
+
+    def make_explorer(self) -> TensorDictSequential:
+        """Play with the network that learns, and a random action now and then."""
+        return TensorDictSequential(self.learner.policy, self.learner.explore)
+
+    def collect(self, collector: Collector, replay: TensorDictReplayBuffer) -> None:
+        super().collect(collector, replay)
+        self.learner.explore.step(self.settings.batch_frames)
+
+    def numbers(self) -> dict[str, float]:
+        return {
+            "epsilon": self.learner.explore.eps.item(),
+            "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
+        }

@@ -12,14 +12,14 @@ from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from command_line import RunSettings, StopOnInterrupt, read_settings
 from evaluation import Evaluation
 from progress import make_bar, show
 from records import Records, save_checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.envs import TransformedEnv
 
 # Weights are chosen on other episodes than they were trained on, and tested on episodes that
@@ -29,14 +29,33 @@ TEST_SEED = 200_000_000
 TEST_EPISODES = 20
 
 
-class Learner(Protocol):
+class Learner:
     """Networks, their loss and their optimiser: all that gradient steps change."""
 
-    policy: Any  # plays, without exploration, in evaluations
+    settings: Any
+    policy: Any  # plays in evaluations, without exploration
+    loss: Any
+    optimizer: Any
+    target: Any = None  # lets target networks follow, if there are any
 
-    def state_dict(self) -> dict[str, Any]: ...
+    saved: ClassVar[tuple[str, ...]] = ("loss", "optimizer")
+    """What a checkpoint holds."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def step(self, loss: Tensor) -> None:
+        """Take one gradient step down ``loss``, of a length that is cut to ``--max-grad-norm``."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.loss.parameters(), self.settings.max_grad_norm)
+        self.optimizer.step()
+        if self.target is not None:
+            self.target.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name).state_dict() for name in self.saved}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self.saved:
+            getattr(self, name).load_state_dict(state[name])
 
 
 class Trainer(ABC):
