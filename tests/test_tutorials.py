@@ -9,6 +9,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -232,6 +233,21 @@ def make_trainer(tutorial: ModuleType, folder: Path, *argv: str) -> Any:
     argv = (*argv, "--output", str(folder))
     settings, _ = command_line.read_settings(tutorial.Settings, argv, "")
     return tutorial.Trainer(settings, records.Records(folder, "test"))
+
+
+def test_the_readme_plays_the_checkpoint(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run(*POSITIONS).joinpath("demo").mkdir()
+    (tmp_path / "checkpoint.pt").rename(tmp_path / "demo" / "checkpoint.pt")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    [example] = [block for block in blocks if "demo/checkpoint.pt" in block]
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert "poles fell in 499 steps of 8 environments" in capsys.readouterr().out
 
 
 def test_velocities_are_hidden(tutorial: ModuleType) -> None:
