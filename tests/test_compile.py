@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func  # pyright: ignore[reportPrivateImportUsage]
@@ -16,6 +15,7 @@ from torch.func import functional_call, stack_module_state, vmap
 import rnnkeys
 from rnnkeys import set_recurrent_mode
 from tests import recurrent
+from tests.compiled import assert_same, in_mode, run_with_gradients
 from tests.tolerances import assert_equal
 
 F64 = torch.float64
@@ -52,30 +52,6 @@ class _Graphs:
         return compiler
 
 
-def _call(module: Any, in_sequences: bool = True) -> Callable[[TensorDictBase], TensorDictBase]:
-    def call(data: TensorDictBase) -> TensorDictBase:
-        with set_recurrent_mode(in_sequences):
-            return module(data)
-
-    return call
-
-
-def _run(module: Any, call: Callable[..., Any], data: TensorDictBase) -> dict[str, Tensor]:
-    """Return outputs, states, and the gradients of a loss that reads the outputs."""
-    out = call(data.clone())
-    torch.manual_seed(5)
-    names, weights = zip(*module.named_parameters(), strict=True)
-    d_y = torch.randn(out["embed"].shape, dtype=out["embed"].dtype)
-    grads = torch.autograd.grad(out["embed"], weights, d_y)
-    return recurrent.outputs(module, out) | dict(zip(names, grads, strict=True))
-
-
-def _assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype=F64) -> None:
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert_equal(actual[name], tensor, dtype, name)
-
-
 def _pair(kind: str, **arguments: Any) -> tuple[Any, Any]:
     """Return a module and one with the same parameters that runs the plain loop."""
     arguments = {"dtype": F64, **arguments}
@@ -92,8 +68,8 @@ def _pair(kind: str, **arguments: Any) -> tuple[Any, Any]:
 def test_a_module_is_one_graph_and_agrees_with_the_loop(kind, backend, in_sequences):
     module, loop = _pair(kind, recurrent_backend=backend, num_layers=2)
     data = recurrent.batch(module, (3, 4))
-    actual = _run(module, _compiled(_call(module, in_sequences)), data)
-    _assert_same(actual, _run(loop, _call(loop, in_sequences), data))
+    actual = run_with_gradients(module, _compiled(in_mode(module, in_sequences)), data)
+    assert_same(actual, run_with_gradients(loop, in_mode(loop, in_sequences), data))
 
 
 @of_both_cells
@@ -104,7 +80,7 @@ def test_graphs_do_not_grow_with_time(kind):
         torch._dynamo.reset()
         graphs = _Graphs()
         data = recurrent.batch(module, (3, steps))
-        _run(module, _compiled(_call(module), graphs.backend), data)
+        run_with_gradients(module, _compiled(in_mode(module), graphs.backend), data)
         nodes.append((graphs.forward, graphs.backward))
     assert nodes[0] == nodes[1]
     assert [len(counts) for counts in nodes[0]] == [1, 1]
@@ -115,10 +91,13 @@ def test_other_marks_need_no_other_graph(kind):
     """Where episodes end changes with every batch, and must not cost a compilation."""
     module, loop = _pair(kind)
     graphs = _Graphs()
-    compiled = _compiled(_call(module), graphs.backend)
+    compiled = _compiled(in_mode(module), graphs.backend)
     for marks in (0.0, 0.3, 1.0):
         data = recurrent.batch(module, (3, 6), marks=marks)
-        _assert_same(_run(module, compiled, data), _run(loop, _call(loop), data))
+        assert_same(
+            run_with_gradients(module, compiled, data),
+            run_with_gradients(loop, in_mode(loop), data),
+        )
     assert len(graphs.forward) == len(graphs.backward) == 1
 
 
@@ -131,8 +110,11 @@ def test_other_marks_need_no_other_graph(kind):
 def test_options_hold_in_one_graph(kind, arguments):
     module, loop = _pair(kind, **arguments)
     data = recurrent.batch(module, (3, 4))
-    _assert_same(_run(module, _compiled(_call(module)), data), _run(loop, _call(loop), data))
-    out = _compiled(_call(module))(data.clone())
+    assert_same(
+        run_with_gradients(module, _compiled(in_mode(module)), data),
+        run_with_gradients(loop, in_mode(loop), data),
+    )
+    out = _compiled(in_mode(module))(data.clone())
     for key in module.state_keys:
         assert out.get(("next", key)).requires_grad == module.state_grad
 
@@ -141,7 +123,7 @@ def test_options_hold_in_one_graph(kind, arguments):
 def test_states_at_starts_hold_in_one_graph(kind):
     module, loop = _pair(kind, store_states="starts")
     data = recurrent.batch(module, (3, 4))
-    actual, expected = _compiled(_call(module))(data.clone()), _call(loop)(data.clone())
+    actual, expected = _compiled(in_mode(module))(data.clone()), in_mode(loop)(data.clone())
     for key in module.state_keys:
         a, b = actual.get(("next", key)), expected.get(("next", key))
         assert torch.equal(a.isnan(), b.isnan()) and b.isnan().any()
@@ -162,7 +144,7 @@ def test_a_family_of_modules_in_vmap_is_one_graph(kind):
     # functional_call walks over all modules, and dynamo may not look at an nn.LSTM without leave.
     with torch._dynamo.config.patch(allow_rnn=True):
         actual = _compiled(lambda: vmap(call)(parameters))()
-    assert_equal(actual, torch.stack([_call(m)(data.clone())["embed"] for m in family]), F64)
+    assert_equal(actual, torch.stack([in_mode(m)(data.clone())["embed"] for m in family]), F64)
 
 
 @pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "LSTM", "GRU"])
@@ -184,5 +166,9 @@ def _tensors(outputs: Any) -> list[Tensor]:
 def test_inductor_compiles_forward_and_backward():
     module, loop = _pair("gru", dtype=torch.float32)
     data = recurrent.batch(module, (3, 4))
-    compiled = _compiled(_call(module), "inductor")
-    _assert_same(_run(module, compiled, data), _run(loop, _call(loop), data), torch.float32)
+    compiled = _compiled(in_mode(module), "inductor")
+    assert_same(
+        run_with_gradients(module, compiled, data),
+        run_with_gradients(loop, in_mode(loop), data),
+        torch.float32,
+    )

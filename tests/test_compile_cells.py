@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDictBase
-from torch import Tensor
 
-from rnnkeys import set_recurrent_mode
-from tests.recurrent import F64, batch, outputs
+from tests.compiled import assert_same, in_mode, run_with_gradients
+from tests.recurrent import F64, batch
 from tests.test_custom_cells import KINDS
 from tests.test_r2d2 import make_loss, make_network, make_windows
 from tests.tolerances import assert_equal
@@ -24,33 +22,17 @@ def _forget_what_was_compiled() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def _call(module: Any, in_sequences: bool) -> Callable[[TensorDictBase], TensorDictBase]:
-    def call(data: TensorDictBase) -> TensorDictBase:
-        with set_recurrent_mode(in_sequences):
-            return module(data)
-
-    return call
-
-
-def _run(module: Any, call: Callable[..., Any], data: TensorDictBase) -> dict[str, Tensor]:
-    """Return outputs, states, and the gradients of parameters."""
-    out = call(data.clone())
-    torch.manual_seed(5)
-    names, weights = zip(*module.named_parameters(), strict=True)
-    grads = torch.autograd.grad(out["embed"], weights, torch.randn_like(out["embed"]))
-    return outputs(module, out) | dict(zip(names, grads, strict=True))
-
-
 @pytest.mark.parametrize("in_sequences", [False, True])
 @pytest.mark.parametrize("kind", ["lstm_ln", "cell", "step"])
 def test_a_module_is_one_graph_and_agrees_with_eager(kind, in_sequences):
     module = KINDS[kind]().double()
-    call, data = _call(module, in_sequences), batch(module, (3, 4))
+    call, data = in_mode(module, in_sequences), batch(module, (3, 4))
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=False)
-    actual, expected = _run(module, compiled, data), _run(module, call, data)
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert_equal(actual[name], tensor, F64, name)
+    actual, expected = (
+        run_with_gradients(module, compiled, data),
+        run_with_gradients(module, call, data),
+    )
+    assert_same(actual, expected)
 
 
 # Dynamo breaks the graph where episodes' ends are counted, and warns of it.

@@ -132,8 +132,7 @@ class Learner(BaseLearner):
         """Let the learning rate and the least chance of a random action fall with ``frames``."""
         settings = self.settings
         self.floor.fill_(max(0.0, 1 - frames / settings.epsilon_frames))
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * max(0.0, 1 - frames / settings.frames)
+        self.slow_down(frames / settings.frames)
 
 
 class Trainer(BaseTrainer):
@@ -189,10 +188,7 @@ class Trainer(BaseTrainer):
     def _collect(self, collector: AnyCollector) -> None:
         """Collect ``--batch-frames`` frames of an actor, ``[envs_each, T]``, and remember them."""
         data = collector.next()
-        ended = data["next", "done"]
-        self.frames += data.numel()
-        self.episodes += int(ended.sum())
-        self.returns.extend(data["next", "episode_reward"][ended].tolist())
+        self.count(data)
         self.replay.add(data.select(*self.learner.loss.in_keys, ACTOR_KEY))
 
     def _learn(self) -> None:

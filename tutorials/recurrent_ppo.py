@@ -122,10 +122,8 @@ class Learner(BaseLearner):
 
     def slow_down(self, progress: float) -> None:
         """Let learning rate and clipping fall with ``progress``, from 0 to 1."""
-        left = max(0.0, 1 - progress)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * left
-        self.loss.clip_epsilon.fill_(self.settings.clip * max(left, 0.1))
+        super().slow_down(progress)
+        self.loss.clip_epsilon.fill_(self.settings.clip * max(1 - progress, 0.1))
 
 
 class Trainer(BaseTrainer):

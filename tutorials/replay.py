@@ -102,8 +102,7 @@ class ReplayTrainer(Trainer):
     """A run: collect, remember, learn. Evaluations and records are those of all tutorials.
 
     The learner has a method ``learn``, which takes a gradient step on a batch
-    ``[slices, slice_len]`` and returns its loss; ``reads``, the entries to remember for it; and an
-    ``optimizer``.
+    ``[slices, slice_len]`` and returns its loss, and ``reads``, the entries to remember for it.
     """
 
     @abstractmethod
@@ -150,28 +149,16 @@ class ReplayTrainer(Trainer):
     def collect(self, collector: Collector, replay: TensorDictReplayBuffer) -> None:
         """Collect ``--batch-frames`` frames and remember them, ``[num_envs, T]``."""
         data: Any = collector.next()
-        ended = data["next", "done"]
-        self.frames += data.numel()
-        self.episodes += int(ended.sum())
-        self.returns.extend(data["next", "episode_reward"][ended].tolist())
+        self.count(data)
         data = data.reshape(self.settings.num_envs, -1).select(*self.learner.reads)
         streams = torch.arange(self.settings.num_envs).unsqueeze(-1)
         replay.extend(data.set("stream", streams.expand(data.shape)))
 
     def _learn(self, replay: TensorDictReplayBuffer) -> None:
-        self._slow_down(self.frames / self.settings.frames)
+        self.learner.slow_down(self.frames / self.settings.frames)
         for _ in range(self.settings.updates):
             batch: TensorDictBase = replay.sample().reshape(-1, self.settings.slice_len)
             self.losses.append(self.learner.learn(batch.to(self.settings.device)))
-
-    def _slow_down(self, progress: float) -> None:
-        """Let the learning rate fall with ``progress``, from 0 to 1.
-
-        Returns swing from one evaluation to the next until the steps get small.
-        """
-        rate = self.settings.learning_rate * max(0.0, 1 - progress)
-        for group in self.learner.optimizer.param_groups:
-            group["lr"] = rate
 
 
 class GreedyLearner(Learner):

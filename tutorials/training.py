@@ -19,6 +19,7 @@ from command_line import RunSettings, StopOnInterrupt, read_settings
 from evaluation import Evaluation
 from progress import make_bar, show
 from records import Records, save_checkpoint
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.envs import TransformedEnv
 
@@ -49,6 +50,14 @@ class Learner:
         self.optimizer.step()
         if self.target is not None:
             self.target.step()
+
+    def slow_down(self, progress: float) -> None:
+        """Let the learning rate fall with ``progress``, from 0 to 1.
+
+        Returns swing from one evaluation to the next until the steps get small.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * max(0.0, 1 - progress)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name).state_dict() for name in self.saved}
@@ -106,6 +115,13 @@ class Trainer(ABC):
     def numbers(self) -> dict[str, float]:
         """Return what else is worth recording, and showing in the progress bar."""
         return {}
+
+    def count(self, data: TensorDictBase) -> None:
+        """Add up the frames and episodes of what was collected, and note the returns."""
+        ended = data["next", "done"]
+        self.frames += data.numel()
+        self.episodes += int(ended.sum())
+        self.returns.extend(data["next", "episode_reward"][ended].tolist())
 
     def make_evaluation(self, episodes: int) -> Callable[[int], Tensor]:
         return Evaluation(self.make_evaluation_env(episodes), self.learner.policy)
