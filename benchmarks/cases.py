@@ -83,8 +83,8 @@ class Batch(NamedTuple):
 def make_batch(case: Case) -> Batch:
     """Draw the data of a case; the same numbers every time.
 
-    The input asks for a gradient, as behind an encoder. All states that could be read are there and
-    are not zero.
+    The input asks for a gradient, as behind an encoder. States are there at every step: zeros where
+    an episode starts, as primers write them, and stored ones at the start of a row and elsewhere.
     """
     B, T, I, H, L = case.shape
     random = torch.Generator().manual_seed(0)
@@ -93,7 +93,10 @@ def make_batch(case: Case) -> Batch:
         return torch.randn(*shape, generator=random)
 
     states = {name: draw(B, T, L, H) for name in STATES[case.cell]}
-    return Batch(draw(B, T, I).requires_grad_(), starts(case.resets, B, T), states, draw(B, T, H))
+    marks = starts(case.resets, B, T)
+    for state in states.values():
+        state[:, 1:][marks[:, 1:]] = 0
+    return Batch(draw(B, T, I).requires_grad_(), marks, states, draw(B, T, H))
 
 
 def starts(resets: float | str, rows: int, steps: int) -> Tensor:

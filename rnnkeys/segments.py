@@ -4,13 +4,15 @@ A segment is a maximal run of steps of one row with no reset after its first ste
 depend on each other, so they need not run one after the other: sorted by falling length and laid
 side by side, a ``[8, 1024]`` batch of short episodes becomes some 60 steps of some 800 rows that
 only get fewer. Step ``t`` holds the segments longer than ``t``; each occupies the same row in every
-step, so neither a value nor a NaN can pass from one to another.
+step, so neither a value nor a NaN can pass from one to another. A kernel that is fastest with all
+steps of one size gets rows that segments share, with gaps in which it clears the state.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,8 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_MAX_BLOCK_CANDIDATES = 48
+from .layouts import Layout, lay_out
+
 _CACHE_ENTRIES = 16
+# Steps of segments, on average, below which gaps between them are too many.
+_SHORT_SEGMENT = 2
 
 
 class Plan:
@@ -30,32 +35,46 @@ class Plan:
         blocks: ``(first step, number of steps, rows)`` of runs of steps with one size.
         source: ``[N]`` long, the flat position ``b * T + t`` that fills each row.
         position: ``[B * T]`` long, the row of each flat position.
-        padding: rows that repeat a segment's last step to fill a block, or None.
-        starts: ``[S]`` long, flat positions of the segments' first steps, in row order.
+        padding: long, rows that repeat the segment before them, in gaps and at ends.
+        clears: whether segments share rows, so that the state must be cleared in padding.
+        gaps: rows of padding that another segment follows.
+        starts: ``[S]`` long, flat positions of the segments' first steps, in the order of their
+            rows, so that those that begin at the first packed step come first.
+        start_rows: ``[S]`` long, the rows of these.
         is_dense: whether no row is cut, so that rows are those of the batch.
     """
 
-    def __init__(self, is_init: np.ndarray, block_rows: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        is_init: np.ndarray,
+        block_rows: int,
+        device: torch.device,
+        carried: np.ndarray | None = None,
+    ) -> None:
         starts, lengths = _segments(is_init)
-        order = np.argsort(-lengths, kind="stable")
-        starts, lengths = starts[order], lengths[order]
-        exact = _rows_per_step(lengths)
-        sizes = _pad_to_blocks(exact, block_rows) if block_rows else exact
-        offsets = np.cumsum(sizes) - sizes
-        step = np.repeat(np.arange(len(sizes)), sizes)
-        row = np.arange(len(step)) - offsets[step]
-        source = starts[row] + np.minimum(step, lengths[row] - 1)
-        real = step < lengths[row]
-        position = np.empty(is_init.size, dtype=np.int64)
-        position[source[real]] = np.flatnonzero(real)
-        self.sizes: list[int] = sizes.tolist()
+        layout = lay_out(lengths, block_rows, carried)
+        offsets = np.cumsum(layout.sizes) - layout.sizes
+        segment = np.repeat(np.arange(len(starts)), lengths)
+        step = np.arange(is_init.size) - starts[segment] + layout.first[segment]
+        position = offsets[step] + layout.row[segment]
+        source = np.full(layout.sizes.sum(), -1)
+        source[position] = np.arange(is_init.size)
+        padding = np.flatnonzero(source < 0)
+        source[padding] = _before_padding(layout, padding, starts + lengths - 1)
+        start_rows = position[starts]
+        order = np.argsort(start_rows)
+        self.sizes: list[int] = layout.sizes.tolist()
         self.shape = is_init.shape
         self.source = _to(source, device)
         self.position = _to(position, device)
-        self.starts = _to(starts, device)
-        self._start_indices = tuple(_to(i, device) for i in np.divmod(starts, is_init.shape[1]))
+        self.starts = _to(starts[order], device)
+        self.start_rows = _to(start_rows[order], device)
         self.is_dense = len(starts) == len(is_init)
-        self.padding = None if real.all() else _to(np.flatnonzero(~real), device)
+        self.padding = _to(padding, device)
+        self.clears = layout.clears
+        begins = np.zeros(len(source) + self.sizes[0], dtype=bool)
+        begins[start_rows] = layout.clears
+        self.gaps = _to(padding[begins[padding + self.sizes[0]]], device)
 
     @cached_property
     def blocks(self) -> list[tuple[int, int, int]]:
@@ -78,8 +97,12 @@ class Plan:
         return flat.view(*self.shape, -1)
 
     def at_starts(self, state: Tensor) -> Tensor:
-        """Take the entries ``[S, ...]`` of ``state [B, T, ...]`` at the segments' first steps."""
-        return state[:, 0] if self.is_dense else state[self._start_indices]
+        """Take of ``state [B, T, ...]`` what enters the first packed step, ``[sizes[0], ...]``."""
+        return state[:, 0] if self.is_dense else _take(state, self.starts[: self.sizes[0]])
+
+    def at_first_steps(self, rows: Tensor) -> Tensor:
+        """Take the rows ``[S, ...]`` of the segments' first steps out of ``[N, ...]``."""
+        return rows[self.start_rows] if self.clears else rows[: self.starts.numel()]
 
     def put_at_starts(self, rows: Tensor) -> Tensor:
         """Put ``rows [S, ...]`` where segments start in ``[B, T, ...]``, and NaN elsewhere."""
@@ -99,7 +122,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any):
         grad = grads[0].index_select(0, ctx.inverse)
-        if ctx.unused is not None:
+        if ctx.unused is not None and ctx.unused.numel():
             grad.index_fill_(0, ctx.unused, 0.0)
         return grad, None, None, None
 
@@ -108,7 +131,7 @@ _plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 _plans_lock = threading.Lock()
 
 
-def plan(is_init: Tensor, block_rows: int = 0) -> Plan:
+def plan(is_init: Tensor, block_rows: int = 0, carried: np.ndarray | None = None) -> Plan:
     """Plan the packing of a batch, or return the plan made before for the same marks.
 
     Plans are kept by content, since losses pass clones and views: all layers, all modules and both
@@ -118,6 +141,8 @@ def plan(is_init: Tensor, block_rows: int = 0) -> Plan:
         is_init: bool ``[B, T]``, True where a segment starts; the first column counts as True.
         block_rows: if not 0, step sizes are rounded up so that they form few blocks of one size,
             each of which costs about as much as this many rows of one step.
+        carried: bool ``[S]``, which segments, in the order of the batch, do not start from zeros;
+            given where segments may share rows.
 
     Returns:
         The plan, with its indices on the device of ``is_init``.
@@ -127,7 +152,7 @@ def plan(is_init: Tensor, block_rows: int = 0) -> Plan:
         [2, 2, 1]
     """
     marks = is_init.detach().cpu().numpy()
-    key = (marks.shape, np.packbits(marks).tobytes(), block_rows, is_init.device)
+    key = (marks.shape, _bytes(marks), block_rows, is_init.device, _bytes(carried))
     with _plans_lock:
         found = _plans.get(key)
         if found is not None:
@@ -135,12 +160,52 @@ def plan(is_init: Tensor, block_rows: int = 0) -> Plan:
             return found
     # A plan made while evaluating in inference mode must serve the training that follows.
     with torch.inference_mode(False):
-        made = Plan(marks, block_rows, is_init.device)
+        made = Plan(marks, block_rows, is_init.device, carried)
     with _plans_lock:
         _plans[key] = made
         while len(_plans) > _CACHE_ENTRIES:
             _plans.popitem(last=False)
     return made
+
+
+def find_carried(is_init: Tensor, states: Sequence[Tensor]) -> np.ndarray | None:
+    """Find the segments that do not start from zeros, or whose start gets a gradient.
+
+    Args:
+        is_init: bool ``[B, T]``, as :func:`plan` takes it.
+        states: each ``[B, T, ...]``, read where segments start.
+
+    Returns:
+        Bool ``[S]``, in the order of the batch; None if no row is cut, or if there are so many
+        segments that gaps between them would cost more than they save.
+
+    Examples:
+        >>> marks = torch.tensor([[True, False, True, False]])
+        >>> find_carried(marks, [torch.tensor([[[2.0], [7.0], [0.0], [7.0]]])])
+        array([ True, False])
+    """
+    marks = is_init.detach().clone()
+    marks[:, 0] = True
+    index = marks.flatten().nonzero().squeeze(1)
+    count = len(index)
+    if count == len(marks) or count * _SHORT_SEGMENT > marks.numel():
+        return None
+    if torch.is_grad_enabled() and any(state.requires_grad for state in states):
+        return np.ones(count, dtype=bool)
+    found = [_take(state.detach(), index).flatten(1) for state in states]
+    return torch.cat(found, 1).any(1).numpy()
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Take entries of ``x [B, T, ...]`` at flat positions, without a copy of all of it."""
+    steps = x.shape[1]
+    if x.stride(0) == steps * x.stride(1):
+        return x.flatten(0, 1).index_select(0, index)
+    return x[index // steps, index % steps]
+
+
+def _bytes(marks: np.ndarray | None) -> bytes | None:
+    return None if marks is None else np.packbits(marks).tobytes()
 
 
 def _segments(is_init: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -151,39 +216,16 @@ def _segments(is_init: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return starts, np.diff(starts, append=marks.size)
 
 
-def _rows_per_step(lengths: np.ndarray) -> np.ndarray:
-    """How many segments are longer than ``t``, for every ``t``; ``lengths`` are sorted, falling."""
-    return len(lengths) - np.searchsorted(lengths[::-1], np.arange(lengths[0]), side="right")
-
-
-def _pad_to_blocks(sizes: np.ndarray, block_rows: int) -> np.ndarray:
-    """Round sizes up to few values, until one more block would cost more than it saves.
-
-    Dynamic programming over the steps at which the size falls: ``best[j]`` is the least cost of all
-    steps before candidate ``j`` when a block ends there.
-    """
-    falls = np.flatnonzero(np.diff(sizes)) + 1
-    if len(falls) > _MAX_BLOCK_CANDIDATES:
-        # Candidates where equal shares of all rows lie between them.
-        share = np.searchsorted(
-            np.cumsum(sizes)[falls - 1],
-            np.linspace(0, sizes.sum(), _MAX_BLOCK_CANDIDATES, endpoint=False)[1:],
-        )
-        falls = falls[np.unique(np.minimum(share, len(falls) - 1))]
-    cuts = np.concatenate([[0], falls, [len(sizes)]])
-    best = np.zeros(len(cuts))
-    choice = np.zeros(len(cuts), dtype=np.int64)
-    for j in range(1, len(cuts)):
-        cost = best[:j] + block_rows + (cuts[j] - cuts[:j]) * sizes[cuts[:j]]
-        choice[j] = int(cost.argmin())
-        best[j] = cost[choice[j]]
-    padded = np.empty_like(sizes)
-    j = len(cuts) - 1
-    while j:
-        i = choice[j]
-        padded[cuts[i] : cuts[j]] = sizes[cuts[i]]
-        j = i
-    return padded
+def _before_padding(layout: Layout, padding: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Flat positions of the last steps before rows of padding; ``ends`` are those of segments."""
+    steps = len(layout.sizes)
+    offsets = np.cumsum(layout.sizes) - layout.sizes
+    step = np.searchsorted(offsets, padding, side="right") - 1
+    row = padding - offsets[step]
+    # Down one row after the other.
+    begins = layout.row * steps + layout.first
+    order = np.argsort(begins)
+    return ends[order[np.searchsorted(begins[order], row * steps + step) - 1]]
 
 
 def _to(index: np.ndarray, device: torch.device) -> Tensor:

@@ -109,7 +109,7 @@ _SEGMENTS = (
     Fault(
         "a kept plan is found by shape, not by marks",
         "rnnkeys/segments.py",
-        "np.packbits(marks).tobytes(), block_rows",
+        "_bytes(marks), block_rows",
         "block_rows",
         _reference("pad-gru-float64", "none") + _reference("pad-gru-float64", "at the last step"),
     ),
@@ -123,9 +123,30 @@ _SEGMENTS = (
     Fault(
         "states are taken one step after the segments' starts",
         "rnnkeys/segments.py",
-        "np.divmod(starts, is_init.shape[1])",
-        "np.divmod(np.minimum(starts + 1, is_init.size - 1), is_init.shape[1])",
+        "_take(state, self.starts[: self.sizes[0]])",
+        "_take(state, (self.starts[: self.sizes[0]] + 1).clamp(max=self.source.numel() - 1))",
         _reference("pad-gru-float64"),
+    ),
+    Fault(
+        "a segment with a stored state goes on in another's row",
+        "rnnkeys/layouts.py",
+        "rows = max(rows, int(carried.sum()), 1)",
+        "carried = np.zeros_like(carried)",
+        ("tests/test_segments.py::test_segments_that_share_rows_have_gaps_between_them",),
+    ),
+    Fault(
+        "segments that share a row have no gap between them",
+        "rnnkeys/layouts.py",
+        "heapq.heapreplace(full, (begin + length + 1, k))",
+        "heapq.heapreplace(full, (begin + length, k))",
+        ("tests/test_segments.py::test_segments_that_share_rows_have_gaps_between_them",),
+    ),
+    Fault(
+        "a state that has a gradient counts as zeros",
+        "rnnkeys/segments.py",
+        "if torch.is_grad_enabled() and any(state.requires_grad for state in states):",
+        "if False:",
+        ("tests/test_vendor.py::test_a_state_with_a_gradient_shares_no_row",),
     ),
 )
 
@@ -237,8 +258,8 @@ _PAD = (
     Fault(
         "vendor: a gradient stops between two blocks",
         "rnnkeys/backends/onednn.py",
-        "dh[:rows], dc[:rows] = dh_k, dc_k",
-        "dh[:rows], dc[:rows] = dh_k, 0 * dc_k",
+        "dh[:rows], dc[:rows] = d_start",
+        "dh[:rows], dc[:rows] = d_start[0], 0 * d_start[1]",
         (
             "tests/test_contract.py::test_equals_the_reference_where_time_is_long"
             "[vendor-lstm-one long among short]",
@@ -246,10 +267,38 @@ _PAD = (
     ),
     Fault(
         "vendor: states in a wrong place are believed",
-        "rnnkeys/backends/onednn.py",
-        "return torch.addcmul(i * g, f, before).sub_(after).abs_()",
-        "return torch.zeros_like(after)",
+        "rnnkeys/backends/workspace.py",
+        "error = np.abs(i * g + f * before - after)",
+        "error = np.zeros(1)",
         ("tests/test_vendor.py::test_a_wrong_place_of_hidden_states_is_noticed",),
+    ),
+    Fault(
+        "vendor: a gap leaves the forget gate open",
+        "rnnkeys/backends/onednn.py",
+        "shut[: w_ih.shape[0] // 2] = _SHUT",
+        "shut[: w_ih.shape[0] // 4] = _SHUT",
+        ("tests/test_vendor.py::test_shared_rows_equal_the_reference[whole-random-True]",),
+    ),
+    Fault(
+        "vendor: what is not finite passes a gap",
+        "rnnkeys/backends/onednn.py",
+        "if plan.clears and not _all_zero(y.detach(), plan.gaps):",
+        "if False:",
+        ("tests/test_vendor.py::test_what_is_not_finite_stays_in_its_episode[nan]",),
+    ),
+    Fault(
+        "vendor: a gradient that is not finite passes a gap",
+        "rnnkeys/backends/onednn.py",
+        "if _all_zero(grads[0], plan.gaps):",
+        "if True:",
+        ("tests/test_vendor.py::test_a_gradient_that_is_not_finite_stays_in_its_episode[nan]",),
+    ),
+    Fault(
+        "vendor: the last steps of pieces give their states to segments' starts",
+        "rnnkeys/backends/onednn.py",
+        "self.rows[bounds[k] : bounds[k + 1]] - first",
+        "self.rows[bounds[k] : bounds[k + 1]] - begin",
+        ("tests/test_vendor.py::test_shared_rows_tell_states_at_starts[pieces-True]",),
     ),
 )
 

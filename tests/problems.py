@@ -186,15 +186,25 @@ def make(
     device: str = "cpu",
     **sizes: Any,
 ) -> Problem:
-    """Draw a problem from torch's generator; ``states`` is ``"random"`` or ``"zero"``."""
+    """Draw a problem from torch's generator.
+
+    States are ``"random"``, ``"zero"``, or those of ``"episodes"``: stored at the start of a row,
+    zero where an episode starts in it, with no gradient, as collectors and primers write them.
+    """
     rnn = _make_rnn(cell, inputs, hidden, dtype=dtype, **sizes)
     is_init = MARKS[marks](batch, steps) if isinstance(marks, str) else marks
     widths = (rnn.proj_size or hidden, hidden)[: len(CELLS[cell][0].state_names)]
     reset_state = tuple(torch.randn(batch, steps, rnn.num_layers, n, dtype=dtype) for n in widths)
     if states == "zero":
         reset_state = tuple(s.zero_() for s in reset_state)
+    if states == "episodes":
+        for state in reset_state:
+            state[:, 1:][is_init[:, 1:]] = 0
     x = torch.randn(batch, steps, inputs, dtype=dtype)
-    leaves = [t.to(device).requires_grad_() for t in (x, *reset_state)]
+    has_grad = [True] + [states != "episodes"] * len(reset_state)
+    leaves = [
+        t.to(device).requires_grad_(g) for t, g in zip((x, *reset_state), has_grad, strict=True)
+    ]
     return Problem(rnn.to(device), leaves[0], tuple(leaves[1:]), is_init.to(device), layouts)
 
 
@@ -266,7 +276,8 @@ def expect(problem: Problem, d_y: Tensor, d_states: State) -> Run:
             if d is not None:
                 name = field.replace("w_", "weight_").replace("b_", "bias_")
                 grads[f"{name}_l{i}"] = torch.from_numpy(d)
-    return Run(torch.from_numpy(runs[-1].y), states, grads)
+    kept = {name: grads[name] for name, leaf in problem.leaves.items() if leaf.requires_grad}
+    return Run(torch.from_numpy(runs[-1].y), states, kept)
 
 
 def _through_layouts(problem: Problem, grads: Sequence[Tensor]) -> list[Tensor]:

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from rnnkeys import segments
 from rnnkeys.segments import Plan, plan
+from tests import problems
 from tests.problems import MARKS
 
 in_both_forms = pytest.mark.parametrize("block_rows", [0, 96], ids=["exact", "blocks"])
@@ -46,6 +48,75 @@ def _steps(made: Plan) -> list[list[int]]:
 
 def _numbered(is_init: Tensor) -> Tensor:
     return torch.arange(is_init.numel()).view(*is_init.shape, 1).double()
+
+
+@st.composite
+def _shared(draw: st.DrawFn) -> tuple[Tensor, np.ndarray]:
+    """Marks, and which of their segments must be the first of a row."""
+    is_init = draw(_marks())
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    share = draw(st.sampled_from([0.0, 0.2, 1.0]))
+    return is_init, (torch.rand(len(_lengths(is_init))) < share).numpy()
+
+
+@given(shared=_shared())
+def test_segments_that_share_rows_have_gaps_between_them(shared):
+    is_init, carried = shared
+    made, lengths = plan(is_init, 96, carried), _lengths(is_init)
+    assert torch.equal(made.unpack(made.pack(_numbered(is_init))), _numbered(is_init))
+    assert sorted(made.starts.tolist()) == sorted(lengths)
+    assert made.source[made.start_rows].tolist() == made.starts.tolist()
+    assert made.start_rows.tolist() == sorted(made.start_rows.tolist())
+    if not made.clears:
+        return
+    rows = made.sizes[0]
+    assert made.sizes == [rows] * len(made.sizes)
+    first_of_rows = made.starts[:rows].tolist()
+    must = [start for start, one in zip(sorted(lengths), carried, strict=True) if one]
+    assert set(must) <= set(first_of_rows)
+    padding, gaps = set(made.padding.tolist()), []
+    for start, row in zip(made.starts.tolist(), made.start_rows.tolist(), strict=True):
+        down = [row + k * rows for k in range(lengths[start])]
+        assert made.source[down].tolist() == list(range(start, start + lengths[start]))
+        gaps += [row - rows] if row >= rows else []
+    assert sorted(gaps) == made.gaps.tolist()
+    assert set(gaps) <= padding
+    before = made.source[made.padding - rows]
+    assert torch.equal(made.source[made.padding], before)  # repeats the segment before it
+
+
+def test_shared_rows_are_full():
+    """Few steps more than the longest segment takes, and little padding."""
+    is_init = torch.rand(16, 256) < 0.05
+    lengths = _lengths(is_init)
+    made = plan(is_init, 96, np.zeros(len(lengths), dtype=bool))
+    assert made.clears
+    assert len(made.source) < 1.12 * (is_init.numel() + len(lengths))
+    assert len(made.sizes) < 1.3 * max(lengths.values())
+
+
+def test_segments_share_rows_only_where_that_is_cheaper():
+    none, every = (np.full(192, fill) for fill in (False, True))
+    short = torch.zeros(4, 96, dtype=torch.bool)
+    short[:, ::2] = True  # gaps would take half as much as the data
+    assert not plan(short, 96, none).clears
+    assert not plan(short, 96, every).clears
+
+
+@pytest.mark.parametrize("layout", problems.LAYOUTS)
+def test_starts_that_are_not_zero_are_found(layout):
+    is_init = torch.tensor([[1, 0, 0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1, 0, 0]]).bool()
+    states = torch.zeros(2, 2, 8, 3)  # two states of [2, 8, 3]
+    states[0, 0, 3, 1], states[1, 1, 5, 2] = float("nan"), 1e-30
+    states[0, 0, 1] = 7.0  # read by nobody
+    shown = [problems.LAYOUTS[layout](s) for s in states]
+    expected = [True] * 5 if layout == "constant" else [False, True, False, False, True]
+    if layout == "constant":
+        shown[0] = torch.ones(1, 1, 3).expand(2, 8, 3)
+    found = segments.find_carried(is_init, shown)
+    assert found is not None and found.tolist() == expected
+    assert segments.find_carried(torch.zeros(2, 8, dtype=torch.bool), shown) is None
+    assert segments.find_carried(torch.ones(2, 8, dtype=torch.bool), shown) is None
 
 
 @in_both_forms
@@ -83,10 +154,10 @@ def test_steps_never_grow_and_blocks_cover_them(block_rows, is_init):
 
 @given(is_init=_marks())
 def test_an_exact_plan_has_no_padding_and_a_plan_in_blocks_says_where_it_is(is_init):
-    assert plan(is_init).padding is None
+    assert not len(plan(is_init).padding)
     assert len(plan(is_init).source) == is_init.numel()
     made = plan(is_init, block_rows=96)
-    padding = [] if made.padding is None else made.padding.tolist()
+    padding = made.padding.tolist()
     assert sorted([*padding, *made.position.tolist()]) == list(range(len(made.source)))
     assert len(made.blocks) <= len(plan(is_init).blocks)
     assert len(made.source) <= len(made.starts) * len(made.sizes)
@@ -141,7 +212,7 @@ def test_no_gradient_reaches_padding_not_even_nan():
     is_init[:, ::7] = True
     is_init[:, 3::5] = True
     made = plan(is_init, block_rows=96)
-    assert made.padding is not None
+    assert len(made.padding)
     rows = torch.zeros(len(made.source), 1, requires_grad=True)
     made.unpack(rows).backward(torch.full((20, 30, 1), float("nan")))
     assert rows.grad is not None

@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
 
-from rnnkeys.backends import onednn, products
+from rnnkeys.backends import onednn, products, workspace
+from rnnkeys.segments import Plan
 from tests import problems
 from tests.problems import WAYS, Problem, State, assert_same_run
 from tests.tolerances import assert_equal
@@ -35,7 +39,7 @@ def test_states_that_are_hidden_are_computed(monkeypatch, only_starts, marks):
     """Another version or processor may keep them elsewhere."""
     problem = problems.make("lstm", marks, dtype=F32, **SIZES)
     every = _states(problem)
-    monkeypatch.setattr(onednn, "_workspace_is_known", lambda inputs, hidden: False)
+    monkeypatch.setattr(workspace, "_is_known", lambda inputs, hidden: False)
     starts = problem.is_init.clone() if only_starts else torch.ones_like(problem.is_init)
     starts[:, 0] = True
     for a, b in zip(_states(problem, only_starts), every, strict=True):
@@ -55,8 +59,8 @@ def test_without_onednn_torchs_own_kernel_gives_the_same(monkeypatch, marks):
 def test_a_wrong_place_of_hidden_states_is_noticed(monkeypatch):
     problem = problems.make("lstm", "random", dtype=F32, **SIZES)
     every = _states(problem)
-    monkeypatch.setattr(onednn, "_workspace_is_known", lambda inputs, hidden: True)
-    monkeypatch.setattr(onednn, "_PAGE", onednn._PAGE + 16)
+    monkeypatch.setattr(workspace, "_is_known", lambda inputs, hidden: True)
+    monkeypatch.setattr(workspace, "_PAGE", workspace._PAGE + 16)
     for a, b in zip(_states(problem), every, strict=True):
         assert_equal(a, b, F32)
 
@@ -72,17 +76,10 @@ def test_states_that_are_not_finite_change_nothing_else():
 
 
 def test_a_batch_that_nothing_cuts_goes_to_the_kernel_in_one_piece(monkeypatch):
-    seen = []
-    run = onednn.run
-
-    def spy(weights, x, start, blocks, only_starts):
-        seen.append(blocks)
-        return run(weights, x, start, blocks, only_starts)
-
-    monkeypatch.setattr(onednn, "run", spy)
+    seen = _plans(monkeypatch)
     problem = problems.make("lstm", "at 0", dtype=F32, batch=3, steps=5)
     _states(problem)
-    assert seen == [[(0, 5, 3)]]
+    assert [made.blocks for made in seen] == [[(0, 5, 3)]]
 
 
 def test_both_biases_have_a_gradient_of_their_own():
@@ -139,3 +136,167 @@ def test_without_gradients_the_numbers_are_the_same(mode, only_starts):
         y, states = problems.outputs(problem, way)
         for a, b in zip((y, *states), (expected_y, *expected), strict=True):
             assert torch.allclose(a, b, rtol=0, atol=1e-6, equal_nan=True)
+
+
+# Segments that share a row.
+
+
+@pytest.fixture
+def _never_by_select(monkeypatch) -> None:
+    """Fail where finite numbers get through a gap, so that the rows run again by select."""
+
+    def fail(*_: Any) -> Any:
+        pytest.fail("A state got through a gap.")
+
+    monkeypatch.setattr(onednn, "_run_with_resets", fail)
+
+
+@pytest.fixture(params=["whole", "pieces"])
+def _pieces(monkeypatch, request) -> None:
+    """Cut the rows after few steps."""
+    if request.param == "pieces":
+        for name in ("_LARGE", "_LARGE_AMONG_COPIES"):
+            monkeypatch.setattr(onednn, name, 0)
+        monkeypatch.setattr(onednn, "_PIECE", 40)
+
+
+def _plans(monkeypatch) -> list[Plan]:
+    """Collect the plans of all that runs from now on."""
+    seen: list[Plan] = []
+    run = onednn.run
+
+    def spy(weights, x, start, plan, only_starts):
+        seen.append(plan)
+        return run(weights, x, start, plan, only_starts)
+
+    monkeypatch.setattr(onednn, "run", spy)
+    return seen
+
+
+def _check(problem: Problem) -> None:
+    d_y, d_states = problem.cotangents(False)
+    actual = problems.run(problem, VENDOR, d_y, d_states)
+    assert_same_run(actual, problems.expect(problem, d_y, d_states), F32)
+
+
+def _episodes(marks: str | Tensor = "random", **sizes: Any) -> Problem:
+    return problems.make("lstm", marks, dtype=F32, states="episodes", **sizes)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("marks", ["two in a row", "at the last step", "random"])
+def test_shared_rows_equal_the_reference(monkeypatch, marks, bias, _never_by_select, _pieces):
+    seen = _plans(monkeypatch)
+    _check(_episodes(marks, bias=bias, batch=6, steps=24, num_layers=2))
+    assert [made.clears for made in seen] == [True, True]
+
+
+@given(data=st.data())
+def test_shared_rows_equal_the_reference_whatever_is_drawn(data):
+    batch, steps = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 30))
+    torch.manual_seed(data.draw(st.integers(0, 2**16)))
+    is_init = torch.rand(batch, steps) < data.draw(st.sampled_from([0.05, 0.15, 0.3]))
+    sizes = {name: data.draw(st.integers(4, 20)) for name in ("inputs", "hidden")}
+    problem = _episodes(is_init, batch=batch, steps=steps, **sizes)
+    if data.draw(st.booleans()):
+        # Some episodes start from a state that is not zero.
+        b, t = data.draw(st.integers(0, batch - 1)), data.draw(st.integers(0, steps - 1))
+        problem.reset_state[data.draw(st.integers(0, 1))][b, t] = 0.5
+    _check(problem)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_shared_rows_tell_states_at_starts(monkeypatch, known, _never_by_select, _pieces):
+    problem = _episodes(**SIZES)
+    every = _states(problem)
+    if not known:
+        monkeypatch.setattr(workspace, "_is_known", lambda inputs, hidden: False)
+    seen = _plans(monkeypatch)
+    starts = problem.is_init.clone()
+    starts[:, 0] = True
+    for a, b in zip(_states(problem, only_starts=True), every, strict=True):
+        assert_equal(a[starts], b[starts], F32)
+        assert a[~starts].isnan().all()
+    assert all(made.clears for made in seen)
+
+
+def test_shared_rows_need_no_workspace_that_is_known(monkeypatch):
+    problem = _episodes(**SIZES)
+    monkeypatch.setattr(workspace, "_is_known", lambda inputs, hidden: False)
+    _check(problem)
+
+
+def _in_a_row() -> Problem:
+    """Three episodes that share a row, beside one that fills its own."""
+    is_init = torch.zeros(2, 24, dtype=torch.bool)
+    is_init[0, [8, 16]] = True
+    return _episodes(is_init, batch=2, steps=24)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_in_its_episode(monkeypatch, bad):
+    problem = _in_a_row()
+    others = torch.ones(2, 24, dtype=torch.bool)
+    others[0, 8:16] = False
+    d_y, d_states = problem.cotangents(False)
+    d_y = d_y * others.unsqueeze(-1)
+    before = problems.run(problem, VENDOR, d_y, d_states)
+    with torch.no_grad():
+        problem.x[0, 9] = bad
+    seen = _plans(monkeypatch)
+    after = problems.run(problem, VENDOR, d_y, d_states)
+    assert [made.clears for made in seen] == [True]
+    assert after.y[0, 9:16].isnan().any()
+    for a, b in zip((after.y, *after.states), (before.y, *before.states), strict=True):
+        assert_equal(a[others], b[others], F32)
+    assert_equal(after.grads["x"][others], before.grads["x"][others], F32)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_stays_in_its_episode(bad):
+    problem = _in_a_row()
+    d_y, d_states = problem.cotangents(False)
+    before = problems.run(problem, VENDOR, d_y, d_states)
+    d_y = d_y.clone()
+    d_y[0, 18] = bad
+    after = problems.run(problem, VENDOR, d_y, d_states)
+    assert after.grads["x"][0, 16:18].isnan().any()
+    others = torch.ones(2, 24, dtype=torch.bool)
+    others[0, 16:] = False
+    assert_equal(after.grads["x"][others], before.grads["x"][others], F32)
+
+
+def test_inputs_far_from_zero_do_not_open_gaps():
+    """Beyond what shuts the gates in gaps."""
+    problem = _in_a_row()
+    with torch.no_grad():
+        problem.x.mul_(1e6)
+    _check(problem)
+
+
+def test_a_state_with_a_gradient_shares_no_row(monkeypatch):
+    problem = _in_a_row()
+    for state in problem.reset_state:
+        state.requires_grad_()
+    seen = _plans(monkeypatch)
+    _check(problem)
+    assert [made.clears for made in seen] == [False]
+
+
+def test_large_rows_run_in_pieces(monkeypatch):
+    """However long, a pass asks for no piece of memory that the system wants back after it."""
+    seen = []
+    run_block = onednn.run_block
+
+    def spy(weights, x, *rest):
+        seen.append(x.shape[0] * x.shape[1])
+        return run_block(weights, x, *rest)
+
+    monkeypatch.setattr(onednn, "run_block", spy)
+    sizes: dict[str, Any] = {"batch": 8, "steps": 600, "hidden": 256}
+    _states(problems.make("lstm", "none", dtype=F32, **sizes))
+    assert len(seen) > 1 and max(seen) <= 1024 and sum(seen) == 4800
+    seen.clear()
+    with torch.no_grad():  # nothing is kept, and no cell state wanted
+        _states(problems.make("lstm", "none", dtype=F32, **sizes), only_starts=True)
+    assert seen == [4800]

@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from ..cells import Cell, Weights
-from ..segments import plan
+from ..segments import find_carried, plan
 from . import loop, pad, scan, triton
 from .scan import in_transform as in_transform
 
@@ -271,7 +271,8 @@ class _Pad:
         self.cell, self.only_starts = cell, options.only_starts
         self.vendor = pad.wants_vendor(cell, x.dtype, options.vendor, options.state_grad)
         rows = pad.block_rows(x.shape[-1], reset_state[0].shape[-1]) if self.vendor else 0
-        self.plan = plan(is_init, rows)
+        shares = self.vendor and pad.shares_rows(x)
+        self.plan = plan(is_init, rows, find_carried(is_init, reset_state) if shares else None)
         self.start = tuple(self.plan.at_starts(s) for s in reset_state)
         self.pack, self.unpack = self.plan.pack, self.plan.unpack
         # Rows that are those of the batch are not copied on their way out.
@@ -291,9 +292,10 @@ class _Pad:
 
     def store(self, rows: State, top: Tensor | None) -> Tensor:
         if self.only_starts:
-            # The first rows of the first step, which holds all segments.
             count = self.plan.starts.numel()
-            return self.plan.put_at_starts(torch.stack([r[:count] for r in rows], 1))
+            # Some have no other rows.
+            firsts = [r if len(r) == count else self.plan.at_first_steps(r) for r in rows]
+            return self.plan.put_at_starts(torch.stack(firsts, 1))
         is_own = top is None and (self.vendor or not self.plan.is_dense)
         if is_own and len(rows) == 1:
             return self.unpack(rows[0]).unsqueeze(2)

@@ -1,26 +1,34 @@
-"""oneDNN's LSTM kernel over blocks of packed rows, with the cell states it hides.
+"""oneDNN's LSTM kernel over packed rows, as one node of autograd.
 
-The kernel returns outputs and the last cell state. It keeps the others in the workspace for its
-backward pass, from where they are copied. Where they lie is no part of its interface, so it is
-probed once for every size, and in every block the last step is computed again from what was found
-and compared with the returned state.
+The kernel knows no resets. Where segments share a row, the input gets one more entry that is 1 in
+the gaps between them and 0 elsewhere, whose weights shut the input gate and the forget gate: the
+state after a gap is zero, exactly, and so is every gradient that reaches it. Values that are not
+finite do get through; they are noticed in the gaps, and the steps run again with resets by select.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cells import LSTM_CELL, Weights
+from ..cells import Weights
+from ..segments import Plan
+from . import ops
+from .workspace import Ran, hidden_cells, run_block, run_block_back, size_of_row
 
-# Relative to the largest state: rounding differs a little, a wrong place differs a lot.
-_END_TOLERANCE = 1e-4
-_LSTM_MODE = 2
-# Elements of a page, on which oneDNN begins every part of its workspace.
-_PAGE = 1024
+# What the gates get in a gap: far beyond where a sigmoid is 0.
+_SHUT = -1e4
+# Where a sigmoid may end that is not quite 0.
+_ALMOST_ZERO = 1e-30
+# Elements of a workspace. glibc keeps no memory of more than 32 MiB in one piece for the next pass,
+# and of smaller pieces not many times as much; to get it anew from the system takes as long as to
+# compute. Where a workspace is larger than this, alone or among copies of packed rows, it is cut.
+_LARGE, _LARGE_AMONG_COPIES = 8_000_000, 4_000_000
+# Rows of the pieces: as few as a call is worth, or twice as many.
+_PIECE = 1 << 10
 
 
 def runs(x: Tensor) -> bool:
@@ -40,19 +48,15 @@ def refuse_second_order() -> None:
 
 
 def run(
-    weights: Weights,
-    x: Tensor,
-    start: tuple[Tensor, Tensor],
-    blocks: list[tuple[int, int, int]],
-    only_starts: bool,
+    weights: Weights, x: Tensor, start: tuple[Tensor, Tensor], plan: Plan, only_starts: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Run one layer over packed rows.
 
     Args:
         weights: of the layer, without projection.
         x: inputs ``[N, I]``, contiguous.
-        start: ``(h, c)`` the segments start from, each ``[S, H]``, contiguous.
-        blocks: ``(first step, number of steps, rows)``.
+        start: ``(h, c)`` before the first step, each ``[sizes[0], H]``, contiguous.
+        plan: that packed the rows.
         only_starts: whether cell states after segments' first steps suffice.
 
     Returns:
@@ -64,43 +68,38 @@ def run(
         b_ih = b_hh = x.new_zeros(weights.w_hh.shape[0])
     given = (x, weights.w_ih, weights.w_hh, b_ih, b_hh, *start)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    return _Blocks.apply(*given, blocks, keep, only_starts)
+    y, cells = _Rows.apply(*given, plan, keep, only_starts)
+    if plan.clears and not _all_zero(y.detach(), plan.gaps):
+        y, cells = _run_with_resets(given, plan)
+        cells = plan.at_first_steps(cells) if only_starts else cells
+    return y, cells
 
 
-class _Ran(NamedTuple):
-    """What oneDNN made of a block: outputs ``[T, B, H]``, last state, and its workspace."""
-
-    y: Tensor
-    h: Tensor
-    c: Tensor
-    workspace: Tensor
-
-
-class _Blocks(torch.autograd.Function):
-    """Blocks of packed rows, by the operators beneath ``nn.LSTM``, as one node of autograd."""
+class _Rows(torch.autograd.Function):
+    """Packed rows block by block, by the operators beneath ``nn.LSTM``."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any):
-        *given, ctx.blocks, keep, only_starts = arguments
+        *given, plan, keep, only_starts = arguments
         x, *weights, h, c = (t.detach() for t in given)
-        cells = None if only_starts else x.new_empty(x.shape[0], h.shape[1])
+        if plan.clears:
+            x, weights[0] = _with_gaps(x, weights[0], plan.padding)
+        with_workspace = keep or not only_starts
+        ctx.plan, ctx.blocks = plan, list(_cut(plan, x.shape[1], h.shape[1], with_workspace))
+        wanted = _Wanted(plan, only_starts, h)
         y, kept, row = None, [], 0
-        for _, steps, rows in ctx.blocks:
+        for steps, rows in ctx.blocks:
             block = slice(row, row + steps * rows)
             h, c = h[:rows], c[:rows]
-            rows_x = x[block].view(steps, rows, -1)
-            ran = _run_block(weights, rows_x, h, c, keep or not only_starts)
-            found = _hidden_cells(ran, x.shape[1])
-            if only_starts and row == 0:
-                cells = _first_cells(ran, found)
-            elif cells is not None and not only_starts:
-                cells = _store_cells(ran, found, cells, block)
+            ran = run_block(weights, x[block].view(steps, rows, -1), h, c, with_workspace)
+            wanted.take(ran, x.shape[1], row)
             y = _store(ran.y.flatten(0, 1), y, block, x.shape[0])
             if keep:
                 kept += [h, c, ran.h, ran.c, ran.workspace]
             h, c, row = ran.h, ran.c, block.stop
         if keep:
             ctx.save_for_backward(x, y, *weights, *kept)
+        cells = wanted.cells
         if cells is not None:
             ctx.mark_non_differentiable(cells)
         # No zeros for the gradient of cells, which has no reader.
@@ -117,38 +116,79 @@ class _Blocks(torch.autograd.Function):
         d_weights: list[Tensor] = []
         end = x.shape[0]
         for k in range(len(ctx.blocks) - 1, -1, -1):
-            _, steps, rows = ctx.blocks[k]
+            steps, rows = ctx.blocks[k]
             block, end = slice(end - steps * rows, end), end - steps * rows
-            h, c, last_h, last_c, workspace = kept[5 * k : 5 * k + 5]
             x_k, y_k, d_y_k = (t[block].view(steps, rows, -1) for t in (x, y, d_y))
-            # Positions: see aten::mkldnn_rnn_layer_backward.
-            d_x_k, *d_weights_k, _, dh_k, dc_k = torch.ops.aten.mkldnn_rnn_layer_backward(
-                *(x_k, *weights, h, c, y_k, last_h, last_c, d_y_k, dh[:rows], dc[:rows]),
-                *(False, _LSTM_MODE, y.shape[1], 1, True, True, False, [], False, workspace),
-            )
+            *start, last_h, last_c, workspace = kept[5 * k : 5 * k + 5]
+            ran, d_ran = Ran(y_k, last_h, last_c, workspace), (d_y_k, dh[:rows], dc[:rows])
+            (d_x_k, *d_weights_k), d_start = run_block_back(weights, x_k, start, ran, d_ran)
             d_x = _store(d_x_k.flatten(0, 1), d_x, block, x.shape[0])
-            dh[:rows], dc[:rows] = dh_k, dc_k
+            dh[:rows], dc[:rows] = d_start
             d_weights = _add(d_weights, d_weights_k)
-        d_w_ih, d_w_hh, d_b = d_weights
+        found = [d_x, *d_weights, d_weights[-1].clone(), dh, dc]
+        if ctx.plan.clears:
+            found = _without_gaps(found, (x, *weights, *kept[:2]), ctx.plan, d_y)
         # Both biases have one gradient; whoever changes that of one in place must not meet both.
-        return d_x, d_w_ih, d_w_hh, d_b, d_b.clone(), dh, dc, None, None, None
+        return *found, None, None, None
+
+
+def _with_gaps(x: Tensor, w_ih: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+    """Give inputs and weights the entry that shuts gates; padding has no other input."""
+    rows, inputs = x.shape
+    wide = x.new_empty(rows, inputs + 1)
+    wide[:, :inputs] = x
+    wide[:, inputs] = 0
+    wide.index_fill_(0, padding, 0)
+    wide[:, inputs].index_fill_(0, padding, 1)
+    shut = w_ih.new_zeros(w_ih.shape[0], 1)
+    shut[: w_ih.shape[0] // 2] = _SHUT
+    return wide, torch.cat([w_ih, shut], 1)
+
+
+def _without_gaps(grads: list[Tensor], wide: tuple, plan: Plan, d_y: Tensor) -> list[Tensor]:
+    """Gradients without those of the entry; computed anew where one got through a gap."""
+    inputs = wide[0].shape[1] - 1
+    if _all_zero(grads[0], plan.gaps):
+        return [grads[0][:, :inputs], grads[1][:, :inputs].contiguous(), *grads[2:]]
+    given = [t.detach() for t in (wide[0][:, :inputs], wide[1][:, :inputs], *wide[2:])]
+    with torch.enable_grad():
+        leaves = [t.contiguous().requires_grad_() for t in given]
+        y, _ = _run_with_resets(leaves, plan)
+        return list(torch.autograd.grad(y, leaves, d_y))
+
+
+def _all_zero(rows: Tensor, gaps: Tensor) -> bool:
+    return bool(rows.index_select(0, gaps).abs().max() <= _ALMOST_ZERO)
+
+
+def _run_with_resets(given: Any, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Run the rows by the fused loop, which takes zeros for what enters and leaves padding."""
+    x, w_ih, w_hh, b_ih, b_hh, h, c = given
+    rows = plan.sizes[0]
+    where = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
+    where = where.index_fill_(0, plan.padding, True).view(-1, rows)
+    where[1:] |= where[:-1].clone()
+    zeros = h.new_zeros(()).expand(*where.shape, h.shape[1])
+    keep = torch.is_grad_enabled()
+    y, cells, *_ = ops.lstm(x, w_ih, w_hh, b_ih, b_hh, h, c, (), where, zeros, zeros, keep)
+    return y, cells.detach()
+
+
+def _cut(plan: Plan, inputs: int, hidden: int, with_workspace: bool) -> Iterator[tuple[int, int]]:
+    """Steps and rows of the blocks to run: those of the plan, cut where workspaces grow large."""
+    size = with_workspace * sum(plan.sizes) * size_of_row(inputs, hidden)
+    is_large = size > (_LARGE if plan.is_dense else _LARGE_AMONG_COPIES)
+    most = _PIECE if size > _LARGE else 2 * _PIECE
+    for _, steps, rows in plan.blocks:
+        pieces = -(-steps // max(1, most // rows)) if is_large else 1
+        for k in range(pieces):
+            yield steps * (k + 1) // pieces - steps * k // pieces, rows
 
 
 def _add(sums: list[Tensor], terms: list[Tensor]) -> list[Tensor]:
     if not sums:
         return terms
     return [a.add_(b) for a, b in zip(sums, terms, strict=True)]
-
-
-def _run_block(weights, x: Tensor, h: Tensor, c: Tensor, with_workspace: bool) -> _Ran:
-    """Run ``x [T, B, I]``; it leaves a workspace only where gradients are recorded."""
-    with torch.set_grad_enabled(with_workspace):
-        y, h, c, workspace = torch.mkldnn_rnn_layer(  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-            *(x, *weights, h, c),
-            *(False, [], _LSTM_MODE, h.shape[1], 1, True, False, False, with_workspace),
-        )
-    # Without gradients there is none: torch gives None.
-    return _Ran(y, h, c, y.new_empty(0) if workspace is None else workspace)
 
 
 def _store(rows: Tensor, out: Tensor | None, block: slice, total: int) -> Tensor:
@@ -160,101 +200,34 @@ def _store(rows: Tensor, out: Tensor | None, block: slice, total: int) -> Tensor
     return out
 
 
-def _store_cells(ran: _Ran, found: Tensor | None, cells: Tensor, block: slice) -> Tensor | None:
-    """Write a block's cell states into ``cells [N, H]``; None if they are hidden well."""
-    if found is None:
-        return None
-    out = cells[block].view_as(ran.y)
-    out[:-1] = found
-    out[-1] = ran.c
-    return cells
+class _Wanted:
+    """Cell states taken out of the blocks that ran: after all steps, or segments' first ones.
 
-
-def _first_cells(ran: _Ran, found: Tensor | None) -> Tensor | None:
-    if ran.y.shape[0] == 1:
-        return ran.c.clone()
-    return None if found is None else found[0].clone()
-
-
-def _hidden_cells(ran: _Ran, inputs: int) -> Tensor | None:
-    """View the cell states after all steps but the last, ``[T - 1, B, H]``, in the workspace.
-
-    None if they are not where they are looked for.
+    Attributes:
+        cells: ``[N, H]`` or ``[S, H]``; None once some could not be found.
     """
-    hidden = ran.y.shape[2]
-    if ran.workspace.numel() == 0 or not _workspace_is_known(inputs, hidden):
-        return None
-    parts = _in_workspace(ran, inputs)
-    if parts is None:
-        return None
-    cells, gates = parts
-    if not len(cells):
-        return cells
-    # One row tells a wrong place from the right one. If it is not finite it tells nothing, and must
-    # not change how the others are computed.
-    row = slice(-1, None)
-    error = _error(gates[-1, row], cells[-1, row], ran.c[row])
-    if error.max() <= _END_TOLERANCE * ran.c[row].abs().max():
-        return cells
-    finite = ran.c.isfinite()
-    error = _error(gates[-1], cells[-1], ran.c)
-    worst, largest = (torch.where(finite, t, 0).max() for t in (error, ran.c.abs()))
-    return cells if worst <= _END_TOLERANCE * largest else None
 
+    def __init__(self, plan: Plan, only_starts: bool, like: Tensor) -> None:
+        self.rows = plan.start_rows if only_starts else None
+        count = len(plan.source if self.rows is None else self.rows)
+        self.cells: Tensor | None = like.new_empty(count, like.shape[1])
 
-def _error(gates: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Difference of ``c`` after a step from what its gates make of ``c`` before it."""
-    i, f, g, _ = gates.chunk(4, 1)
-    return torch.addcmul(i * g, f, before).sub_(after).abs_()
-
-
-def _in_workspace(ran: _Ran, inputs: int) -> tuple[Tensor, Tensor] | None:
-    """View cell states ``[T - 1, B, H]`` and activated gates ``[T, B, 4H]``; None if none fit.
-
-    oneDNN lays out: gates, two parts of outputs, and cell states, which begin with two entries for
-    every step that it does not use here.
-    """
-    steps, rows, hidden = ran.y.shape
-    flat = ran.workspace.view(torch.float32).flatten()
-    width = _padded(4 * hidden)
-    parts = (
-        steps * rows * width,
-        steps * rows * _padded(hidden),
-        2 * (steps + 1) * rows * _padded(max(inputs, hidden)),
-    )
-    first = sum(-(-size // _PAGE) * _PAGE for size in parts) + (steps + 2) * rows * hidden
-    cells = flat[first : first + (steps - 1) * rows * hidden]
-    if cells.numel() < (steps - 1) * rows * hidden:
-        return None
-    gates = flat[: parts[0]].view(steps, rows, width)[..., : 4 * hidden]
-    return cells.view(steps - 1, rows, hidden), gates
-
-
-def _padded(width: int) -> int:
-    """Elements of a row: a multiple of 16, and 16 more where that is a multiple of 256."""
-    width = -(-width // 16) * 16
-    return width + 16 * (width % 256 == 0)
-
-
-@functools.cache
-def _workspace_is_known(inputs: int, hidden: int) -> bool:
-    """Whether states lie where they are looked for, by a small example."""
-    steps, rows = 4, 3
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator) - 0.5
-
-    sizes = ((4 * hidden, inputs), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,))
-    weights = Weights(*(draw(*size) for size in sizes))
-    x, h, c = draw(steps, rows, inputs), draw(rows, hidden), draw(rows, hidden)
-    ran = _run_block(weights[:4], x, h, c, with_workspace=True)
-    with torch.no_grad():
-        expected, state = [], (h, c)
-        for x_t in x:
-            state = LSTM_CELL.step(weights, LSTM_CELL.input_gates(weights, x_t), state)
-            expected.append(state[1])
-        found = _in_workspace(ran, inputs)
-    if found is None:
-        return False
-    return torch.allclose(found[0], torch.stack(expected[:-1]), rtol=0, atol=1e-5)
+    def take(self, ran: Ran, inputs: int, begin: int) -> None:
+        """Take what is wanted of a block that begins at row ``begin``."""
+        steps, size, hidden = ran.y.shape
+        last, end = begin + (steps - 1) * size, begin + steps * size
+        bounds = begin, last, end
+        if self.rows is not None:
+            bounds = torch.searchsorted(self.rows, torch.tensor(bounds)).tolist()
+        if self.cells is None or bounds[0] == bounds[2]:
+            return
+        found = hidden_cells(ran, inputs)
+        if found is None:
+            self.cells = None
+            return
+        for rows, k, first in ((found.view(-1, hidden), 0, begin), (ran.c, 1, last)):
+            out = self.cells[bounds[k] : bounds[k + 1]]
+            if self.rows is None:
+                out.copy_(rows)
+            else:
+                torch.index_select(rows, 0, self.rows[bounds[k] : bounds[k + 1]] - first, out=out)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..cells import Cell, Weights
 from ..segments import Plan
+from . import onednn
 from . import vendor as vendor_lstm
 from .loop import State, run_steps
 from .scan import has_kernel, run_rows
@@ -24,6 +25,11 @@ _CALL_SIZE = 2e6
 def wants_vendor(cell: Cell, dtype: torch.dtype, vendor: bool, state_grad: bool) -> bool:
     """Whether the vendor's kernel serves: fast for these dtypes, no gradient through ``c``."""
     return vendor and not state_grad and cell.name == "lstm" and vendor_lstm.serves(dtype)
+
+
+def shares_rows(x: Tensor) -> bool:
+    """Whether the vendor's kernel can clear the state between segments that share a row."""
+    return onednn.runs(x)
 
 
 def block_rows(inputs: int, hidden: int) -> int:
@@ -56,14 +62,14 @@ def run(
         cell: the equation.
         weights: of the layer.
         x: packed inputs ``[N, I]``.
-        start: states the segments start from, each ``[S, H]``.
+        start: states before the first step, each ``[sizes[0], H]``.
         plan: that packed the rows.
         vendor: whether to run the vendor's kernel.
         only_starts: whether states after the first step of each segment suffice.
 
     Returns:
         The states after every step, each ``[N, H]``. With ``vendor``, those besides ``h`` are
-        detached and, with ``only_starts``, those of the first step, ``[S, H]``.
+        detached and, with ``only_starts``, those of segments' first steps, ``[S, H]``.
     """
     if vendor and weights.w_hr is None:
         return vendor_lstm.run(weights, x, start, plan, only_starts)

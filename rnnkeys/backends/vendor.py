@@ -35,7 +35,7 @@ def run(
     Args:
         weights: of the layer, without projection.
         x: inputs.
-        start: ``(h, c)`` the segments start from, each ``[S, H]``.
+        start: ``(h, c)`` before the first step, each ``[sizes[0], H]``.
         plan: that packed the rows, in blocks.
         only_starts: whether cell states after segments' first steps suffice.
 
@@ -45,7 +45,7 @@ def run(
     """
     x, h0, c0 = (t.contiguous() for t in (x, *start))
     if onednn.runs(x):
-        y, cells = onednn.run(weights, x, (h0, c0), plan.blocks, only_starts)
+        y, cells = onednn.run(weights, x, (h0, c0), plan, only_starts)
     else:
         y, cells = _FirstOrderOnly.apply(_run_vendor(weights, x, (h0, c0), plan)), None
     if cells is None:
@@ -85,7 +85,8 @@ def _cells_from_outputs(
     """Compute cell states from outputs, those after segments' first steps or all."""
     hidden = h.shape[1]
     gates = 3 * hidden
-    sizes = plan.sizes[:1] if only_starts else plan.sizes
+    is_short = only_starts and not plan.clears
+    sizes = plan.sizes[:1] if is_short else plan.sizes
     rows = sum(sizes)
     w_ih, w_hh = weights.w_ih[:gates], weights.w_hh[:gates]
     bias = None
@@ -94,11 +95,14 @@ def _cells_from_outputs(
     pre = F.linear(x[:rows], w_ih, bias).addmm_(_before(start[0], h, sizes), w_hh.t())
     i_f, g = pre[:, : 2 * hidden].sigmoid_(), pre[:, 2 * hidden :].tanh_()
     i, f = i_f.split(hidden, 1)
-    c = i.mul_(g) if only_starts else torch.mul(i, g)
+    c = i.mul_(g) if is_short else torch.mul(i, g)
+    if plan.clears:
+        for gate in (c, f):
+            gate.index_fill_(0, plan.padding, 0)
     previous = start[1]
     for f_now, c_now in zip(f.split(sizes), c.split(sizes), strict=True):
         previous = c_now.addcmul_(f_now, previous[: c_now.shape[0]])
-    return c
+    return plan.at_first_steps(c) if only_starts else c
 
 
 def _before(start: Tensor, after: Tensor, sizes: list[int]) -> Tensor:

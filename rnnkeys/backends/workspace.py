@@ -1,0 +1,152 @@
+"""Where oneDNN's LSTM kernel keeps the cell states that it does not return.
+
+The kernel returns outputs and the last cell state. It keeps the others in the workspace for its
+backward pass, from where they are copied. Where they lie is no part of its interface, so it is
+probed once for every size, and in every block the last step is computed again from what was found
+and compared with the returned state.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cells import LSTM_CELL, Weights
+
+# Relative to the largest state: rounding differs a little, a wrong place differs a lot.
+_END_TOLERANCE = 1e-4
+_LSTM_MODE = 2
+# Elements of a page, on which oneDNN begins every part of its workspace.
+_PAGE = 1024
+
+
+class Ran(NamedTuple):
+    """What oneDNN made of a block: outputs ``[T, B, H]``, last state, and its workspace."""
+
+    y: Tensor
+    h: Tensor
+    c: Tensor
+    workspace: Tensor
+
+
+def run_block(weights, x: Tensor, h: Tensor, c: Tensor, with_workspace: bool) -> Ran:
+    """Run ``x [T, B, I]``; it leaves a workspace only where gradients are recorded."""
+    with torch.set_grad_enabled(with_workspace):
+        y, h, c, workspace = torch.mkldnn_rnn_layer(  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+            *(x, *weights, h, c),
+            *(False, [], _LSTM_MODE, h.shape[1], 1, True, False, False, with_workspace),
+        )
+    # Without gradients there is none: torch gives None.
+    return Ran(y, h, c, y.new_empty(0) if workspace is None else workspace)
+
+
+def run_block_back(weights, x: Tensor, start, ran: Ran, grads):
+    """Gradients of ``x``, the weights, ``h`` and ``c``, from those of ``y``, last ``h`` and ``c``.
+
+    Returns:
+        Those of ``x``, ``w_ih``, ``w_hh`` and of either bias; those of ``h`` and ``c``.
+    """
+    # Positions: see aten::mkldnn_rnn_layer_backward.
+    d_x, d_w_ih, d_w_hh, d_b, _, dh, dc = torch.ops.aten.mkldnn_rnn_layer_backward(
+        *(x, *weights, *start, ran.y, ran.h, ran.c, *grads),
+        *(False, _LSTM_MODE, ran.y.shape[2], 1, True, True, False, [], False, ran.workspace),
+    )
+    return [d_x, d_w_ih, d_w_hh, d_b], (dh, dc)
+
+
+def size_of_row(inputs: int, hidden: int) -> int:
+    """Elements of the workspace that a row of one step takes, roughly.
+
+    Examples:
+        >>> size_of_row(64, 128)
+        1024
+    """
+    return 4 * hidden + 2 * hidden + 2 * max(inputs, hidden)
+
+
+def hidden_cells(ran: Ran, inputs: int) -> Tensor | None:
+    """View the cell states after all steps but the last, ``[T - 1, B, H]``, in the workspace.
+
+    None if they are not where they are looked for.
+    """
+    hidden = ran.y.shape[2]
+    if ran.workspace.numel() == 0 or not _is_known(inputs, hidden):
+        return None
+    parts = _find(ran, inputs)
+    if parts is None:
+        return None
+    cells, gates = parts
+    if not len(cells):
+        return cells
+    after, before, last_gates = ran.c.numpy(), cells[-1].numpy(), gates[-1].numpy()
+    # One row tells a wrong place from the right one. If it is not finite it tells nothing, and must
+    # not change how the others are computed.
+    row = np.abs(after[:, 0]).argmax()
+    if _agree(last_gates[row], before[row], after[row]):
+        return cells
+    finite = np.isfinite(after).all(1)
+    return cells if _agree(last_gates[finite], before[finite], after[finite]) else None
+
+
+def _agree(gates: np.ndarray, before: np.ndarray, after: np.ndarray) -> bool:
+    """Whether ``c`` after a step is what its gates make of ``c`` before it."""
+    i, f, g, _ = np.split(gates, 4, -1)
+    with np.errstate(invalid="ignore"):
+        error = np.abs(i * g + f * before - after)
+    return bool(error.max(initial=0) <= _END_TOLERANCE * np.abs(after).max(initial=0))
+
+
+def _find(ran: Ran, inputs: int) -> tuple[Tensor, Tensor] | None:
+    """View cell states ``[T - 1, B, H]`` and activated gates ``[T, B, 4H]``; None if none fit.
+
+    oneDNN lays out: gates, two parts of outputs, and cell states, which begin with two entries for
+    every step that it does not use here.
+    """
+    steps, rows, hidden = ran.y.shape
+    flat = ran.workspace.view(torch.float32).flatten()
+    width = _padded(4 * hidden)
+    parts = (
+        steps * rows * width,
+        steps * rows * _padded(hidden),
+        2 * (steps + 1) * rows * _padded(max(inputs, hidden)),
+    )
+    first = sum(-(-size // _PAGE) * _PAGE for size in parts) + (steps + 2) * rows * hidden
+    cells = flat[first : first + (steps - 1) * rows * hidden]
+    if cells.numel() < (steps - 1) * rows * hidden:
+        return None
+    gates = flat[: parts[0]].view(steps, rows, width)[..., : 4 * hidden]
+    return cells.view(steps - 1, rows, hidden), gates
+
+
+def _padded(width: int) -> int:
+    """Elements of a row: a multiple of 16, and 16 more where that is a multiple of 256."""
+    width = -(-width // 16) * 16
+    return width + 16 * (width % 256 == 0)
+
+
+@functools.cache
+def _is_known(inputs: int, hidden: int) -> bool:
+    """Whether states lie where they are looked for, by a small example."""
+    steps, rows = 4, 3
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator) - 0.5
+
+    sizes = ((4 * hidden, inputs), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,))
+    weights = Weights(*(draw(*size) for size in sizes))
+    x, h, c = draw(steps, rows, inputs), draw(rows, hidden), draw(rows, hidden)
+    ran = run_block(weights[:4], x, h, c, with_workspace=True)
+    with torch.no_grad():
+        expected, state = [], (h, c)
+        for x_t in x:
+            state = LSTM_CELL.step(weights, LSTM_CELL.input_gates(weights, x_t), state)
+            expected.append(state[1])
+        found = _find(ran, inputs)
+    if found is None:
+        return False
+    return torch.allclose(found[0], torch.stack(expected[:-1]), rtol=0, atol=1e-5)

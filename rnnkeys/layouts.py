@@ -1,0 +1,134 @@
+"""Where segments run: which row of which steps, decided on the host.
+
+Segments do not depend on each other, so they may run side by side, each down a row of its own, or
+one below the other in a row that clears its state in a gap between them.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import NamedTuple
+
+import numpy as np
+
+_MAX_BLOCK_CANDIDATES = 48
+# A kernel's registers hold this many rows at once.
+_FULL_ROWS = 16
+# Gaps, as a share of the steps, that are sure to cost more than they save.
+_MOST_GAPS = 0.3
+
+
+class Layout(NamedTuple):
+    """Where segments run.
+
+    Attributes:
+        sizes: ``[steps]``, rows of every step, never growing.
+        row: ``[S]``, the row of each segment.
+        first: ``[S]``, the step at which each begins.
+        clears: whether segments share rows, with a gap of one step or more between them.
+    """
+
+    sizes: np.ndarray
+    row: np.ndarray
+    first: np.ndarray
+    clears: bool
+
+
+def lay_out(lengths: np.ndarray, block_rows: int, carried: np.ndarray | None) -> Layout:
+    """Lay segments out so that they cost least.
+
+    Args:
+        lengths: ``[S]``, of segments.
+        block_rows: if not 0, steps run in blocks of one size, each of which costs about as much as
+            this many rows of one step.
+        carried: ``[S]``, which segments start from a state that a gap cannot make, so that they
+            must be the first of their row; None where rows cannot be shared.
+
+    Examples:
+        >>> lay_out(np.array([1, 3, 2]), 0, None).sizes.tolist()
+        [3, 2, 1]
+        >>> lay_out(np.array([1, 2, 4]), 128, np.array([False, True, False])).sizes.tolist()
+        [2, 2, 2, 2]
+    """
+    rows = lengths.sum()
+    most = (1 + _MOST_GAPS) * rows + block_rows
+    shared = None if carried is None else _share_rows(lengths, carried, most)
+    if shared is not None and shared.sizes.sum() <= rows + block_rows:
+        return shared
+    own = _own_rows(lengths, block_rows)
+    blocks = 1 + np.count_nonzero(np.diff(own.sizes))
+    if shared is not None and shared.sizes.sum() <= own.sizes.sum() + (blocks - 1) * block_rows:
+        return shared
+    return own
+
+
+def _own_rows(lengths: np.ndarray, block_rows: int) -> Layout:
+    """Side by side from the first step, sorted by falling length."""
+    row = np.empty_like(lengths)
+    order = np.argsort(-lengths, kind="stable")
+    row[order] = np.arange(len(lengths))
+    sizes = _rows_per_step(lengths[order])
+    if block_rows:
+        sizes = _pad_to_blocks(sizes, block_rows)
+    return Layout(sizes, row, np.zeros_like(lengths), clears=False)
+
+
+def _share_rows(lengths: np.ndarray, carried: np.ndarray, most: float) -> Layout | None:
+    """In rows of one length, a gap between any two; None if nothing can be shared.
+
+    Nor if it takes more rows of one step than ``most``.
+
+    Longest segments first, each to the row that is least full.
+    """
+    rows = int(lengths.sum() + len(lengths)) // int(lengths.max())
+    rows = rows // _FULL_ROWS * _FULL_ROWS if rows > _FULL_ROWS else rows
+    rows = max(rows, int(carried.sum()), 1)
+    if rows >= len(lengths) or lengths.sum() + len(lengths) - rows > most:
+        return None
+    order = np.lexsort((-lengths, ~carried))
+    row, first = np.empty_like(lengths), np.empty_like(lengths)
+    row[order[:rows]], first[order[:rows]] = np.arange(rows), 0
+    full = [(length + 1, k) for k, length in enumerate(lengths[order[:rows]].tolist())]
+    heapq.heapify(full)
+    places = []
+    for length in lengths[order[rows:]].tolist():
+        begin, k = full[0]
+        heapq.heapreplace(full, (begin + length + 1, k))
+        places.append((begin, k))
+    first[order[rows:]], row[order[rows:]] = np.array(places).T
+    return Layout(np.full(max(full)[0] - 1, rows), row, first, clears=True)
+
+
+def _rows_per_step(lengths: np.ndarray) -> np.ndarray:
+    """How many segments are longer than ``t``, for every ``t``; ``lengths`` are sorted, falling."""
+    return len(lengths) - np.searchsorted(lengths[::-1], np.arange(lengths[0]), side="right")
+
+
+def _pad_to_blocks(sizes: np.ndarray, block_rows: int) -> np.ndarray:
+    """Round sizes up to few values, until one more block would cost more than it saves.
+
+    Dynamic programming over the steps at which the size falls: ``best[j]`` is the least cost of all
+    steps before candidate ``j`` when a block ends there.
+    """
+    falls = np.flatnonzero(np.diff(sizes)) + 1
+    if len(falls) > _MAX_BLOCK_CANDIDATES:
+        # Candidates where equal shares of all rows lie between them.
+        share = np.searchsorted(
+            np.cumsum(sizes)[falls - 1],
+            np.linspace(0, sizes.sum(), _MAX_BLOCK_CANDIDATES, endpoint=False)[1:],
+        )
+        falls = falls[np.unique(np.minimum(share, len(falls) - 1))]
+    cuts = np.concatenate([[0], falls, [len(sizes)]])
+    best = np.zeros(len(cuts))
+    choice = np.zeros(len(cuts), dtype=np.int64)
+    for j in range(1, len(cuts)):
+        cost = best[:j] + block_rows + (cuts[j] - cuts[:j]) * sizes[cuts[:j]]
+        choice[j] = int(cost.argmin())
+        best[j] = cost[choice[j]]
+    padded = np.empty_like(sizes)
+    j = len(cuts) - 1
+    while j:
+        i = choice[j]
+        padded[cuts[i] : cuts[j]] = sizes[cuts[i]]
+        j = i
+    return padded
