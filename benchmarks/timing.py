@@ -1,13 +1,15 @@
-"""Times contestants side by side: every round runs each of them once, in rotating order.
+"""Times contestants side by side: every round runs each of them once, in an order of its own.
 
 A machine's speed drifts. Contestants that are timed in turns drift together, so that ratios of
-their medians stand where the figures themselves do not.
+their medians stand where the figures themselves do not. A call finds the caches and the memory as
+the one before it has left them, so each comes after any other.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -109,10 +111,10 @@ def interleave(
     """
     contestants = {key: _Contestant(call, budget, clock) for key, call in calls.items()}
     turns = max(c.rounds for c in contestants.values())
-    order = list(contestants.values())
+    order, shuffle = list(contestants.values()), random.Random(0).shuffle
     for turn in range(turns):
-        shift = turn % len(order)
-        for contestant in order[shift:] + order[:shift]:
+        shuffle(order)
+        for contestant in order:
             contestant.take_part(turn, turns)
     return {key: c.summary() for key, c in contestants.items()}
 

@@ -172,7 +172,7 @@ def find_carried(is_init: Tensor, states: Sequence[Tensor]) -> np.ndarray | None
     """Find the segments that do not start from zeros, or whose start gets a gradient.
 
     Args:
-        is_init: bool ``[B, T]``, as :func:`plan` takes it.
+        is_init: bool ``[B, T]``, as :func:`plan` takes it, on the CPU.
         states: each ``[B, T, ...]``, read where segments start.
 
     Returns:
@@ -184,14 +184,13 @@ def find_carried(is_init: Tensor, states: Sequence[Tensor]) -> np.ndarray | None
         >>> find_carried(marks, [torch.tensor([[[2.0], [7.0], [0.0], [7.0]]])])
         array([ True, False])
     """
-    marks = is_init.detach().clone()
-    marks[:, 0] = True
-    index = marks.flatten().nonzero().squeeze(1)
-    count = len(index)
-    if count == len(marks) or count * _SHORT_SEGMENT > marks.numel():
+    starts, _ = _segments(is_init.numpy())
+    count = len(starts)
+    if count == len(is_init) or count * _SHORT_SEGMENT > is_init.numel():
         return None
     if torch.is_grad_enabled() and any(state.requires_grad for state in states):
         return np.ones(count, dtype=bool)
+    index = torch.from_numpy(starts)
     found = [_take(state.detach(), index).flatten(1) for state in states]
     return torch.cat(found, 1).any(1).numpy()
 

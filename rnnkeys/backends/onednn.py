@@ -218,7 +218,7 @@ class _Wanted:
         last, end = begin + (steps - 1) * size, begin + steps * size
         bounds = begin, last, end
         if self.rows is not None:
-            bounds = torch.searchsorted(self.rows, torch.tensor(bounds)).tolist()
+            bounds = self.rows.numpy().searchsorted(bounds).tolist()
         if self.cells is None or bounds[0] == bounds[2]:
             return
         found = hidden_cells(ran, inputs)

@@ -94,7 +94,8 @@ def hidden_cells(ran: Ran, inputs: int) -> Tensor | None:
 
 def _agree(gates: np.ndarray, before: np.ndarray, after: np.ndarray) -> bool:
     """Whether ``c`` after a step is what its gates make of ``c`` before it."""
-    i, f, g, _ = np.split(gates, 4, -1)
+    hidden = after.shape[-1]
+    i, f, g = (gates[..., k : k + hidden] for k in range(0, 3 * hidden, hidden))
     with np.errstate(invalid="ignore"):
         error = np.abs(i * g + f * before - after)
     return bool(error.max(initial=0) <= _END_TOLERANCE * np.abs(after).max(initial=0))
