@@ -107,6 +107,11 @@ class Plan:
     def put_at_starts(self, rows: Tensor) -> Tensor:
         """Put ``rows [S, ...]`` where segments start in ``[B, T, ...]``, and NaN elsewhere."""
         batch, steps = self.shape
+        if self.is_dense:
+            out = rows.new_empty(batch, steps, *rows.shape[1:])
+            out[:, 1:] = float("nan")
+            out[:, 0] = rows
+            return out
         flat = rows.new_full((batch * steps, *rows.shape[1:]), float("nan"))
         return flat.index_copy_(0, self.starts, rows).view(batch, steps, *rows.shape[1:])
 
@@ -184,13 +189,13 @@ def find_carried(is_init: Tensor, states: Sequence[Tensor]) -> np.ndarray | None
         >>> find_carried(marks, [torch.tensor([[[2.0], [7.0], [0.0], [7.0]]])])
         array([ True, False])
     """
-    starts, _ = _segments(is_init.numpy())
-    count = len(starts)
-    if count == len(is_init) or count * _SHORT_SEGMENT > is_init.numel():
+    marks = is_init.numpy()
+    count = len(marks) + np.count_nonzero(marks[:, 1:])
+    if count == len(marks) or count * _SHORT_SEGMENT > marks.size:
         return None
     if torch.is_grad_enabled() and any(state.requires_grad for state in states):
         return np.ones(count, dtype=bool)
-    index = torch.from_numpy(starts)
+    index = torch.from_numpy(_segments(marks)[0])
     found = [_take(state.detach(), index).flatten(1) for state in states]
     return torch.cat(found, 1).any(1).numpy()
 

@@ -60,6 +60,7 @@ def test_a_wrong_place_of_hidden_states_is_noticed(monkeypatch):
     problem = problems.make("lstm", "random", dtype=F32, **SIZES)
     every = _states(problem)
     monkeypatch.setattr(workspace, "_is_known", lambda inputs, hidden: True)
+    monkeypatch.setattr(workspace, "_checked", set())
     monkeypatch.setattr(workspace, "_PAGE", workspace._PAGE + 16)
     for a, b in zip(_states(problem), every, strict=True):
         assert_equal(a, b, F32)
