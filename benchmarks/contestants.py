@@ -16,6 +16,7 @@ from .cases import GATES, STATES, Batch, Case, Shape, make_batch
 
 AUTO, STARTS, PAD, SCAN = "auto", "auto, starts", "pad", "scan"
 LOOP, PAD_OWN, NO_RESETS = "loop", "pad, own kernel", "auto, no resets"
+STORED = "auto, stored states"
 TORCHRL_PAD, TORCHRL_SCAN = "TorchRL pad", "TorchRL scan"
 VENDOR, CUT = "nn", "nn in a loop"
 GEMM = "sgemm"
@@ -31,6 +32,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     AUTO: {},
     STARTS: {"store_states": "starts"},
     NO_RESETS: {},
+    STORED: {},
     PAD: {"recurrent_backend": "pad"},
     SCAN: {"recurrent_backend": "scan"},
     LOOP: {"recurrent_backend": "loop"},
@@ -111,7 +113,11 @@ def _make_run(name: str, case: Case, layers: nn.RNNBase, batch: Batch) -> Forwar
         # Without the vendor's layers the packed rows run the hand-written kernel.
         module = module.make_python_based()  # pyright: ignore[reportCallIssue]
     marks = torch.zeros_like(batch.is_init) if name == NO_RESETS else batch.is_init
-    entries = {"x": batch.x, "is_init": marks.unsqueeze(-1), **batch.states}
+    states = batch.states
+    if name == STORED:
+        # At every start one that is not zero, as where slices of episodes lie end to end.
+        states = {key: torch.full_like(state, 0.1) for key, state in states.items()}
+    entries = {"x": batch.x, "is_init": marks.unsqueeze(-1), **states}
     data = TensorDict(entries, batch.is_init.shape)
     return lambda: module(data.copy())["y"]
 

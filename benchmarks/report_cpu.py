@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 
 from .cases import GATES
-from .contestants import AUTO, CUT, GEMM, NO_RESETS, OURS, TORCHRL, VENDOR
+from .contestants import AUTO, CUT, GEMM, NO_RESETS, OURS, STORED, TORCHRL, VENDOR
 from .goals import all_goals, memory_ratio, regret, speedup
 from .memory import MemoryRecord
 from .records import Results
@@ -108,7 +108,9 @@ def _verdicts(record: Record) -> _Verdicts:
 
 
 def _times(records: Sequence[Record], verdicts: Callable[[Record], _Verdicts]) -> str:
-    columns = [name for name in (*_COLUMNS, NO_RESETS) if any(name in r.timings for r in records)]
+    columns = [
+        name for name in (*_COLUMNS, NO_RESETS, STORED) if any(name in r.timings for r in records)
+    ]
     rows = [
         (
             *case_columns(record.case),

@@ -76,8 +76,8 @@ def time_together(
 
 
 def names_for(case: Case) -> tuple[str, ...]:
-    """Return who runs a case of the grid; the price of resets is read off at one reset in ten."""
-    extra = (contestants.NO_RESETS,) if case.resets == 0.1 else ()
+    """Return who runs a case; the price of resets and of states is read off at one in ten."""
+    extra = (contestants.NO_RESETS, contestants.STORED) if case.resets == 0.1 else ()
     return (*contestants.ALL, *extra)
 
 
