@@ -16,7 +16,7 @@ from .steps import OURS as RNNKEYS
 from .steps import TORCHRL as TORCHRL_LIBRARY
 from .tables import case_columns, digits, milliseconds, table
 
-_COLUMNS = (VENDOR, *OURS, *TORCHRL, CUT)
+_COLUMNS = (VENDOR, *OURS, *TORCHRL, CUT, NO_RESETS, STORED)
 _NOTHING = "not measured"
 
 
@@ -108,9 +108,7 @@ def _verdicts(record: Record) -> _Verdicts:
 
 
 def _times(records: Sequence[Record], verdicts: Callable[[Record], _Verdicts]) -> str:
-    columns = [
-        name for name in (*_COLUMNS, NO_RESETS, STORED) if any(name in r.timings for r in records)
-    ]
+    columns = [name for name in _COLUMNS if any(name in r.timings for r in records)]
     rows = [
         (
             *case_columns(record.case),
