@@ -10,7 +10,6 @@ from .mode import recurrent_mode as recurrent_mode
 from .mode import set_recurrent_mode as set_recurrent_mode
 from .modules import GRUModule as GRUModule
 from .modules import LSTMModule as LSTMModule
-from .modules import RecurrentModule as RecurrentModule
 from .plots import plot_episode_states as plot_episode_states
 from .plots import plot_state_staleness as plot_state_staleness
 from .policies import drqn_policy as drqn_policy
@@ -19,6 +18,7 @@ from .precision import RecurrentMatmulPrecision as RecurrentMatmulPrecision
 from .precision import RecurrentMatmulPrecisionUserMode as RecurrentMatmulPrecisionUserMode
 from .precision import get_recurrent_matmul_precision as get_recurrent_matmul_precision
 from .precision import set_recurrent_matmul_precision as set_recurrent_matmul_precision
+from .recurrent import RecurrentModule as RecurrentModule
 from .rnn import GRU as GRU
 from .rnn import LSTM as LSTM
 from .stateful import StatefulPolicy as StatefulPolicy

@@ -21,7 +21,7 @@ from .backends import in_transform
 from .cells import Cell
 
 if TYPE_CHECKING:
-    from .modules import RecurrentModule
+    from .recurrent import RecurrentModule
 
 _TRAJECTORY_KEY = ("collector", "traj_ids")
 _MASK_KEY = ("collector", "mask")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .doctor.runs import Staleness, ages, quietly, run_sequences, staleness_by_step
 from .mode import set_recurrent_mode
-from .modules import RecurrentModule
 from .objectives.networks import Recurrent, find_recurrent
+from .recurrent import RecurrentModule
 from .starts import find_starts, next_key
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from torchrl.data import TensorSpec
 from torchrl.modules import MLP, QValueModule
 
 from .cells import LAYER_NORM_LSTM_CELL
-from .modules import GRUModule, LSTMModule, RecurrentModule
+from .modules import GRUModule, LSTMModule
+from .recurrent import RecurrentModule
 
 _KINDS = ("lstm", "gru", "lstm_ln")
 

@@ -368,7 +368,7 @@ _MODULES = (
     ),
     Fault(
         "a single step feeds every layer with the input",
-        "rnnkeys/modules.py",
+        "rnnkeys/backends/step.py",
         "        x = state[0]\n        after.append(state)",
         "        x = state[0] if layer == len(layers) - 1 else state[0] * 0\n"
         "        after.append(state)",
@@ -376,14 +376,14 @@ _MODULES = (
     ),
     Fault(
         "the output of a single step shares memory with the state",
-        "rnnkeys/modules.py",
+        "rnnkeys/backends/step.py",
         "return x.clone(), tuple(",
         "return x, tuple(",
         ("tests/test_modules.py::test_an_activation_in_place_changes_no_state[False-1-loop-gru]",),
     ),
     Fault(
         "states are written in autocast's dtype, not the primer's",
-        "rnnkeys/modules.py",
+        "rnnkeys/recurrent.py",
         "return tuple(s if s.dtype == dtype else s.to(dtype) for s in states)",
         "return states",
         (
@@ -393,7 +393,7 @@ _MODULES = (
     ),
     Fault(
         "a copy reads the parameters of the original",
-        "rnnkeys/modules.py",
+        "rnnkeys/recurrent.py",
         "        super().__setstate__(state)\n        self._look_at_layers()\n",
         "        super().__setstate__(state)\n",
         ("tests/test_modules.py::test_a_copy_reads_its_own_parameters[gru]",),
@@ -431,7 +431,7 @@ _MISUSE = (
     ),
     Fault(
         "keys that are assigned later are not read",
-        "rnnkeys/modules.py",
+        "rnnkeys/recurrent.py",
         "            self._read_at(value)\n",
         '            "_input_key" in vars(self) or self._read_at(value)\n',
         ("tests/test_misuse.py::test_keys_may_be_assigned_later[gru]",),

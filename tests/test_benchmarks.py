@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_cpu, contestants, fit_auto, goals, memory, steps, tables, timing
+from benchmarks import (
+    allocator,
+    bench_cpu,
+    contestants,
+    fit_auto,
+    goals,
+    memory,
+    steps,
+    tables,
+    timing,
+)
 from benchmarks.cases import LONG, SHORT, Case, Grid, Shape, episode_lengths, make_batch, starts
 from benchmarks.contestants import (
     AUTO,
@@ -419,3 +429,20 @@ def test_examples_in_docstrings(module) -> None:
     result = doctest.testmod(module)
     assert result.attempted > 0
     assert not result.failed
+
+
+def test_allocator_compares_medians_of_processes() -> None:
+    cases = (Case("LSTM", Shape(2, 4, 3, 5), 0.0),)
+    seconds = {"default": (0.004, 0.010, 0.006), "kept": (0.001, 0.002, 0.003)}
+    runs = {
+        way: [{f"0 {VENDOR}": s, f"0 {AUTO}": 2 * s} for s in found]
+        for way, found in seconds.items()
+    }
+    row = allocator.report(runs, cases).splitlines()[-1]
+    assert row == "| LSTM | (2, 4, 3, 5) | 0 | 6 | 2 | 3.00 | 12 | 4 | 3.00 |"
+
+
+def test_allocator_times_both_contestants_of_every_case() -> None:
+    cases = [Case(cell, Shape(2, 4, 3, 5), 0.0) for cell in ("LSTM", "GRU")]
+    found = allocator.time_cases(cases, Budget(0.01, 1, 1))
+    assert found.keys() == {f"{place} {name}" for place in (0, 1) for name in (VENDOR, AUTO)}

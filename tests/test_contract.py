@@ -90,7 +90,7 @@ def test_equals_the_reference_in_any_memory_layout(way, cell, dtype, layout):
 @in_every_way_once
 def test_equals_the_reference_where_time_is_long(monkeypatch, way, cell, dtype, marks):
     """More steps and rows than are handled at once anywhere."""
-    monkeypatch.setattr(fused, "_CHUNK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(fused, "_MOST_ELEMENTS", 1 << 14)
     _check(problems.for_way(way, cell, marks, dtype=dtype, batch=6, steps=160, hidden=48), way)
 
 

@@ -73,7 +73,7 @@ def test_forward_operators_keep_torchs_rules(cell, sizes, resets):
 @of_both_cells
 def test_states_do_not_depend_on_what_is_kept(monkeypatch, cell, sizes, resets):
     """Without a backward pass no more than a chunk of activations is held at a time."""
-    monkeypatch.setattr(fused, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(fused, "_MOST_ELEMENTS", 1)
     *arguments, _ = _arguments(cell, sizes, resets)
     count = len(CELLS[cell][0].state_names)
     kept, few = FORWARD[cell](*arguments, True), FORWARD[cell](*arguments, False)

@@ -20,8 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Rows x gates handled at once: large enough to amortise calls, small enough for the cache.
-_CHUNK_ELEMENTS = 1 << 19
+# Rows x gates handled at once: large enough to amortise calls, small enough for the cache, and a
+# part of the whole, so that small batches take no more memory than torch's layers.
+_MOST_ELEMENTS, _FEWEST_ELEMENTS, _PARTS = 1 << 19, 1 << 17, 4
 
 
 class Resets(NamedTuple):
@@ -54,11 +55,12 @@ def chunks(sizes: Sequence[int], width: int) -> Iterator[Chunk]:
     """Cut time into chunks, from its end; ``width`` is the number of elements of a row.
 
     Examples:
-        >>> [chunk.steps for chunk in chunks([2, 2, 1], 1 << 17)]
+        >>> [chunk.steps for chunk in chunks([2, 2, 1], 1 << 15)]
         [slice(1, 3, None), slice(0, 1, None)]
     """
-    limit = max(1, _CHUNK_ELEMENTS // width)
     last, end = len(sizes), sum(sizes)
+    elements = min(_MOST_ELEMENTS, max(_FEWEST_ELEMENTS, end * width // _PARTS))
+    limit = max(1, elements // width)
     while last:
         first, begin = last, end
         while first and (first == last or end - begin + sizes[first - 1] <= limit):
