@@ -156,7 +156,7 @@ def _never_by_select(monkeypatch) -> None:
 def _pieces(monkeypatch, request) -> None:
     """Cut the rows after few steps."""
     if request.param == "pieces":
-        for name in ("_LARGE", "_LARGE_AMONG_COPIES"):
+        for name in ("_LARGE", "_LARGE_AMONG_COPIES", "_PIECE_ELEMENTS"):
             monkeypatch.setattr(onednn, name, 0)
         monkeypatch.setattr(onednn, "_PIECE", 40)
 

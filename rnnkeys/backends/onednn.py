@@ -27,8 +27,8 @@ _ALMOST_ZERO = 1e-30
 # and of smaller pieces not many times as much; to get it anew from the system takes as long as to
 # compute. Where a workspace is larger than this, alone or among copies of packed rows, it is cut.
 _LARGE, _LARGE_AMONG_COPIES = 8_000_000, 4_000_000
-# Rows of the pieces: as few as a call is worth, or twice as many.
-_PIECE = 1 << 10
+# Rows of a piece that are worth a call, and elements where rows are short.
+_PIECE, _PIECE_ELEMENTS = 1 << 10, 1 << 20
 
 
 def runs(x: Tensor) -> bool:
@@ -176,9 +176,10 @@ def _run_with_resets(given: Any, plan: Plan) -> tuple[Tensor, Tensor]:
 
 def _cut(plan: Plan, inputs: int, hidden: int, with_workspace: bool) -> Iterator[tuple[int, int]]:
     """Steps and rows of the blocks to run: those of the plan, cut where workspaces grow large."""
-    size = with_workspace * sum(plan.sizes) * size_of_row(inputs, hidden)
+    width = size_of_row(inputs, hidden)
+    size = with_workspace * sum(plan.sizes) * width
     is_large = size > (_LARGE if plan.is_dense else _LARGE_AMONG_COPIES)
-    most = _PIECE if size > _LARGE else 2 * _PIECE
+    most = max(_PIECE, _PIECE_ELEMENTS // width) * (1 if size > _LARGE else 2)
     for _, steps, rows in plan.blocks:
         pieces = -(-steps // max(1, most // rows)) if is_large else 1
         for k in range(pieces):
