@@ -1,10 +1,11 @@
 """Measures how good the choice of ``recurrent_backend="auto"`` is on a CPU.
 
 Run ``python -m benchmarks.fit_auto``: every backend and ``auto`` take turns on a grid of cells,
-sizes and chances of a reset, forward alone and with a backward pass. It prints, worst first, what
-``auto`` costs over the best single backend (its regret). Cases beyond the limit are timed again,
-more often, before they count. The exit status is 1 if any is left. On a machine that is not idle,
-``--cpu-time`` counts the time that one thread computes, not that which passes.
+sizes and chances of a reset, forward alone and with a backward pass. It prints, as a page of
+Markdown and worst first, what ``auto`` costs over the best single backend (its regret). Cases
+beyond the limit are timed again, more often, before they count. The exit status is 1 if any is
+left. On a machine that is not idle, ``--cpu-time`` counts the time that one thread computes, not
+that which passes.
 """
 
 from __future__ import annotations
@@ -130,7 +131,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.threads = 1
     torch.set_num_threads(arguments.threads)
     check_agreement(CONTESTANTS)
-    print(table(("", ""), cpu_facts(arguments.threads).items()), end="\n\n")
+    what = "CPU time of one thread" if arguments.cpu_time else "time that passes"
+    print(
+        '# What `recurrent_backend="auto"` costs over the best backend\n\nWritten by `python -m '
+        f"benchmarks.fit_auto`. Milliseconds per call, {what}; `±` is half the distance between "
+        "the quartiles. The regret is the time of `auto` over that of the best single backend.\n",
+        table(("", ""), cpu_facts(arguments.threads).items()),
+        sep="\n",
+        end="\n\n",
+    )
     budget = Budget(0.02, 3, 5) if arguments.quick else Budget(0.15, 5, 15)
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     records = measure(fit_cases(arguments.quick), budget, arguments.limit, clock)

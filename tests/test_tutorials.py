@@ -203,12 +203,15 @@ def test_resuming_a_finished_run_says_so(run: Run, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to another process")
-def test_ctrl_c_leaves_everything_written(tmp_path: Path) -> None:
-    interrupt(SCRIPT, [*SHORT, "--frames", "10000000", "--eval-every", "512"], tmp_path)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_everything_written(tmp_path: Path, number: signal.Signals) -> None:
+    interrupt(SCRIPT, [*SHORT, "--frames", "10000000", "--eval-every", "512"], tmp_path, number)
     assert len(read_rows(tmp_path)) == read_checkpoint(tmp_path)["frames"] // 512
 
 
-def interrupt(script: Path, argv: list[str], folder: Path) -> None:
+def interrupt(
+    script: Path, argv: list[str], folder: Path, number: signal.Signals = signal.SIGINT
+) -> None:
     """Run a tutorial, press Ctrl-C after its first evaluation, and check that all is written."""
     process = subprocess.Popen(
         [sys.executable, str(script), *argv, "--output", str(folder)],
@@ -219,7 +222,7 @@ def interrupt(script: Path, argv: list[str], folder: Path) -> None:
     )
     while process.poll() is None and not (folder / "checkpoint.pt").exists():
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "Traceback" not in err

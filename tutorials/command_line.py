@@ -179,21 +179,30 @@ def flag(name: str) -> str:
 
 
 class StopOnInterrupt:
-    """Ask the loop to stop at the first Ctrl-C; let the second one break off as usual."""
+    """Ask the loop to stop at the first Ctrl-C or SIGTERM; let the second one break off as usual.
+
+    SIGTERM is what a scheduler sends to a job whose time is over.
+    """
 
     def __init__(self) -> None:
         self.asked = False
 
     def __enter__(self) -> StopOnInterrupt:
-        self.previous = signal.signal(signal.SIGINT, self._ask)
+        self.previous = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self.previous)
+        self._restore()
 
     def __call__(self) -> bool:
         return self.asked
 
     def _ask(self, *signal_and_frame: object) -> None:
         self.asked = True
-        signal.signal(signal.SIGINT, self.previous)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
