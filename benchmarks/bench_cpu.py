@@ -1,7 +1,7 @@
 """Measures speed and memory on a CPU, side by side with what else there is.
 
 Run ``python -m benchmarks.bench_cpu``: at most 20 minutes on two idle cores; figures, tables and
-pictures go to ``benchmarks/results``. What there was no time for is left out and counted on the
+pictures go to ``benchmarks/results/cpu``. What there was no time for is left out and counted on the
 page. What was measured is kept at every moment in ``cpu_unfinished.json`` beside them, so that a
 run that is cut off, by Ctrl-C say, loses nothing: ``--render cpu_unfinished.json`` makes a page.
 """
@@ -27,7 +27,7 @@ from .sequences import BOTH, FORWARD, names_for, time_growth, time_together
 from .steps import one_core, time_collectors, time_modules, time_policies
 from .timing import Budget
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results" / "cpu"
 _FIGURES, _PAGE, _UNFINISHED = "cpu.json", "cpu.md", "cpu_unfinished.json"
 _MINUTES = 18.0
 
@@ -152,7 +152,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     parser.add_argument("--threads", type=int, default=2, help="of torch (2)")
     parser.add_argument(
-        "--output", type=Path, help="folder for figures, tables and pictures (benchmarks/results)"
+        "--output", type=Path, help="folder for figures, tables and pictures (benchmarks/results/cpu)"
     )
     parser.add_argument("--minutes", type=float, default=_MINUTES, help=f"limit ({_MINUTES:g})")
     parser.add_argument(

@@ -273,6 +273,13 @@ _PAD = (
         ("tests/test_vendor.py::test_a_wrong_place_of_hidden_states_is_noticed",),
     ),
     Fault(
+        "oneDNN gets weights that it multiplies slowly",
+        "rnnkeys/backends/products.py",
+        "return weight if weight.is_contiguous() or weight.t().is_contiguous() else",
+        "return weight if weight.ndim == 2 else",
+        ("tests/test_vendor.py::test_products_with_part_of_a_weight_are_those_with_a_copy",),
+    ),
+    Fault(
         "vendor: a gap leaves the forget gate open",
         "rnnkeys/backends/onednn.py",
         "shut[: w_ih.shape[0] // 2] = _SHUT",

@@ -126,6 +126,20 @@ def test_products_are_those_of_torch(monkeypatch, transposed, rows):
         assert products.linear(x, weight).is_contiguous()
 
 
+def test_products_with_part_of_a_weight_are_those_with_a_copy(monkeypatch):
+    """Such as the states of one layer of several."""
+    seen, wide, without_gaps = [], torch.randn(66, 256), products._without_gaps
+    monkeypatch.setattr(products, "_LARGE", 0)
+    monkeypatch.setattr(
+        products, "_without_gaps", lambda w: seen.append(without_gaps(w)) or seen[-1]
+    )
+    x = torch.randn(384, 66)
+    for weight in (wide[:, :128].t(), wide[:, :128].t().contiguous(), wide.t()):
+        assert_equal(products.linear(x, weight), x @ weight.t(), F32)
+        assert seen[-1].is_contiguous() or seen[-1].t().is_contiguous()
+    assert seen[-1].data_ptr() == wide.data_ptr()
+
+
 @pytest.mark.parametrize("only_starts", [False, True])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_the_numbers_are_the_same(mode, only_starts):
