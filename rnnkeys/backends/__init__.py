@@ -295,7 +295,8 @@ class _Pad:
             count = self.plan.starts.numel()
             # Some have no other rows.
             firsts = [r if len(r) == count else self.plan.at_first_steps(r) for r in rows]
-            return self.plan.put_at_starts(torch.stack(firsts, 1))
+            first = firsts[0].unsqueeze(1) if len(firsts) == 1 else torch.stack(firsts, 1)
+            return self.plan.put_at_starts(first)
         is_own = top is None and (self.vendor or not self.plan.is_dense)
         if is_own and len(rows) == 1:
             return self.unpack(rows[0]).unsqueeze(2)

@@ -210,12 +210,19 @@ class _Wanted:
 
     def __init__(self, plan: Plan, only_starts: bool, like: Tensor) -> None:
         self.rows = plan.start_rows if only_starts else None
+        self.at_once = only_starts and not plan.clears
         count = len(plan.source if self.rows is None else self.rows)
         self.cells: Tensor | None = like.new_empty(count, like.shape[1])
 
     def take(self, ran: Ran, inputs: int, begin: int) -> None:
         """Take what is wanted of a block that begins at row ``begin``."""
         steps, size, hidden = ran.y.shape
+        if self.at_once:
+            # All segments begin in the first step.
+            if begin == 0:
+                found = hidden_cells(ran, inputs) if steps > 1 else ran.c.unsqueeze(0)
+                self.cells = None if found is None else found[0].clone()
+            return
         last, end = begin + (steps - 1) * size, begin + steps * size
         bounds = begin, last, end
         if self.rows is not None:
