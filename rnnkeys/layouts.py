@@ -14,8 +14,6 @@ import numpy as np
 _MAX_BLOCK_CANDIDATES = 48
 # A kernel's registers hold this many rows at once.
 _FULL_ROWS = 16
-# Gaps, as a share of the steps, that are sure to cost more than they save.
-_MOST_GAPS = 0.3
 
 
 class Layout(NamedTuple):
@@ -50,16 +48,26 @@ def lay_out(lengths: np.ndarray, block_rows: int, carried: np.ndarray | None) ->
         >>> lay_out(np.array([1, 2, 4]), 128, np.array([False, True, False])).sizes.tolist()
         [2, 2, 2, 2]
     """
-    rows = lengths.sum()
-    most = (1 + _MOST_GAPS) * rows + block_rows
-    shared = None if carried is None else _share_rows(lengths, carried, most)
-    if shared is not None and shared.sizes.sum() <= rows + block_rows:
+    rows = 0 if carried is None else _rows_to_share(lengths, carried)
+    if carried is None or rows >= len(lengths):
+        return _own_rows(lengths, block_rows)
+    steps = int(lengths.sum())
+    # Where sharing may lose, it is compared before it is planned: every gap takes a step.
+    own = None
+    if len(lengths) - rows > block_rows:
+        own = _own_rows(lengths, block_rows)
+        if steps + len(lengths) - rows > _cost(own, block_rows):
+            return own
+    shared = _share_rows(lengths, carried, rows)
+    if shared.sizes.sum() <= steps + block_rows:
         return shared
-    own = _own_rows(lengths, block_rows)
-    blocks = 1 + np.count_nonzero(np.diff(own.sizes))
-    if shared is not None and shared.sizes.sum() <= own.sizes.sum() + (blocks - 1) * block_rows:
-        return shared
-    return own
+    own = own or _own_rows(lengths, block_rows)
+    return shared if shared.sizes.sum() <= _cost(own, block_rows) else own
+
+
+def _cost(own: Layout, block_rows: int) -> int:
+    """Rows of one step that a layout costs beyond its first block's call."""
+    return int(own.sizes.sum()) + np.count_nonzero(np.diff(own.sizes)) * block_rows
 
 
 def _own_rows(lengths: np.ndarray, block_rows: int) -> Layout:
@@ -73,18 +81,18 @@ def _own_rows(lengths: np.ndarray, block_rows: int) -> Layout:
     return Layout(sizes, row, np.zeros_like(lengths), clears=False)
 
 
-def _share_rows(lengths: np.ndarray, carried: np.ndarray, most: float) -> Layout | None:
-    """In rows of one length, a gap between any two; None if nothing can be shared.
+def _rows_to_share(lengths: np.ndarray, carried: np.ndarray) -> int:
+    """As many rows as leave few steps beyond the longest segment's, full ones where possible."""
+    rows = int(lengths.sum() + len(lengths)) // int(lengths.max())
+    rows = rows // _FULL_ROWS * _FULL_ROWS if rows > _FULL_ROWS else rows
+    return max(rows, int(carried.sum()), 1)
 
-    Nor if it takes more rows of one step than ``most``.
+
+def _share_rows(lengths: np.ndarray, carried: np.ndarray, rows: int) -> Layout:
+    """In rows of one length, a gap between any two segments.
 
     Longest segments first, each to the row that is least full.
     """
-    rows = int(lengths.sum() + len(lengths)) // int(lengths.max())
-    rows = rows // _FULL_ROWS * _FULL_ROWS if rows > _FULL_ROWS else rows
-    rows = max(rows, int(carried.sum()), 1)
-    if rows >= len(lengths) or lengths.sum() + len(lengths) - rows > most:
-        return None
     order = np.lexsort((-lengths, ~carried))
     row, first = np.empty_like(lengths), np.empty_like(lengths)
     row[order[:rows]], first[order[:rows]] = np.arange(rows), 0

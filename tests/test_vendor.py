@@ -289,6 +289,53 @@ def test_inputs_far_from_zero_do_not_open_gaps():
     _check(problem)
 
 
+@pytest.mark.parametrize("name", ["bias_ih_l0", "weight_hh_l0"])
+def test_large_weights_do_not_open_gaps(monkeypatch, name, _never_by_select):
+    """Neither for states nor for gradients: forget gates that nothing else would shut."""
+    problem = _in_a_row()
+    with torch.no_grad():
+        getattr(problem.rnn, name)[4:8] = 5e4 if name == "bias_ih_l0" else 1e5
+    seen = _plans(monkeypatch)
+    _check(problem)
+    assert [made.clears for made in seen] == [True]
+
+
+@pytest.mark.parametrize("only_starts", [False, True])
+def test_layers_with_a_projection_share_no_rows(only_starts):
+    problem = _episodes(proj_size=3, **SIZES)
+    way = VENDOR._replace(options=replace(VENDOR.options, only_starts=only_starts))
+    d_y, d_states = problem.cotangents(False)
+    actual = problems.run(problem, way, d_y, d_states)
+    expected = problems.expect(problem, d_y, d_states)
+    if only_starts:
+        starts = problem.is_init.clone()
+        starts[:, 0] = True
+        for a, b in zip(actual.states, expected.states, strict=True):
+            assert_equal(a[starts], b[starts].float(), F32)
+        actual, expected = actual._replace(states=()), expected._replace(states=())
+    assert_same_run(actual, expected, F32)
+
+
+def test_states_at_starts_alone_share_no_rows_without_gradients(monkeypatch):
+    """Those of segments side by side are known after one step, without a workspace."""
+    problem = _episodes(**SIZES)
+    every, seen = _states(problem), _plans(monkeypatch)
+    with torch.no_grad():
+        few = _states(problem, only_starts=True)
+    assert [made.clears for made in seen] == [False, False]
+    starts = problem.is_init.clone()
+    starts[:, 0] = True
+    assert all(torch.allclose(a[starts], b[starts]) for a, b in zip(few, every, strict=True))
+
+
+def test_the_probe_of_the_workspace_has_a_dtype_of_its_own():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert workspace._is_known.__wrapped__(5, 4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_state_with_a_gradient_shares_no_row(monkeypatch):
     problem = _in_a_row()
     for state in problem.reset_state:

@@ -167,7 +167,7 @@ def unroll_layers(
         return _recomputed(cell, layers, x, reset_state, is_init, options, backend)
     if is_init.numel() == 0:
         return _empty(cell, layers, x, reset_state)
-    batch = _BATCHES[choose(backend, options)](cell, x, reset_state, is_init, options)
+    batch = _BATCHES[choose(backend, options)](cell, layers, x, reset_state, is_init, options)
     rows = batch.pack(x)
     history: list[State] = []
     for layer, weights in enumerate(layers):
@@ -230,7 +230,13 @@ class _Dense:
     keeps_output = False
 
     def __init__(
-        self, cell: Cell, x: Tensor, reset_state: State, is_init: Tensor, options: Options
+        self,
+        cell: Cell,
+        layers: list[Weights],
+        x: Tensor,
+        reset_state: State,
+        is_init: Tensor,
+        options: Options,
     ):
         self.cell, self.is_init, self.only_starts = cell, is_init, options.only_starts
         self.reset = is_init.transpose(0, 1)
@@ -266,12 +272,21 @@ class _Pad:
     """A batch packed segment by segment."""
 
     def __init__(
-        self, cell: Cell, x: Tensor, reset_state: State, is_init: Tensor, options: Options
+        self,
+        cell: Cell,
+        layers: list[Weights],
+        x: Tensor,
+        reset_state: State,
+        is_init: Tensor,
+        options: Options,
     ):
         self.cell, self.only_starts = cell, options.only_starts
-        self.vendor = pad.wants_vendor(cell, x.dtype, options.vendor, options.state_grad)
+        vendor = options.vendor and getattr(layers[0], "w_hr", None) is None
+        self.vendor = pad.wants_vendor(cell, x.dtype, vendor, options.state_grad)
         rows = pad.block_rows(x.shape[-1], reset_state[0].shape[-1]) if self.vendor else 0
-        shares = self.vendor and pad.shares_rows(x)
+        # Cell states at starts alone need no workspace where no gradient and no shared row does.
+        pays = torch.is_grad_enabled() or not options.only_starts
+        shares = self.vendor and pays and pad.shares_rows(x)
         self.plan = plan(is_init, rows, find_carried(is_init, reset_state) if shares else None)
         self.start = tuple(self.plan.at_starts(s) for s in reset_state)
         self.pack, self.unpack = self.plan.pack, self.plan.unpack
@@ -309,7 +324,13 @@ class _Triton:
     keeps_output = True
 
     def __init__(
-        self, cell: Cell, x: Tensor, reset_state: State, is_init: Tensor, options: Options
+        self,
+        cell: Cell,
+        layers: list[Weights],
+        x: Tensor,
+        reset_state: State,
+        is_init: Tensor,
+        options: Options,
     ):
         self.cell, self.options = cell, options
         self.reset_state, self.is_init = reset_state, is_init

@@ -19,7 +19,7 @@ from ..segments import Plan
 from . import ops
 from .workspace import Ran, hidden_cells, run_block, run_block_back, size_of_row
 
-# What the gates get in a gap: far beyond where a sigmoid is 0.
+# What the gates get in a gap, besides what undoes all else: far beyond where a sigmoid is 0.
 _SHUT = -1e4
 # Where a sigmoid may end that is not quite 0.
 _ALMOST_ZERO = 1e-30
@@ -83,8 +83,8 @@ class _Rows(torch.autograd.Function):
         *given, plan, keep, only_starts = arguments
         x, *weights, h, c = (t.detach() for t in given)
         if plan.clears:
-            x, weights[0] = _with_gaps(x, weights[0], plan.padding)
-        with_workspace = keep or not only_starts
+            x, weights[0] = _with_gaps(x, weights, plan.padding)
+        with_workspace = keep or not only_starts or plan.clears
         ctx.plan, ctx.blocks = plan, list(_cut(plan, x.shape[1], h.shape[1], with_workspace))
         wanted = _Wanted(plan, only_starts, h)
         y, kept, row = None, [], 0
@@ -132,17 +132,24 @@ class _Rows(torch.autograd.Function):
         return *found, None, None, None
 
 
-def _with_gaps(x: Tensor, w_ih: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-    """Give inputs and weights the entry that shuts gates; padding has no other input."""
+def _with_gaps(x: Tensor, weights: list[Tensor], padding: Tensor) -> tuple[Tensor, Tensor]:
+    """Give inputs and their weights the entry that shuts gates; padding has no other input."""
+    w_ih, w_hh, *biases = weights
     rows, inputs = x.shape
     wide = x.new_empty(rows, inputs + 1)
     wide[:, :inputs] = x
     wide[:, inputs] = 0
     wide.index_fill_(0, padding, 0)
     wide[:, inputs].index_fill_(0, padding, 1)
+    # No output is larger than 1, so that the state adds no more than this to a gate.
+    most = w_hh.shape[1] * _largest(w_hh) + sum(_largest(bias) for bias in biases)
     shut = w_ih.new_zeros(w_ih.shape[0], 1)
-    shut[: w_ih.shape[0] // 2] = _SHUT
+    shut[: w_ih.shape[0] // 2] = _SHUT - most
     return wide, torch.cat([w_ih, shut], 1)
+
+
+def _largest(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, float("inf"))
 
 
 def _without_gaps(grads: list[Tensor], wide: tuple, plan: Plan, d_y: Tensor) -> list[Tensor]:

@@ -23,7 +23,10 @@ _CALL_SIZE = 2e6
 
 
 def wants_vendor(cell: Cell, dtype: torch.dtype, vendor: bool, state_grad: bool) -> bool:
-    """Whether the vendor's kernel serves: fast for these dtypes, no gradient through ``c``."""
+    """Whether the vendor's kernel serves: fast for these dtypes, no gradient through ``c``.
+
+    Of layers without a projection.
+    """
     return vendor and not state_grad and cell.name == "lstm" and vendor_lstm.serves(dtype)
 
 
@@ -71,7 +74,7 @@ def run(
         The states after every step, each ``[N, H]``. With ``vendor``, those besides ``h`` are
         detached and, with ``only_starts``, those of segments' first steps, ``[S, H]``.
     """
-    if vendor and weights.w_hr is None:
+    if vendor:
         return vendor_lstm.run(weights, x, start, plan, only_starts)
     if has_kernel(cell, weights):
         return run_rows(cell, weights, x, start, plan.sizes)

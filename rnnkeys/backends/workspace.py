@@ -93,9 +93,10 @@ def hidden_cells(ran: Ran, inputs: int) -> Tensor | None:
     if not _agree(last_gates[row], before[row], after[row]):
         finite = np.isfinite(after).all(1)
         return cells if _agree(last_gates[finite], before[finite], after[finite]) else None
-    if len(_checked) == _MOST_CHECKED:
-        _checked.clear()
-    _checked.add(size)
+    if after[row].any():  # zeros tell nothing
+        if len(_checked) == _MOST_CHECKED:
+            _checked.clear()
+        _checked.add(size)
     return cells
 
 
@@ -143,7 +144,7 @@ def _is_known(inputs: int, hidden: int) -> bool:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator) - 0.5
+        return torch.rand(*shape, generator=generator, dtype=torch.float32, device="cpu") - 0.5
 
     sizes = ((4 * hidden, inputs), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,))
     weights = Weights(*(draw(*size) for size in sizes))
