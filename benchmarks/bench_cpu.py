@@ -152,7 +152,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     parser.add_argument("--threads", type=int, default=2, help="of torch (2)")
     parser.add_argument(
-        "--output", type=Path, help="folder for figures, tables and pictures (benchmarks/results/cpu)"
+        "--output", type=Path, help="folder of figures, tables, pictures (benchmarks/results/cpu)"
     )
     parser.add_argument("--minutes", type=float, default=_MINUTES, help=f"limit ({_MINUTES:g})")
     parser.add_argument(
