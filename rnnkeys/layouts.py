@@ -85,7 +85,7 @@ def _rows_to_share(lengths: np.ndarray, carried: np.ndarray) -> int:
     """As many rows as leave few steps beyond the longest segment's, full ones where possible."""
     rows = int(lengths.sum() + len(lengths)) // int(lengths.max())
     rows = rows // _FULL_ROWS * _FULL_ROWS if rows > _FULL_ROWS else rows
-    return max(rows, int(carried.sum()), 1)
+    return max(rows, int(carried.sum()))
 
 
 def _share_rows(lengths: np.ndarray, carried: np.ndarray, rows: int) -> Layout:

@@ -60,7 +60,7 @@ class Plan:
         source = np.full(layout.sizes.sum(), -1)
         source[position] = np.arange(is_init.size)
         padding = np.flatnonzero(source < 0)
-        source[padding] = _before_padding(layout, padding, starts + lengths - 1)
+        source[padding] = _before_padding(layout, offsets, padding, starts + lengths - 1)
         start_rows = position[starts]
         order = np.argsort(start_rows)
         self.sizes: list[int] = layout.sizes.tolist()
@@ -220,10 +220,11 @@ def _segments(is_init: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return starts, np.diff(starts, append=marks.size)
 
 
-def _before_padding(layout: Layout, padding: np.ndarray, ends: np.ndarray) -> np.ndarray:
+def _before_padding(
+    layout: Layout, offsets: np.ndarray, padding: np.ndarray, ends: np.ndarray
+) -> np.ndarray:
     """Flat positions of the last steps before rows of padding; ``ends`` are those of segments."""
     steps = len(layout.sizes)
-    offsets = np.cumsum(layout.sizes) - layout.sizes
     step = np.searchsorted(offsets, padding, side="right") - 1
     row = padding - offsets[step]
     # Down one row after the other.

@@ -130,8 +130,8 @@ _SEGMENTS = (
     Fault(
         "a segment with a stored state goes on in another's row",
         "rnnkeys/layouts.py",
-        "return max(rows, int(carried.sum()), 1)",
-        "return max(rows, 1)",
+        "return max(rows, int(carried.sum()))",
+        "return rows",
         ("tests/test_segments.py::test_segments_that_share_rows_have_gaps_between_them",),
     ),
     Fault(
@@ -296,8 +296,8 @@ _PAD = (
     Fault(
         "layers with a projection share rows, which only the vendor's kernel clears",
         "rnnkeys/backends/__init__.py",
-        'options.vendor and getattr(layers[0], "w_hr", None) is None',
-        "options.vendor",
+        "if layers[0].w_hr is not None:",
+        "if False:",
         ("tests/test_vendor.py::test_layers_with_a_projection_share_no_rows[False]",),
     ),
     Fault(

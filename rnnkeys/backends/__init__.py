@@ -167,7 +167,10 @@ def unroll_layers(
         return _recomputed(cell, layers, x, reset_state, is_init, options, backend)
     if is_init.numel() == 0:
         return _empty(cell, layers, x, reset_state)
-    batch = _BATCHES[choose(backend, options)](cell, layers, x, reset_state, is_init, options)
+    name = choose(backend, options)
+    if layers[0].w_hr is not None:
+        options = replace(options, vendor=False)  # whose kernels have no projection
+    batch = _BATCHES[name](cell, x, reset_state, is_init, options)
     rows = batch.pack(x)
     history: list[State] = []
     for layer, weights in enumerate(layers):
@@ -230,13 +233,7 @@ class _Dense:
     keeps_output = False
 
     def __init__(
-        self,
-        cell: Cell,
-        layers: list[Weights],
-        x: Tensor,
-        reset_state: State,
-        is_init: Tensor,
-        options: Options,
+        self, cell: Cell, x: Tensor, reset_state: State, is_init: Tensor, options: Options
     ):
         self.cell, self.is_init, self.only_starts = cell, is_init, options.only_starts
         self.reset = is_init.transpose(0, 1)
@@ -272,17 +269,10 @@ class _Pad:
     """A batch packed segment by segment."""
 
     def __init__(
-        self,
-        cell: Cell,
-        layers: list[Weights],
-        x: Tensor,
-        reset_state: State,
-        is_init: Tensor,
-        options: Options,
+        self, cell: Cell, x: Tensor, reset_state: State, is_init: Tensor, options: Options
     ):
         self.cell, self.only_starts = cell, options.only_starts
-        vendor = options.vendor and getattr(layers[0], "w_hr", None) is None
-        self.vendor = pad.wants_vendor(cell, x.dtype, vendor, options.state_grad)
+        self.vendor = pad.wants_vendor(cell, x.dtype, options.vendor, options.state_grad)
         rows = pad.block_rows(x.shape[-1], reset_state[0].shape[-1]) if self.vendor else 0
         # Cell states at starts alone need no workspace where no gradient and no shared row does.
         pays = torch.is_grad_enabled() or not options.only_starts
@@ -310,8 +300,7 @@ class _Pad:
             count = self.plan.starts.numel()
             # Some have no other rows.
             firsts = [r if len(r) == count else self.plan.at_first_steps(r) for r in rows]
-            first = firsts[0].unsqueeze(1) if len(firsts) == 1 else torch.stack(firsts, 1)
-            return self.plan.put_at_starts(first)
+            return self.plan.put_at_starts(torch.stack(firsts, 1))
         is_own = top is None and (self.vendor or not self.plan.is_dense)
         if is_own and len(rows) == 1:
             return self.unpack(rows[0]).unsqueeze(2)
@@ -324,13 +313,7 @@ class _Triton:
     keeps_output = True
 
     def __init__(
-        self,
-        cell: Cell,
-        layers: list[Weights],
-        x: Tensor,
-        reset_state: State,
-        is_init: Tensor,
-        options: Options,
+        self, cell: Cell, x: Tensor, reset_state: State, is_init: Tensor, options: Options
     ):
         self.cell, self.options = cell, options
         self.reset_state, self.is_init = reset_state, is_init
