@@ -144,6 +144,13 @@ class Problem(NamedTuple):
         return self.x.dtype
 
     @property
+    def starts(self) -> Tensor:
+        """Where segments start, bool ``[B, T]``: the marks and the first steps of rows."""
+        starts = self.is_init.clone()
+        starts[:, 0] = True
+        return starts
+
+    @property
     def shown(self) -> tuple[Tensor, ...]:
         """Inputs and states as a backend sees them: laid out in memory."""
         layouts = [self.layouts[0], *[self.layouts[1]] * len(self.reset_state)]

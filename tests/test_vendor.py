@@ -227,8 +227,7 @@ def test_shared_rows_tell_states_at_starts(monkeypatch, known, _never_by_select,
     if not known:
         monkeypatch.setattr(workspace, "_is_known", lambda inputs, hidden: False)
     seen = _plans(monkeypatch)
-    starts = problem.is_init.clone()
-    starts[:, 0] = True
+    starts = problem.starts
     for a, b in zip(_states(problem, only_starts=True), every, strict=True):
         assert_equal(a[starts], b[starts], F32)
         assert a[~starts].isnan().all()
@@ -308,8 +307,7 @@ def test_layers_with_a_projection_share_no_rows(only_starts):
     actual = problems.run(problem, way, d_y, d_states)
     expected = problems.expect(problem, d_y, d_states)
     if only_starts:
-        starts = problem.is_init.clone()
-        starts[:, 0] = True
+        starts = problem.starts
         for a, b in zip(actual.states, expected.states, strict=True):
             assert_equal(a[starts], b[starts].float(), F32)
         actual, expected = actual._replace(states=()), expected._replace(states=())
@@ -323,8 +321,7 @@ def test_states_at_starts_alone_share_no_rows_without_gradients(monkeypatch):
     with torch.no_grad():
         few = _states(problem, only_starts=True)
     assert [made.clears for made in seen] == [False, False]
-    starts = problem.is_init.clone()
-    starts[:, 0] = True
+    starts = problem.starts
     assert all(torch.allclose(a[starts], b[starts]) for a, b in zip(few, every, strict=True))
 
 
