@@ -9,8 +9,6 @@ to ``benchmarks/results/allocator.md``.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,14 +17,14 @@ from statistics import median
 import torch
 
 from .cases import GATES, Case, Shape
+from .children import ask
 from .contestants import AUTO, VENDOR
 from .machine import cpu_facts
 from .sequences import BOTH, time_together
 from .tables import case_columns, digits, table
 from .timing import Budget
 
-PROJECT = Path(__file__).resolve().parent.parent
-RESULTS = PROJECT / "benchmarks" / "results" / "allocator.md"
+RESULTS = Path(__file__).resolve().parent / "results" / "allocator.md"
 KEEP = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 WAYS: dict[str, dict[str, str]] = {"default": {}, "kept": KEEP}
 CASES = tuple(
@@ -49,19 +47,6 @@ def time_cases(cases: Iterable[Case], budget: Budget) -> Seconds:
         for record in time_together(BOTH, [(case, (VENDOR, AUTO))], budget)
         for name in (VENDOR, AUTO)
     }
-
-
-def run_child(way: str) -> Seconds:
-    """Time all cases in a process of its own."""
-    child = subprocess.run(
-        [sys.executable, "-m", "benchmarks.allocator", "child"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=PROJECT,
-        env={**os.environ, **WAYS[way], "PYTHONPATH": str(PROJECT)},
-    )
-    return json.loads(child.stdout)
 
 
 def report(runs: Mapping[str, list[Seconds]], cases: tuple[Case, ...]) -> str:
@@ -87,7 +72,7 @@ def main() -> None:
     runs: dict[str, list[Seconds]] = {way: [] for way in WAYS}
     for _ in range(ROUNDS):
         for way, found in runs.items():
-            found.append(run_child(way))
+            found.append(ask("benchmarks.allocator", "child", variables=WAYS[way]))
     variables = " ".join(f"{name}={value}" for name, value in KEEP.items())
     text = [
         "# Memory that the process keeps",

@@ -9,21 +9,17 @@ touched. A process of its own keeps the profiler's hooks away from what is timed
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from .cases import Case, Shape, make_batch
+from .children import ask
 from .contestants import Contestant
-
-_PROJECT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -73,17 +69,8 @@ def measure(wanted: Sequence[tuple[Case, Sequence[str]]], threads: int) -> list[
         wanted: cases, each with names of contestants.
         threads: of torch; some kernels hold a buffer for each.
     """
-    child = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", str(threads)],
-        input=json.dumps([(asdict(case), names) for case, names in wanted]),
-        capture_output=True,
-        text=True,
-        cwd=_PROJECT,
-        env={**os.environ, "PYTHONPATH": str(_PROJECT)},
-    )
-    if child.returncode:
-        raise RuntimeError(f"The process that measures memory failed:\n{child.stderr}")
-    peaks = json.loads(child.stdout)
+    question = [(asdict(case), names) for case, names in wanted]
+    peaks = ask("benchmarks.memory", str(threads), question=question)
     return [MemoryRecord(case, found) for (case, _), found in zip(wanted, peaks, strict=True)]
 
 
