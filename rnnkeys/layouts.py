@@ -6,7 +6,7 @@ one below the other in a row that clears its state in a gap between them.
 
 from __future__ import annotations
 
-import heapq
+import bisect
 from typing import NamedTuple
 
 import numpy as np
@@ -91,20 +91,36 @@ def _rows_to_share(lengths: np.ndarray, carried: np.ndarray) -> int:
 def _share_rows(lengths: np.ndarray, carried: np.ndarray, rows: int) -> Layout:
     """In rows of one length, a gap between any two segments.
 
-    Longest segments first, each to the row that is least full.
+    Rows as short as may be, and longer ones where segments do not fit.
     """
     order = np.lexsort((-lengths, ~carried))
+    falling = lengths[order].tolist()
+    shortest = max(int(lengths.max()), -(-(sum(falling) + len(falling)) // rows) - 1)
+    places, more = None, 0
+    while places is None:
+        places = _best_fit(falling, rows, shortest + more)
+        more = 2 * more or 1
     row, first = np.empty_like(lengths), np.empty_like(lengths)
-    row[order[:rows]], first[order[:rows]] = np.arange(rows), 0
-    full = [(length + 1, k) for k, length in enumerate(lengths[order[:rows]].tolist())]
-    heapq.heapify(full)
-    places = []
-    for length in lengths[order[rows:]].tolist():
-        begin, k = full[0]
-        heapq.heapreplace(full, (begin + length + 1, k))
-        places.append((begin, k))
-    first[order[rows:]], row[order[rows:]] = np.array(places).T
-    return Layout(np.full(max(full)[0] - 1, rows), row, first, clears=True)
+    row[order], first[order] = np.array(places).T
+    return Layout(np.full((first + lengths).max(), rows), row, first, clears=True)
+
+
+def _best_fit(lengths: list[int], rows: int, steps: int) -> list[tuple[int, int]] | None:
+    """Row and first step of each segment, in the row that it fills best; None if one fits nowhere.
+
+    The first ``rows`` segments begin a row each.
+    """
+    # What is left of rows behind a gap, least first.
+    left = sorted((steps - length - 1, row) for row, length in enumerate(lengths[:rows]))
+    places = [(row, 0) for row in range(rows)]
+    for length in lengths[rows:]:
+        k = bisect.bisect_left(left, (length,))
+        if k == len(left):
+            return None
+        free, row = left.pop(k)
+        places.append((row, steps - free))
+        bisect.insort(left, (free - length - 1, row))
+    return places
 
 
 def _rows_per_step(lengths: np.ndarray) -> np.ndarray:

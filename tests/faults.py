@@ -137,9 +137,16 @@ _SEGMENTS = (
     Fault(
         "segments that share a row have no gap between them",
         "rnnkeys/layouts.py",
-        "heapq.heapreplace(full, (begin + length + 1, k))",
-        "heapq.heapreplace(full, (begin + length, k))",
+        "bisect.insort(left, (free - length - 1, row))",
+        "bisect.insort(left, (free - length, row))",
         ("tests/test_segments.py::test_segments_that_share_rows_have_gaps_between_them",),
+    ),
+    Fault(
+        "segments go to the emptiest of the rows that hold them",
+        "rnnkeys/layouts.py",
+        "free, row = left.pop(k)",
+        "free, row = left.pop()",
+        ("tests/test_segments.py::test_shared_rows_are_as_short_as_segments_allow",),
     ),
     Fault(
         "a state that has a gradient counts as zeros",

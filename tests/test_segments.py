@@ -95,6 +95,20 @@ def test_shared_rows_are_full():
     assert len(made.sizes) < 1.3 * max(lengths.values())
 
 
+def test_shared_rows_are_as_short_as_segments_allow():
+    """On average hardly longer than if segments could be cut anywhere."""
+    excess = []
+    for _ in range(40):
+        is_init = torch.rand(16, 64) < 0.02
+        is_init[:, 0] = True
+        lengths = _lengths(is_init)
+        made = plan(is_init, 96, np.array(sorted(lengths)) % 64 == 0)
+        assert made.clears
+        filled = (is_init.numel() + len(lengths)) / made.sizes[0] - 1
+        excess.append(len(made.sizes) / max(filled, *lengths.values()))
+    assert np.mean(excess) < 1.05
+
+
 def test_segments_share_rows_only_where_that_is_cheaper():
     none, every = (np.full(192, fill) for fill in (False, True))
     short = torch.zeros(4, 96, dtype=torch.bool)
