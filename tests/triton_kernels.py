@@ -137,6 +137,37 @@ def test_every_form_reads_no_stale_state(form, cell):
 
 
 @both_cells
+def test_stored_states_may_lie_further_apart_than_32_bits_count(form, cell):
+    """In 4 GB that are asked for and, on a CPU, never touched."""
+    problem, apart = _make(cell, "everywhere", batch=1), 2**30
+    lake = torch.empty(2 * apart + 18, dtype=BF16, device=problem.x.device)
+    far = lake.as_strided((1, 3, 18), (0, apart, 1)).normal_()
+    (y, _), (expected, _) = (
+        triton.unroll(
+            problem.cell,
+            problem.layers[0],
+            problem.x,
+            (state,) * len(problem.cell.state_names),
+            problem.is_init,
+            WAY.options,
+        )
+        for state in (far, far.contiguous())
+    )
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("form", ["stepwise"], indirect=True)
+@both_cells
+def test_the_default_dtype_changes_nothing(form, cell):
+    problem = _make(cell)
+    torch.set_default_dtype(F16)
+    try:
+        _check(problem)
+    finally:
+        torch.set_default_dtype(F32)
+
+
+@both_cells
 def test_every_form_keeps_segments_apart(form, cell):
     """A segment that is not finite changes no bit of the others."""
     problem = _make(cell, batch=4, steps=4)

@@ -21,6 +21,7 @@ from .pieces import (
     load_four,
     meet,
     product,
+    rows_of_program,
     side_by_side,
     store,
     store_four,
@@ -67,7 +68,7 @@ def forward(
 ):  # fmt: skip
     """Run all steps; with ``KEEP`` the activated gates and ``h_n`` replace ``gates``."""
     lane = tl.program_id(0)
-    segments = tl.load(order + 2 * N)
+    segments = tl.load(order + N + N)
     if lane * BLOCK_B >= segments:
         return
     first_n = tl.program_id(1) * BLOCK_N
@@ -124,7 +125,7 @@ def backward(
     ``reset_h`` through z; the rest follows from the gates' gradients outside.
     """
     lane = tl.program_id(0)
-    segments = tl.load(order + 2 * N)
+    segments = tl.load(order + N + N)
     if lane * BLOCK_B >= segments:
         return
     first_n = tl.program_id(1) * BLOCK_N
@@ -171,11 +172,11 @@ def forward_step(
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Run step ``t`` of all rows, one tile of rows and columns per program."""
-    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    b = rows_of_program(BLOCK_B)
     live_b = (b < B)[:, None]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    step = b.to(tl.int64) * T + t
-    reset_at = (b.to(tl.int64) * reset_b + t * reset_t)[:, None]
+    step = b * T + t
+    reset_at = (b * reset_b + reset_t.to(tl.int64) * t)[:, None]
     first = is_first(is_init, step, t, b < B)[:, None]
     a_r = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
     a_z = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
@@ -216,11 +217,11 @@ def backward_step(
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk back over step ``t``; ``carry [B, H]`` brings what reaches ``h`` through z."""
-    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    b = rows_of_program(BLOCK_B)
     live_b = (b < B)[:, None]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    step = b.to(tl.int64) * T + t
-    reset_at = (b.to(tl.int64) * reset_b + t * reset_t)[:, None]
+    step = b * T + t
+    reset_at = (b * reset_b + reset_t.to(tl.int64) * t)[:, None]
     first = is_first(is_init, step, t, b < B)[:, None]
     last = is_last(is_init, step, t, T, b < B)[:, None]
     dh = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)

@@ -139,7 +139,8 @@ def _launch(
             kernel = getattr(kernels, f"{direction}_step")
             tensors = (*before, marks.is_init, *after)
             if direction == "backward":
-                tensors = (*tensors, torch.empty(batch, hidden, device=w_hh.device))
+                carry = torch.empty(batch, hidden, dtype=torch.float32, device=w_hh.device)
+                tensors = (*tensors, carry)
             sizes = (batch, steps, hidden, *strides)
             _launch_steps(kernel, tensors, sizes, config, options, direction == "backward")
 

@@ -32,6 +32,7 @@ from .pieces import (
     load_four,
     meet,
     product,
+    rows_of_program,
     side_by_side,
     store,
     store_four,
@@ -74,7 +75,7 @@ def forward(
 ):  # fmt: skip
     """Run all steps; with ``KEEP`` the activated gates replace ``gates``."""
     lane = tl.program_id(0)
-    segments = tl.load(order + 2 * N)
+    segments = tl.load(order + N + N)
     if lane * BLOCK_B >= segments:
         return
     first_n = tl.program_id(1) * BLOCK_N
@@ -130,7 +131,7 @@ def backward(
     the gates' outside.
     """
     lane = tl.program_id(0)
-    segments = tl.load(order + 2 * N)
+    segments = tl.load(order + N + N)
     if lane * BLOCK_B >= segments:
         return
     first_n = tl.program_id(1) * BLOCK_N
@@ -182,11 +183,11 @@ def forward_step(
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Run step ``t`` of all rows, one tile of rows and columns per program."""
-    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    b = rows_of_program(BLOCK_B)
     live_b = (b < B)[:, None]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    step = b.to(tl.int64) * T + t
-    reset_at = (b.to(tl.int64) * reset_b + t * reset_t)[:, None]
+    step = b * T + t
+    reset_at = (b * reset_b + reset_t.to(tl.int64) * t)[:, None]
     first = is_first(is_init, step, t, b < B)[:, None]
     a_i = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
     a_f = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
@@ -229,11 +230,11 @@ def backward_step(
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk back over step ``t``; ``carry [B, H]`` brings the gradient of ``c``."""
-    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    b = rows_of_program(BLOCK_B)
     live_b = (b < B)[:, None]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    step = b.to(tl.int64) * T + t
-    reset_at = (b.to(tl.int64) * reset_b + t * reset_t)[:, None]
+    step = b * T + t
+    reset_at = (b * reset_b + reset_t.to(tl.int64) * t)[:, None]
     first = is_first(is_init, step, t, b < B)[:, None]
     last = is_last(is_init, step, t, T, b < B)[:, None]
     dh = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)

@@ -169,6 +169,12 @@ def meet(ticket, target):
 
 
 @triton.jit
+def rows_of_program(BLOCK_B: tl.constexpr):
+    """Rows of a program, in 64 bits: offsets into large batches exceed 32."""
+    return (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+
+
+@triton.jit
 def is_first(is_init, step, t, mask):
     """Whether a segment starts at time ``t``; ``step`` is the flat position ``b * T + t``."""
     return (tl.load(is_init + step, mask=mask, other=0) != 0) | (t == 0)
