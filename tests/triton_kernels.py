@@ -223,6 +223,19 @@ def test_every_form_computes_in_half_precision(form, cell, dtype, recompute):
     assert {t.dtype for t in (y, *states)} == {F32}
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e7])
+@both_cells
+def test_float16_keeps_gradients_that_it_could_not_hold(form, cell, size):
+    """Those of a mean over a large batch are smaller than its least number."""
+    way = WAY._replace(options=replace(WAY.options, compute_dtype=F16))
+    problem = _make(cell)
+    d_y, d_states = problem.cotangents()
+    d_y, d_states = d_y * size, tuple(d * size for d in d_states)
+    with tensor_cores() if INTERPRETED else nullcontext():
+        actual = problems.run(problem, way, d_y, d_states)
+    assert_same_run(actual, problems.expect(problem, d_y, d_states), TOLERANCES[F16])
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @both_cells
 def test_parameters_may_be_of_half_precision(cell, dtype):

@@ -93,6 +93,7 @@ def layer_backward(
             act = products.activations(p, h_tm1)
         d_gates = torch.empty_like(act)
         grads = (grad_h.contiguous(), None if grad_c is None else grad_c.contiguous())
+        grads, scale = products.scale_into_range(p, grads)
         marks = launch.Marks(is_init.contiguous(), order)
         launch.backward(cell, grads, act, state, reset, marks, w, d_gates, direct, p.precision)
         d_x = products.input_grad(p, d_gates) if want_x else h.new_empty(0)
@@ -102,7 +103,8 @@ def layer_backward(
         d_resets = (h.new_empty(0), h.new_empty(0))
         if direct is not None:
             d_resets = products.reset_grads(p, d_gates, direct)
-    return cast(Any, (d_x, *d_weights, *d_resets))
+        found = products.scale_back((d_x, *d_weights, *d_resets), scale)
+    return cast(Any, found)
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:

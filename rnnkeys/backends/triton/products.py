@@ -134,6 +134,37 @@ def reset_grads(p: Problem, d_gates: Tensor, direct: Tensor) -> tuple[Tensor, Te
     return d_h, direct
 
 
+def scale_into_range(
+    p: Problem, grads: tuple[Tensor, Tensor | None]
+) -> tuple[tuple[Tensor, Tensor | None], Tensor | None]:
+    """Scale incoming gradients so that float16 holds what follows from them.
+
+    float16 knows nothing between 6e-8 and zero, nor above 65504: gradients of a mean over a large
+    batch would vanish, and sums over many steps overflow. All that follows is linear in them.
+
+    Returns:
+        The gradients and a power of two, on the device, that :func:`scale_back` takes out again.
+        In the other dtypes the gradients as they are, and None.
+    """
+    if p.dtype != torch.float16:
+        return grads, None
+    norms = [g.float().norm(torch.inf) for g in grads if g is not None]
+    largest = torch.stack(norms).amax().nan_to_num(1.0, 1.0)
+    # Sums over all rows of gradients below 2**room stay below 2**15.
+    room = min(0, 15 - p.is_init.numel().bit_length())
+    exponent = room - largest.frexp().exponent.clamp(min=-100)
+    scale = torch.exp2(exponent.float())
+    grad_h, grad_c = grads
+    return (grad_h.float() * scale, None if grad_c is None else grad_c.float() * scale), scale
+
+
+def scale_back(grads: tuple[Tensor, ...], scale: Tensor | None) -> tuple[Tensor, ...]:
+    """Undo :func:`scale_into_range` in the gradients that followed."""
+    if scale is None:
+        return grads
+    return tuple((g.float() / scale).to(g.dtype) for g in grads)
+
+
 def _sides(p: Problem, d_gates: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the input's gates and of the state's, rows ``[B*T, G*H]``.
 
