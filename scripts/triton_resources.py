@@ -1,8 +1,9 @@
-"""Compile every form of the Triton kernels for Hopper and say what it takes; needs no GPU.
+"""Compile every form of the Triton kernels for a GPU and say what it takes; needs no GPU.
 
-``python -m scripts.triton_resources`` prints a table: for each problem the launch that
-:mod:`rnnkeys.backends.triton.config` chooses, and registers, spills and shared memory of the
-compiled kernel. A kernel that spills or does not fit is marked, and the exit code says so.
+``python -m scripts.triton_resources`` prints a table for Hopper, ``... 8.9`` for another compute
+capability: for each problem the launch that :mod:`rnnkeys.backends.triton.config` chooses, and
+registers, spills and shared memory of the compiled kernel. A kernel that spills or does not fit is
+marked, and the exit code says so.
 
 This is what a compiler can know. How fast a kernel is, only a GPU can show.
 """
@@ -20,6 +21,8 @@ from typing import Any, NamedTuple
 
 from rnnkeys.backends.triton.config import Config, Device, choose_config
 
+# By compute capability: an H100, an RTX 4090, an A100.
+GPUS = {"9.0": Device(), "8.9": Device(128, 101376), "8.0": Device(108, 166912)}
 SIZES = (16, 64, 128, 256, 512, 1024)
 BATCHES = (1, 64, 1024)
 STEPS = 128
@@ -38,13 +41,14 @@ class Case(NamedTuple):
     hidden: int
     batch: int
     mode: str
+    gpu: str = "9.0"
 
     @property
     def config(self) -> Config:
         """The launch that is chosen for it."""
         itemsize, precision = (2, "ieee") if self.mode == "bfloat16" else (4, self.mode)
         sizes = (self.batch, STEPS, self.hidden, itemsize)
-        return choose_config(self.direction, *sizes, precision)
+        return choose_config(self.direction, *sizes, precision, GPUS[self.gpu])
 
 
 class Resources(NamedTuple):
@@ -55,21 +59,23 @@ class Resources(NamedTuple):
         stack: bytes of local memory per thread; spills, mostly.
         shared: bytes of shared memory per program.
         ptx: its assembly.
+        room: bytes of shared memory that the GPU has for a program.
     """
 
     registers: int
     stack: int
     shared: int
     ptx: str
+    room: int
 
     @property
     def fits(self) -> bool:
-        """Whether it can be launched on a Hopper GPU and keeps its values on the chip."""
-        return self.stack <= MOST_STACK and self.shared <= Device().shared_memory
+        """Whether it can be launched on its GPU and keeps its values on the chip."""
+        return self.stack <= MOST_STACK and self.shared <= self.room
 
 
 def compile_case(case: Case) -> Resources:
-    """Compile a kernel for compute capability 9.0, as a launch on such a GPU would."""
+    """Compile a kernel as a launch on the case's GPU would."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -84,11 +90,12 @@ def compile_case(case: Case) -> Resources:
     }
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
-        target=GPUTarget("cuda", 90, 32),
+        target=GPUTarget("cuda", int(case.gpu.replace(".", "")), 32),
         options={"num_warps": case.config.num_warps},
     )
     registers, stack = _usage(compiled.asm["cubin"])
-    return Resources(registers, stack, compiled.metadata.shared, compiled.asm["ptx"])
+    room = GPUS[case.gpu].shared_memory
+    return Resources(registers, stack, compiled.metadata.shared, compiled.asm["ptx"], room)
 
 
 def _kernel(case: Case) -> tuple[Any, dict[str, Any]]:
@@ -135,7 +142,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def cases() -> Iterator[Case]:
+def cases(gpu: str) -> Iterator[Case]:
     """All problems whose launches differ, those of one launch once."""
     seen = set()
     for mode in MODES:
@@ -143,21 +150,23 @@ def cases() -> Iterator[Case]:
             for batch in BATCHES:
                 for cell in ("lstm", "gru"):
                     for direction in ("forward", "backward"):
-                        case = Case(cell, direction, hidden, batch, mode)
+                        case = Case(cell, direction, hidden, batch, mode, gpu)
                         key = (cell, direction, mode, case.config)
                         if key not in seen:
                             seen.add(key)
                             yield case
 
 
-def main() -> int:
-    """Print a table of all kernels."""
+def main(gpu: str = "9.0") -> int:
+    """Print a table of all kernels for a GPU of ``GPUS``."""
+    if gpu not in GPUS:
+        sys.exit(f"compute capability {gpu!r}: expected one of {', '.join(GPUS)}.")
     if os.environ.get("TRITON_INTERPRET"):
         sys.exit("TRITON_INTERPRET is set: interpreted kernels cannot be compiled. Unset it.")
     print("| cell | direction | H | B | mode | launch | registers | stack | shared memory |")
     print("|---|---|---|---|---|---|---|---|---|")
     failed = 0
-    for case in cases():
+    for case in cases(gpu):
         c = case.config
         form = f"split {c.split}" if c.resident else "stepwise"
         tiles = f"{form}, {c.block_b}x{c.block_n}, {c.num_warps} warps, {c.chunks} chunks"
@@ -173,4 +182,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

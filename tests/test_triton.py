@@ -50,6 +50,20 @@ def test_kernels_compile_for_hopper_and_fit_it(case, instruction):
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("lstm", "forward", 256, 1024, "tf32", "8.9"),
+        ("lstm", "forward", 256, 1, "bfloat16", "8.9"),
+        ("lstm", "backward", 512, 1024, "tf32", "8.0"),
+    ],
+)
+def test_kernels_fit_smaller_gpus(case):
+    taken = triton_resources.compile_case(triton_resources.Case(*case))
+    assert taken.fits, f"stack {taken.stack}, shared memory {taken.shared} of {taken.room}"
+
+
+@needs_triton
 def test_a_program_arrives_when_its_threads_have_written_and_reads_when_all_have_arrived():
     case = triton_resources.Case("lstm", "forward", 256, 16, "tf32")
     loop = triton_resources.compile_case(case).ptx

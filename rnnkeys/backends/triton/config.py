@@ -45,6 +45,11 @@ class Device:
     processors: int = 132
     shared_memory: int = _SHARED_MEMORY
 
+    @property
+    def is_large(self) -> bool:
+        """Whether it has a Hopper GPU's memory on the chip."""
+        return self.shared_memory >= _SHARED_MEMORY
+
 
 @dataclass(frozen=True)
 class Config:
@@ -123,10 +128,9 @@ def _resident(
 ) -> Config | None:
     block_h = max(_power_of_two(hidden), _MIN_DOT)
     # What the compiler keeps of a column of one gate: tf32x3's high and low parts are kept apart.
-    column = block_h * itemsize * (2 if mode == "tf32x3" else 1)
-    if device.shared_memory < _SHARED_MEMORY:
-        column *= 2
-    alone = block_h <= _ALONE and (itemsize == 2 or device.shared_memory >= _SHARED_MEMORY)
+    kept = block_h * itemsize * (2 if mode == "tf32x3" else 1)
+    column = kept if device.is_large else 2 * kept
+    alone = block_h <= _ALONE and (itemsize == 2 or device.is_large)
     if alone:
         block_n, sizes, chunks = block_h, (1, 4) if mode == "ieee" else (16,), 1
     else:
@@ -135,6 +139,10 @@ def _resident(
         if block_n is None or (mode == "tf32x3" and column > 2048):
             return None
         sizes = _rows(direction, block_h, column, mode)
+        most = device.shared_memory
+        sizes = tuple(b for b in sizes if _shared_bytes(direction, b, block_n, kept) <= most)
+        if not sizes:
+            return None
         chunks = 1 if direction == "forward" or block_n == 32 else _WARPS
     split = -(-hidden // block_n)
     if split > device.processors:
@@ -156,9 +164,22 @@ def _rows(direction: str, block_h: int, column: int, mode: str) -> tuple[int, ..
     return (16, 32) if small and mode != "tf32x3" else (16,)
 
 
+def _shared_bytes(direction: str, block_b: int, block_n: int, column: int) -> int:
+    """Return at least what a program that shares columns takes of shared memory, on Hopper.
+
+    Its weights, the operand that it multiplies by them, and what the product starts from.
+    """
+    weights = 4 * block_n * column
+    if direction == "backward":
+        return weights + 4 * block_b * column
+    return weights + block_b * column + 16 * block_b * block_n
+
+
 def _stepwise(batch: int, hidden: int, mode: str, device: Device) -> Config:
     scalar, split = mode == "ieee", mode == "tf32x3"
-    block_b = min(max(_power_of_two(batch), 4 if scalar else 16), 32 if scalar or split else 64)
+    # Tensor cores before Hopper's take operands from registers, which 64 rows of float32 exceed.
+    few = scalar or split or (mode == "tf32" and not device.is_large)
+    block_b = min(max(_power_of_two(batch), 4 if scalar else 16), 32 if few else 64)
     if -(-batch // block_b) * -(-hidden // 64) >= device.processors:
         return _tiled(block_b, 64, scalar, device)
     return _tiled(min(block_b, 16) if split else block_b, 32, scalar, device)
