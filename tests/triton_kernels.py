@@ -26,6 +26,7 @@ from tests.emulated import tensor_cores
 from tests.problems import MARKS, WAYS, Problem, Way, assert_same_run
 from tests.together import programs_together
 from tests.tolerances import assert_equal
+from tests.waiting import Waits, never_waiting
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 WAY = WAYS["triton"]
@@ -337,6 +338,49 @@ def test_the_precision_of_a_forward_rules_its_backward_on_any_thread(cell, monke
     assert seen == [
         ("project", "tf32"), ("forward", "tf32"), ("backward", "tf32"), ("weight_grads", "tf32"),
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the GPU itself is asked below")
+@pytest.mark.parametrize(("dtype", "recompute"), [(F32, "none"), (F16, "full")])
+@both_cells
+def test_the_host_never_waits(cell, dtype, recompute, monkeypatch):
+    """Outside of the operators, and inside, without the kernels: those run on the host here."""
+    from rnnkeys.backends.triton import launch, ops
+
+    options = replace(WAY.options, compute_dtype=dtype, recompute=recompute, only_starts=True)
+    problem, kept = _make(cell, hidden=4), recompute == "none"
+    with never_waiting():
+        y, _ = problems.outputs(problem, WAY._replace(options=options))
+        y.sum().backward()
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(launch, name, lambda *_: None)
+    reset_h, reset_c, *_ = *(s[:, :, 0] for s in problem.reset_state), None
+    inputs = (problem.x, *problem.layers[0][:4], reset_h, reset_c, problem.is_init)
+    with torch.no_grad(), never_waiting():
+        inputs = (*inputs, order_segments(problem.is_init), dtype, "ieee")
+        h, c, act = ops.layer._init_fn(cell, *inputs, kept)
+        ops.layer_backward._init_fn(h, None, cell, *inputs, h, c, act, kept, True, True, True)
+
+
+def test_what_waits_is_told():
+    marks = torch.ones(3, dtype=torch.bool)
+    for waits in (lambda: bool(marks.any()), lambda: marks[marks], marks.nonzero):
+        with pytest.raises(Waits), never_waiting():
+            waits()
+
+
+@pytest.mark.gpu
+@both_cells
+def test_the_host_never_waits_for_a_gpu(cell):
+    for dtype in (F32, F16):
+        way = WAY._replace(options=replace(WAY.options, compute_dtype=dtype))
+        problem = _make(cell)
+        for mode in ("default", "error"):  # the first run compiles
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                problems.run(problem, way, *problem.cotangents())
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
 
 @both_cells
