@@ -56,6 +56,8 @@ def test_kernels_compile_for_hopper_and_fit_it(case, instruction):
         ("lstm", "forward", 256, 1024, "tf32", "8.9"),
         ("lstm", "forward", 256, 1, "bfloat16", "8.9"),
         ("lstm", "backward", 512, 1024, "tf32", "8.0"),
+        ("gru", "backward", 16, 16, "ieee", "8.0"),
+        ("lstm", "backward", 32, 1024, "tf32x3", "8.9"),
     ],
 )
 def test_kernels_fit_smaller_gpus(case):

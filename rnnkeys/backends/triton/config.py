@@ -130,7 +130,7 @@ def _resident(
     # What the compiler keeps of a column of one gate: tf32x3's high and low parts are kept apart.
     kept = block_h * itemsize * (2 if mode == "tf32x3" else 1)
     column = kept if device.is_large else 2 * kept
-    alone = block_h <= _ALONE and (itemsize == 2 or device.is_large)
+    alone = block_h <= (_ALONE if itemsize == 2 or device.is_large else _ALONE // 2)
     if alone:
         block_n, sizes, chunks = block_h, (1, 4) if mode == "ieee" else (16,), 1
     else:
