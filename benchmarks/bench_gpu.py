@@ -5,11 +5,12 @@ and forward with backward, with peak memory, against TorchRL's backends, cuDNN w
 the plain hand-written operator, as a share of what memory and matmul throughput allow.
 
     python -m benchmarks.bench_gpu                     # all; hours
-    python -m benchmarks.bench_gpu --quick             # a tenth, spread over all sizes; minutes
+    python -m benchmarks.bench_gpu --quick             # some of all sizes; ten minutes
     python -m benchmarks.bench_gpu --part 2/8          # one of eight parts
     python -m benchmarks.bench_gpu --dry-run           # tiny sizes on a CPU: does everything run?
 
-Before it times, it checks that all contestants compute the same. The report and the figures go to
+Before it times, it checks that all contestants compute the same. Who takes longer than
+``--patience`` for a call takes no part in larger cases. The report and the figures go to
 ``--output`` after every case, so that a run that is cut off leaves what it has.
 """
 
@@ -19,15 +20,18 @@ import argparse
 import itertools
 import json
 import os
+import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cases import Case
+    from .gpu_bounds import Rates
     from .gpu_report import Row
+    from .patience import Patience
 
 BATCHES = (1, 4, 16, 64, 256, 1024, 4096)
 STEPS = (16, 64, 256, 1024, 2048)
@@ -37,19 +41,28 @@ MODES = ("ieee", "tf32", "tf32x3", "bfloat16")
 INPUTS = 64
 # Rows times steps times units beyond which a case is left out: activations of 8 GB.
 _LARGEST = 2**29
-_QUICK_STRIDE = 11
+_QUICK_STRIDE = 31
+# Of a quick run; the case that is running then ends, too.
+_QUICK_MINUTES, _QUICK_PATIENCE = 8.0, 2.0
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="every eleventh case")
+    parser.add_argument("--quick", action="store_true", help="every 31st case, 8 minutes")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["ieee", "tf32"])
     parser.add_argument("--budget", type=float, default=0.2, help="seconds of samples")
+    parser.add_argument("--patience", type=float, help="seconds of a call (20; quick: 2)")
+    parser.add_argument("--minutes", type=float, help="stop after these (never; quick: 8)")
     parser.add_argument("--output", type=Path, default=Path("bench-gpu"), help="folder")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.patience is None:
+        options.patience = _QUICK_PATIENCE if options.quick else 20.0
+    if options.minutes is None and options.quick:
+        options.minutes = _QUICK_MINUTES
+    return options
 
 
 def grid(options: argparse.Namespace) -> list[tuple[Case, str]]:
@@ -57,6 +70,8 @@ def grid(options: argparse.Namespace) -> list[tuple[Case, str]]:
     cases = list(_all_cases(options))
     if options.quick:
         cases = cases[::_QUICK_STRIDE]
+        # Time may be up before all have run: those that have shall be of all sizes.
+        random.Random(0).shuffle(cases)
     part, parts = map(int, options.part.split("/"))
     if not 1 <= part <= parts:
         sys.exit(f"--part {options.part}: expected I/N with 1 <= I <= N, such as 2/8.")
@@ -75,52 +90,104 @@ def _all_cases(options: argparse.Namespace) -> Iterator[tuple[Case, str]]:
                 yield Case(cell, Shape(B, T, INPUTS if not options.dry_run else 3, H), resets), mode
 
 
-def measure(case: Case, mode: str, device: str, budget: float) -> list[Row]:
-    """Time all contestants on a case, forward and both, one after the other."""
-    import torch
+def measure(
+    case: Case, mode: str, device: str, budget: float, patience: Patience, out: Mapping[str, str]
+) -> list[Row]:
+    """Time all contestants on a case, forward and both, in turns.
 
-    from .gpu_contestants import ALL, NEEDS_GPU, Contestant, peak_bytes, seconds, set_library
+    Args:
+        case: to run.
+        mode: of the products.
+        device: ``"cuda"`` or ``"cpu"``.
+        budget: seconds of samples of each.
+        patience: that is had with slow ones.
+        out: who takes no part, and why.
+    """
+    from .cases import make_batch
+    from .gpu_contestants import ALL, Contestant, peak_bytes, seconds, set_library
     from .gpu_report import Row
 
     set_library(mode)
-    forward, both = Row(case, "forward", mode), Row(case, "both", mode)
-    for name in ALL:
-        if device == "cpu" and name in NEEDS_GPU:
-            forward.skipped[name] = both.skipped[name] = "needs a GPU"
-            continue
-        try:
-            contestant = Contestant(name, case, device, mode)
-            forward.seconds[name] = seconds(contestant.forward, device, budget)
-            if device == "cuda":
-                both.bytes[name] = peak_bytes(contestant.both)
-            both.seconds[name] = seconds(contestant.both, device, budget)
-        except (RuntimeError, NotImplementedError, ValueError) as error:
-            # Out of memory, or no kernel for the size: the others go on.
-            forward.skipped[name] = both.skipped[name] = str(error).splitlines()[0][:120]
-            if device == "cuda":
-                torch.cuda.empty_cache()
-    return [forward, both]
+    batch = make_batch(case, device)
+    rows = []
+    for phase in ("forward", "both"):
+        row, calls = Row(case, phase, mode), {}
+        for name in ALL:
+            if why := out.get(name) or patience.refuses(name, case):
+                row.skipped[name] = why
+                continue
+            try:
+                call = getattr(Contestant(name, case, batch, mode), phase)
+                call()
+                if device == "cuda" and phase == "both":
+                    row.bytes[name] = peak_bytes(call)
+                calls[name] = call
+            except Exception as error:
+                # Out of memory, or no kernel for the size: the others go on. Triton's errors have
+                # no base but this one.
+                row.skipped[name] = _first_line(error)
+            if name in row.skipped:
+                _clear(device)
+        row.seconds = seconds(calls, device, budget)
+        for name, taken in row.seconds.items():
+            patience.note(name, case, taken)
+        rows.append(row)
+    del batch, calls
+    _clear(device)
+    return rows
 
 
-def check(device: str, mode: str) -> None:
-    """Stop unless all contestants compute the same outputs and gradients.
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
-    All stored states are zero, so that those who cannot read one take part, and none is shown a
-    reset that it would ignore.
+
+def _clear(device: str) -> None:
+    """Free what nobody holds; stop if the GPU has failed, after which nothing runs on it."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def check(device: str, mode: str) -> dict[str, str]:
+    """Compare what contestants compute with what the plain hand-written operator does.
+
+    Episodes that start within a row start from zeros, so that those who read no stored state there
+    take part. None is shown a reset that it would ignore.
+
+    Returns:
+        Who of the others takes no part, for it fails or computes something else, and why.
+
+    Raises:
+        AssertionError: if one of our own computes something else.
     """
-    from .cases import Case, Shape
+    from .cases import Case, Shape, make_batch
     from .contestants import _compare
-    from .gpu_contestants import ALL, CUDNN, NEEDS_GPU, Contestant, set_library
+    from .gpu_contestants import ALL, CUDNN, NEEDS_GPU, PLAIN, THEIRS, Contestant, set_library
 
     set_library(mode)
+    out: dict[str, str] = {name: "needs a GPU" for name in NEEDS_GPU if device == "cpu"}
     for cell, resets in itertools.product(("LSTM", "GRU"), (0.0, 0.3)):
         shape = Shape(2, 5, 3, 4) if device == "cpu" else Shape(40, 70, 24, 200)
         case = Case(cell, shape, resets)
-        names = [n for n in ALL if not (device == "cpu" and n in NEEDS_GPU)]
-        if resets:
-            names.remove(CUDNN)
-        results: dict[str, Any] = {n: Contestant(n, case, device, mode).both() for n in names}
-        _compare(results, case, 1e-4 if mode in ("ieee", "tf32x3") else 5e-2)
+        batch = make_batch(case, device)
+        expected = Contestant(PLAIN, case, batch, mode).both()
+        for name in ALL:
+            if name in out or (resets and name == CUDNN):
+                continue
+            try:
+                results: dict[str, Any] = {PLAIN: expected}
+                results[name] = Contestant(name, case, batch, mode).both()
+                _compare(results, case, 1e-4 if mode in ("ieee", "tf32x3") else 5e-2)
+            except Exception as error:
+                if name not in (*THEIRS, CUDNN):
+                    raise
+                out[name] = _first_line(error)
+    return out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,26 +199,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from .gpu_bounds import H100, measure_rates
     from .gpu_contestants import seconds
-    from .gpu_report import report
+    from .patience import Patience
 
     device = "cpu" if options.dry_run else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench_gpu needs a CUDA device and there is none. --dry-run shows that it runs.")
     options.output.mkdir(parents=True, exist_ok=True)
-    for mode in options.modes:
-        check(device, mode)
+    patience = Patience(options.patience, options.minutes)
+    out = {mode: check(device, mode) for mode in options.modes}
     rates = H100
     if device == "cuda":
-        rates = measure_rates(lambda call: seconds(call, device, options.budget))
+        rates = measure_rates(lambda call: seconds({"": call}, device, options.budget)[""])
     rows: list[Row] = []
-    for case, mode in grid(options):
-        rows += measure(case, mode, device, options.budget)
-        text = report(rows, rates, _machine(device), options.dry_run)
-        (options.output / "gpu.md").write_text(text)
-        figures = [asdict(row) for row in rows]
-        (options.output / "gpu.json").write_text(json.dumps(figures, indent=1) + "\n")
+    cases = grid(options)
+    for done, (case, mode) in enumerate(cases, 1):
+        if patience.is_over:
+            break
+        rows += measure(case, mode, device, options.budget, patience, out[mode])
+        _write(options, rows, rates, device, f"{done} of {len(cases)}")
         print(f"{case.cell} {case.shape} {case.resets} {mode}: {rows[-1].seconds}", flush=True)
     return 0
+
+
+def _write(
+    options: argparse.Namespace, rows: list[Row], rates: Rates, device: str, cases: str
+) -> None:
+    from .gpu_report import report
+
+    text = report(rows, rates, {**_machine(device), "cases": cases}, options.dry_run)
+    (options.output / "gpu.md").write_text(text)
+    figures = [asdict(row) for row in rows]
+    (options.output / "gpu.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def _machine(device: str) -> dict[str, str]:

@@ -80,20 +80,20 @@ class Batch(NamedTuple):
     grad: Tensor
 
 
-def make_batch(case: Case) -> Batch:
-    """Draw the data of a case; the same numbers every time.
+def make_batch(case: Case, device: str = "cpu") -> Batch:
+    """Draw the data of a case; the same numbers every time on a kind of device.
 
     The input asks for a gradient, as behind an encoder. States are there at every step: zeros where
     an episode starts, as primers write them, and stored ones at the start of a row and elsewhere.
     """
     B, T, I, H, L = case.shape
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random)
+        return torch.randn(*shape, generator=random, device=device)
 
     states = {name: draw(B, T, L, H) for name in STATES[case.cell]}
-    marks = starts(case.resets, B, T)
+    marks = starts(case.resets, B, T).to(device)
     for state in states.values():
         state[:, 1:][marks[:, 1:]] = 0
     return Batch(draw(B, T, I).requires_grad_(), marks, states, draw(B, T, H))

@@ -63,14 +63,19 @@ def measure_rates(time: Callable[[Callable[[], object]], float]) -> Rates:
     Args:
         time: returns the seconds of a call.
     """
+
+    def warm(call: Callable[[], object]) -> float:
+        call()
+        return time(call)
+
     source, target = torch.randn(2, 2**28, device="cuda")
-    moved = 2 * source.nbytes / time(lambda: target.copy_(source))
+    moved = 2 * source.nbytes / warm(lambda: target.copy_(source))
     size = 8192
     a, b = torch.randn(2, size, size, device="cuda")
     flops = {}
     for mode in ("ieee", "tf32"):
         torch.backends.cuda.matmul.allow_tf32 = mode == "tf32"
-        flops[mode] = 2 * size**3 / time(lambda: torch.mm(a, b))
+        flops[mode] = 2 * size**3 / warm(lambda: torch.mm(a, b))
     half_a, half_b = a.bfloat16(), b.bfloat16()
-    flops["bfloat16"] = 2 * size**3 / time(lambda: torch.mm(half_a, half_b))
+    flops["bfloat16"] = 2 * size**3 / warm(lambda: torch.mm(half_a, half_b))
     return Rates(moved, flops | {"tf32x3": flops["tf32"]})

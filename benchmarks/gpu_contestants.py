@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 import rnnkeys
 
-from .cases import Batch, Case, make_batch
+from .cases import Batch, Case
 from .contestants import make_layers, make_module
 
 OURS, OURS_STARTS, OURS_PAD = "triton", "triton, starts", "pad"
@@ -40,18 +41,17 @@ _SLOW = 1.0
 
 
 class Contestant:
-    """One way to run one case on a device; made anew for every case, so that nothing stays.
+    """One way to run one case; all that it holds beside the batch are its parameters.
 
     Args:
         name: one of ``ALL``.
         case: to run.
-        device: ``"cuda"``, or ``"cpu"`` in a dry run.
+        batch: its data, where the case is to run; others may share it.
         precision: ``recurrent_matmul_precision``, or ``"bfloat16"`` for that compute dtype.
     """
 
-    def __init__(self, name: str, case: Case, device: str, precision: str) -> None:
-        batch = _to(make_batch(case), device)
-        layers = make_layers(case).to(device)
+    def __init__(self, name: str, case: Case, batch: Batch, precision: str) -> None:
+        layers = make_layers(case).to(batch.x.device)
         self._leaves = [batch.x, *layers.parameters()]
         self._grad = batch.grad
         if name == CUDNN:
@@ -80,12 +80,6 @@ class Contestant:
         return (y, *torch.autograd.grad(y, self._leaves, self._grad))
 
 
-def _to(batch: Batch, device: str) -> Batch:
-    states = {name: state.to(device) for name, state in batch.states.items()}
-    x = batch.x.detach().to(device).requires_grad_()
-    return Batch(x, batch.is_init.to(device), states, batch.grad.to(device))
-
-
 def set_library(precision: str) -> None:
     """Let cuDNN and cuBLAS compute at the precision of a run.
 
@@ -96,20 +90,35 @@ def set_library(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = allow
 
 
-def seconds(call: Callable[[], object], device: str, budget: float) -> float:
-    """Return the median time of a call, by the device's own clock.
+def seconds(
+    calls: Mapping[str, Callable[[], object]], device: str, budget: float
+) -> dict[str, float]:
+    """Return the median time of every call, by the device's own clock.
+
+    Calls take turns, in an order of its own every round: each comes after any other, and all see
+    the same drift of a clock that heat slows down.
 
     Args:
-        call: to time; its first run compiles and is not counted.
+        calls: to time, by name; each has run before, so that what it compiles is compiled.
         device: ``"cuda"`` or ``"cpu"``.
-        budget: seconds of samples.
+        budget: seconds of samples of each. Calls longer than a second get one.
     """
-    call()
-    samples = [_sample(call, device)]
-    if samples[0] < _SLOW:
-        count = min(50, max(3, int(budget / samples[0])))
-        samples = [_sample(call, device) for _ in range(count)]
-    return median(samples)
+    order, shuffle = list(calls), random.Random(0).shuffle
+    shuffle(order)
+    samples = {name: [_sample(calls[name], device)] for name in order}
+    rounds = {name: _rounds(taken[0], budget) for name, taken in samples.items()}
+    turns = max(rounds.values(), default=0)
+    for turn in range(turns):
+        shuffle(order)
+        for name in order:
+            # The few rounds of a slow one are spread over all.
+            if (turn + 1) * rounds[name] // turns > turn * rounds[name] // turns:
+                samples[name].append(_sample(calls[name], device))
+    return {name: median(samples[name][rounds[name] > 0 :]) for name in calls}
+
+
+def _rounds(first: float, budget: float) -> int:
+    return 0 if first >= _SLOW else min(50, max(3, int(budget / first)))
 
 
 def _sample(call: Callable[[], object], device: str) -> float:
@@ -126,8 +135,10 @@ def _sample(call: Callable[[], object], device: str) -> float:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Return the memory that a call takes at most beyond what was there, on the GPU."""
-    call()
+    """Return the memory that a call takes at most beyond what was there, on the GPU.
+
+    What it compiles must be compiled: tuning a kernel takes memory of its own.
+    """
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_bounds, gpu_report
+from benchmarks import bench_gpu, gpu_bounds, gpu_contestants, gpu_report
 from benchmarks.cases import Case, Shape
 from benchmarks.gpu_contestants import ALL, CUDNN, OURS, THEIRS_PAD, THEIRS_SCAN, THEIRS_TRITON
+from benchmarks.patience import Patience
 from rnnkeys.backends import triton, why_not
 from rnnkeys.backends.triton.config import MAX_HIDDEN, Device, choose_config
 from rnnkeys.cells import GRU_CELL, LSTM_CELL, Weights
@@ -179,6 +180,58 @@ def test_the_benchmark_runs_dry_with_all_contestants(tmp_path):
 
 
 CASE = Case("LSTM", Shape(4, 8, 16, 32), 0.1)
+
+
+class Failing:
+    """One fails as Triton does, with no error that is a RuntimeError; one computes nonsense."""
+
+    wrong = CUDNN
+
+    def __init__(self, name: str, case: Case, batch: Any, mode: str) -> None:
+        self.name, self.forward = name, self.both
+
+    def both(self) -> tuple[torch.Tensor, ...]:
+        if self.name == THEIRS_TRITON:
+            raise OSError("out of resource: shared memory\nand more")
+        return (torch.ones(1) * (1 + (self.name == self.wrong)),)
+
+
+def test_who_fails_or_is_slow_is_left_out_and_the_others_go_on(monkeypatch):
+    monkeypatch.setattr(gpu_contestants, "Contestant", Failing)
+    monkeypatch.setattr(gpu_contestants, "NEEDS_GPU", ())
+    out = bench_gpu.check("cpu", "ieee")
+    assert out[THEIRS_TRITON] == "out of resource: shared memory"
+    assert out[CUDNN].startswith(f"{CUDNN!r} differs from")
+    patience = Patience(seconds=1.0)
+    patience.note(THEIRS_SCAN, CASE, 3.0)
+    for row in bench_gpu.measure(CASE, "ieee", "cpu", 0.0, patience, {CUDNN: "differs"}):
+        assert row.skipped == {
+            THEIRS_TRITON: "out of resource: shared memory",
+            THEIRS_SCAN: "took 3.0 s on LSTM (4, 8, 16, 32)",
+            CUDNN: "differs",
+        }
+        assert row.seconds.keys() == set(ALL) - row.skipped.keys()
+
+
+def test_our_own_wrong_result_stops_the_benchmark(monkeypatch):
+    monkeypatch.setattr(gpu_contestants, "Contestant", Failing)
+    monkeypatch.setattr(Failing, "wrong", OURS)
+    with pytest.raises(AssertionError, match="nothing is timed"):
+        bench_gpu.check("cpu", "ieee")
+
+
+def test_a_quick_benchmark_ends_in_time_and_sees_all_sizes():
+    quick = bench_gpu.parse(["--quick"])
+    cases = [case for case, _ in bench_gpu.grid(quick)]
+    assert 50 < len(cases) < 80 and quick.minutes == 8.0 and quick.patience == 2.0
+    seen = [{case.shape[i] for case in cases} for i in (0, 1, 3)]
+    every = (bench_gpu.BATCHES, bench_gpu.STEPS, bench_gpu.HIDDEN)
+    assert all(found == set(all_sizes) for found, all_sizes in zip(seen, every, strict=True))
+    now = [0.0]
+    patience = Patience(1.0, minutes=8.0, clock=lambda: now[0])
+    assert not patience.is_over
+    now[0] = 481.0
+    assert patience.is_over and not Patience(1.0).is_over
 
 
 def test_goals_are_told_from_the_figures():
