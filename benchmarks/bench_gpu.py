@@ -43,19 +43,19 @@ INPUTS = 64
 _LARGEST = 2**29
 _QUICK_STRIDE = 31
 # Of a quick run; the case that is running then ends, too.
-_QUICK_MINUTES, _QUICK_PATIENCE = 8.0, 2.0
+_QUICK_MINUTES, _QUICK_PATIENCE = 7.0, 2.0
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="every 31st case, 8 minutes")
+    parser.add_argument("--quick", action="store_true", help="every 31st case, 7 minutes")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["ieee", "tf32"])
     parser.add_argument("--budget", type=float, default=0.2, help="seconds of samples")
     parser.add_argument("--patience", type=float, help="seconds of a call (20; quick: 2)")
-    parser.add_argument("--minutes", type=float, help="stop after these (never; quick: 8)")
+    parser.add_argument("--minutes", type=float, help="stop after these (never; quick: 7)")
     parser.add_argument("--output", type=Path, default=Path("bench-gpu"), help="folder")
     options = parser.parse_args(arguments)
     if options.patience is None:

@@ -112,6 +112,11 @@ def _why_not_machine(device: torch.device | None) -> str | None:
         return None
     if not torch.cuda.is_available():
         return f"recurrent_backend='triton' needs a CUDA device, and there is none. {_ELSEWHERE}."
+    if torch.version.hip is not None:
+        return (
+            "recurrent_backend='triton' needs an NVIDIA GPU, got one of AMD (ROCm "
+            f"{torch.version.hip}). {_ELSEWHERE}."
+        )
     index = device if device is not None and device.type == "cuda" else None
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
