@@ -68,12 +68,14 @@ faults: $(DEV_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.check_faults --jobs $(JOBS)
 
 # The same tests that interpret the kernels on a CPU run them on the GPU, and more at full size.
-# Some ask torch for deterministic algorithms, which its library has with this workspace only.
+# Some ask torch for deterministic algorithms, which its library has with this workspace only. Should
+# programs wait for each other for ever, five minutes end it.
 test-gpu: export CUBLAS_WORKSPACE_CONFIG := :4096:8
 test-gpu: $(DEV_READY)
 	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("no CUDA device")'
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests/test_contract.py tests/triton_kernels.py \
-		tests/test_precision.py -k "triton or precision" --durations=10 $(PYTEST_ARGS)
+		tests/test_precision.py -k "triton or precision" --durations=10 \
+		-o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true $(PYTEST_ARGS)
 
 demo: $(RUN_READY)
 	$(BIN)/python tutorials/recurrent_dqn.py --output demo $(DEMO_ARGS)

@@ -1,8 +1,10 @@
 """Products of Triton's interpreter, rounded as tensor cores round their operands.
 
 The interpreter multiplies whatever it is given in float32 and takes no notice of
-``input_precision``. Here TF32 operands lose the 13 bits that TF32 has not, ``"tf32x3"`` adds up
-three such products of high and low parts, and bfloat16, which NumPy lacks, is widened first.
+``input_precision``. Here the operands of ``"tf32"`` lose the 13 bits that TF32 has not: tensor cores
+take no notice of them, and Triton rounds nothing first (``tests/test_triton.py`` looks). For
+``"tf32x3"`` it rounds high and low parts, and three products of them are added up. bfloat16, which
+NumPy lacks, is widened first.
 """
 
 from __future__ import annotations
@@ -26,6 +28,17 @@ def to_tf32(x: np.ndarray) -> np.ndarray:
     return (rounded & np.uint32(0xFFFFE000)).view(np.float32)
 
 
+def cut_to_tf32(x: np.ndarray) -> np.ndarray:
+    """Cut float32 to 10 bits of mantissa, towards zero.
+
+    Examples:
+        >>> cut_to_tf32(np.float32([1 + 2**-10, 1 + 2**-11])) - 1
+        array([0.00097656, 0.        ], dtype=float32)
+    """
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return (bits & np.uint32(0xFFFFE000)).view(np.float32)
+
+
 def multiply(a: np.ndarray, b: np.ndarray, mode: str) -> np.ndarray:
     """Multiply float32 matrices in a mode.
 
@@ -36,9 +49,9 @@ def multiply(a: np.ndarray, b: np.ndarray, mode: str) -> np.ndarray:
     """
     if mode == "ieee":
         return a @ b
-    high_a, high_b = to_tf32(a), to_tf32(b)
     if mode == "tf32":
-        return high_a @ high_b
+        return cut_to_tf32(a) @ cut_to_tf32(b)
+    high_a, high_b = to_tf32(a), to_tf32(b)
     low_a, low_b = to_tf32(a - high_a), to_tf32(b - high_b)
     return high_a @ low_b + low_a @ high_b + high_a @ high_b
 

@@ -51,6 +51,15 @@ def test_kernels_compile_for_hopper_and_fit_it(case, instruction):
 
 
 @needs_triton
+@pytest.mark.parametrize(("mode", "rounds"), [("tf32", False), ("tf32x3", True)])
+def test_operands_are_rounded_as_the_emulation_does(mode, rounds):
+    """Or else ``tests/emulated.py`` and the tolerances that it shows are of something else."""
+    for direction in ("forward", "backward"):
+        case = triton_resources.Case("gru", direction, 64, 16, mode)
+        assert ("cvt.rna.tf32" in triton_resources.compile_case(case).ptx) == rounds
+
+
+@needs_triton
 @pytest.mark.parametrize(
     "case",
     [

@@ -1,7 +1,7 @@
 """Which form of a kernel runs, and how large its tiles are: a pure function of the problem.
 
 The rules come from what the compiler reports for Hopper (registers, spills and shared memory of
-every shape that can be chosen, see ``tests/test_triton_compiled.py``) and from arithmetic on
+every shape that can be chosen, see ``scripts/triton_resources.py``) and from arithmetic on
 weights and bandwidth. No GPU has timed them yet: ``benchmarks/bench_gpu.py`` is there to correct
 them.
 """
