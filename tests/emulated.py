@@ -1,8 +1,8 @@
 """Products of Triton's interpreter, rounded as tensor cores round their operands.
 
 The interpreter multiplies whatever it is given in float32 and takes no notice of
-``input_precision``. Here the operands of ``"tf32"`` lose the 13 bits that TF32 has not: tensor cores
-take no notice of them, and Triton rounds nothing first (``tests/test_triton.py`` looks). For
+``input_precision``. Here the operands of ``"tf32"`` lose the 13 bits that TF32 has not: tensor
+cores take no notice of them, and Triton rounds nothing first (``tests/test_triton.py`` looks). For
 ``"tf32x3"`` it rounds high and low parts, and three products of them are added up. bfloat16, which
 NumPy lacks, is widened first.
 """

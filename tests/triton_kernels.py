@@ -384,6 +384,33 @@ def test_the_host_never_waits_for_a_gpu(cell):
                 torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
+@both_cells
+def test_a_cuda_graph_replays_a_layer(cell):
+    problem = _make(cell, hidden=200, batch=9, steps=20)
+    with torch.no_grad():
+        problems.outputs(problem, WAY)  # compiles
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y, states = problems.outputs(problem, WAY)
+        problem.x.mul_(2)
+        problem.is_init.logical_not_()
+        graph.replay()
+        expected, expected_states = problems.outputs(problem, WAY)
+    for a, b in zip((y, *states), (expected, *expected_states), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@both_cells
+def test_a_layer_runs_on_a_gpu_that_is_not_the_current_one(cell, monkeypatch):
+    monkeypatch.setattr(problems, "DEVICE", "cuda:1")
+    assert torch.cuda.current_device() == 0
+    _check(_make(cell, hidden=200))
+
+
 @both_cells
 def test_a_second_derivative_raises_and_names_who_has_it(cell):
     problem = _make(cell, hidden=4)
