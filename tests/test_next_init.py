@@ -19,12 +19,15 @@ from torchrl.data import (
 )
 from torchrl.envs import Compose, InitTracker, StepCounter, TransformedEnv
 
+from rnnkeys import GRUModule
 from rnnkeys.transforms import (
+    BurnIn,
     NextInitPrioritizedSliceSampler,
     NextInitSliceSampler,
     NextInitSliceSamplerWithoutReplacement,
     NextInitStreamingSliceSampler,
     NextInitTracker,
+    Windows,
 )
 from tests.target_cases import ShortEpisodes
 
@@ -196,9 +199,22 @@ def test_runs_too_early_where_a_sampler_cuts_slices(storing: dict[str, int]) -> 
         rb.sample()
 
 
-def test_is_no_transform_of_an_environment() -> None:
-    with pytest.raises(RuntimeError, match=r"no transform of an environment.*InitTracker\(\)"):
-        make_env().append_transform(NextInitTracker())
+def _burn_in() -> BurnIn:
+    return BurnIn(GRUModule(1, 2, in_key="observation", out_key="embed"), 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "remedy"),
+    [
+        (NextInitTracker, r"InitTracker\(\)"),
+        (_burn_in, r"replay buffer of windows \(Windows\)"),
+        (lambda: Windows(4), "replay buffer, .* postproc"),
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda transform: transform, Compose])
+def test_is_no_transform_of_an_environment(make: Any, remedy: str, wrap: Any) -> None:
+    with pytest.raises(RuntimeError, match=f"no transform of an environment.*{remedy}"):
+        make_env().append_transform(wrap(make()))
 
 
 # --- as a sampler ---------------------------------------------------------------------------------

@@ -10,13 +10,13 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
-from torchrl.envs import Transform
 
 from ..mode import set_recurrent_mode
 from ..starts import next_key, read_marks
+from .batches import BatchTransform
 
 
-class BurnIn(Transform):
+class BurnIn(BatchTransform):
     """Runs the first steps of every sequence without gradient, and cuts them off.
 
     What is left, steps ``K`` and on, starts from the state that the modules have *now* after the
@@ -50,6 +50,11 @@ class BurnIn(Transform):
         torch.Size([2, 3, 1, 5])
     """
 
+    _purpose = (
+        "it cuts sequences. Call it on a batch of them, or append it to a replay buffer of windows "
+        "(Windows)."
+    )
+
     def __init__(
         self,
         modules: TensorDictModuleBase | Sequence[TensorDictModuleBase],
@@ -79,8 +84,7 @@ class BurnIn(Transform):
             ValueError: if ``K`` steps or fewer are there, or ``slice_len`` does not divide them.
             RuntimeError: if it runs inside a replay buffer before its sampler's marks are there.
         """
-        in_buffer = self.__dict__["_container"] is not None and not self.training
-        if in_buffer and tensordict.ndim < 2:
+        if self._in_buffer and tensordict.ndim < 2:
             raise RuntimeError(
                 "BurnIn runs too early as a transform of this replay buffer: its items are single "
                 "steps, and samplers mark the starts of slices after the transforms. Call it on "

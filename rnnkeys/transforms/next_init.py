@@ -14,15 +14,15 @@ from torchrl.data.replay_buffers.samplers import (
     StreamingSliceSampler,
 )
 from torchrl.data.replay_buffers.storages import Storage
-from torchrl.envs import EnvBase, Transform
 
 from ..replay import PrioritizedSliceSampler
 from ..starts import as_keys, mark_next, next_key
+from .batches import BatchTransform
 
 _TRUNCATED = ("next", "truncated")
 
 
-class NextInitTracker(Transform):
+class NextInitTracker(BatchTransform):
     """Marks in the next view every step whose root starts an episode or a slice.
 
     A loss that bootstraps runs its network on the next view as on a sequence. ``("next",
@@ -50,6 +50,11 @@ class NextInitTracker(Transform):
         tensor([ True, False,  True])
     """
 
+    _purpose = (
+        "it marks batches of sequences. Pass it as the collector's postproc, or call it on the "
+        "batch. What an environment needs is InitTracker()."
+    )
+
     def __init__(self, init_key: NestedKey | list[NestedKey] = "is_init") -> None:
         super().__init__()
         self.init_keys = as_keys(init_key)
@@ -73,35 +78,15 @@ class NextInitTracker(Transform):
         return mark_next(tensordict, self.init_keys)
 
     def _refuse_unmarked_slices(self, tensordict: TensorDictBase) -> None:
-        # A replay buffer puts its transforms in a Compose of its own, in eval mode. It hands them a
-        # flat batch only if its items are single steps, and then the marks of slice starts are not
-        # there yet.
-        in_buffer = self.__dict__["_container"] is not None and not self.training
-        if in_buffer and tensordict.ndim < 2:
+        # A replay buffer hands its transforms a flat batch only if its items are single steps, and
+        # then the marks of slice starts are not there yet.
+        if self._in_buffer and tensordict.ndim < 2:
             raise RuntimeError(
                 f"{type(self).__name__} runs too early as a transform of this replay buffer: its "
                 "items are single steps, and samplers mark the starts of slices after the "
                 "transforms. Use a sampler that marks the next view, such as "
                 "rnnkeys.transforms.NextInitSliceSampler, or call the tracker on the batch: "
                 "batch = tracker(buffer.sample())."
-            )
-
-    def set_container(self, container: Any) -> None:
-        """Refuse environments: there the next view of a step is never run as a sequence.
-
-        Raises:
-            RuntimeError: if it is appended to an environment.
-        """
-        super().set_container(container)
-        # Not self.container, which raises for a Compose that belongs to no environment.
-        while isinstance(container, Transform):
-            outer = container.__dict__["_container"]
-            container = None if outer is None else outer()
-        if isinstance(container, EnvBase):
-            raise RuntimeError(
-                f"{type(self).__name__} is no transform of an environment: it marks batches of "
-                "sequences. Pass it as the collector's postproc, or call it on the batch. What "
-                "an environment needs is InitTracker()."
             )
 
 

@@ -10,10 +10,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase, unravel_key
 from tensordict.utils import NestedKey
 from torch import Tensor
-from torchrl.envs import Transform
 
 from ..entries import as_tuple
 from ..starts import next_key
+from .batches import BatchTransform
 
 MASK_KEY = ("collector", "mask")
 RESIDUALS = ("drop", "last", "null", "repeat", "overlap")
@@ -60,7 +60,7 @@ def sequence_mask(lengths: Tensor, max_len: int | None = None) -> Tensor:
     return torch.arange(max_len, device=lengths.device) < lengths.unsqueeze(-1)
 
 
-class Windows(Transform):
+class Windows(BatchTransform):
     """Cuts episodes into windows ``[N, L]``; remainders wait for the batch that goes on with them.
 
     As a transform of a replay buffer of windows it cuts what comes in, ``[B, T]`` or ``[T]`` as a
@@ -105,6 +105,11 @@ class Windows(Transform):
         tensor([[0, 1, 2],
                 [2, 3, 4]])
     """
+
+    _purpose = (
+        "it cuts episodes. Append it to a replay buffer, pass it as the collector's postproc, or "
+        "call it on a batch."
+    )
 
     def __init__(
         self,
@@ -163,8 +168,7 @@ class Windows(Transform):
             KeyError: if a batch has neither ``("next", "done")`` nor marks.
             ValueError: if the number of rows has changed.
         """
-        # A replay buffer puts its transforms in a Compose of its own, in eval mode.
-        if self.__dict__["_container"] is not None and not self.training:
+        if self._in_buffer:
             return self.lay_out(tensordict)
         return self.lay_out(self.cut(tensordict))
 
