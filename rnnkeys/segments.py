@@ -89,6 +89,14 @@ class Plan:
             return x.transpose(0, 1).flatten(0, 1)
         return _Gather.apply(x.flatten(0, 1), self.source, self.position, None)
 
+    def pack_blank(self, x: Tensor) -> Tensor:
+        """Lay ``x [B, T, F]`` out in rows as :meth:`pack` does, but with zeros in padding.
+
+        For use where no gradient is recorded.
+        """
+        rows = self.pack(x)
+        return rows if self.is_dense else rows.index_fill_(0, self.padding, 0.0)
+
     def unpack(self, rows: Tensor) -> Tensor:
         """Take ``[B, T, F]`` out of rows ``[N, F]``: a view if the plan is dense."""
         if self.is_dense:
@@ -101,7 +109,9 @@ class Plan:
         return state[:, 0] if self.is_dense else _take(state, self.starts[: self.sizes[0]])
 
     def at_first_steps(self, rows: Tensor) -> Tensor:
-        """Take the rows ``[S, ...]`` of the segments' first steps out of ``[N, ...]``."""
+        """Take ``[S, H]`` of the segments' first steps out of rows ``[N, H]`` or ``[B, T, H]``."""
+        if rows.ndim == 3:
+            return _take(rows, self.starts)
         return rows[self.start_rows] if self.clears else rows[: self.starts.numel()]
 
     def put_at_starts(self, rows: Tensor) -> Tensor:
@@ -197,7 +207,7 @@ def find_carried(is_init: Tensor, states: Sequence[Tensor]) -> np.ndarray | None
         return np.ones(count, dtype=bool)
     index = torch.from_numpy(_segments(marks)[0])
     found = [_take(state.detach(), index).flatten(1) for state in states]
-    return torch.cat(found, 1).any(1).numpy()
+    return np.any(torch.cat(found, 1).numpy(), axis=1)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

@@ -180,9 +180,9 @@ def _plans(monkeypatch) -> list[Plan]:
     seen: list[Plan] = []
     run = onednn.run
 
-    def spy(weights, x, start, plan, only_starts):
+    def spy(weights, x, start, plan, *rest):
         seen.append(plan)
-        return run(weights, x, start, plan, only_starts)
+        return run(weights, x, start, plan, *rest)
 
     monkeypatch.setattr(onednn, "run", spy)
     return seen

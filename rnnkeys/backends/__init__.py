@@ -274,14 +274,20 @@ class _Pad:
         self.cell, self.only_starts = cell, options.only_starts
         self.vendor = pad.wants_vendor(cell, x.dtype, options.vendor, options.state_grad)
         rows = pad.block_rows(x.shape[-1], reset_state[0].shape[-1]) if self.vendor else 0
+        # Its kernel packs and unpacks by itself, and can clear the state between segments.
+        self.whole = self.vendor and pad.shares_rows(x)
         # Cell states at starts alone need no workspace where no gradient and no shared row does.
-        pays = torch.is_grad_enabled() or not options.only_starts
-        shares = self.vendor and pays and pad.shares_rows(x)
+        shares = self.whole and (torch.is_grad_enabled() or not options.only_starts)
         self.plan = plan(is_init, rows, find_carried(is_init, reset_state) if shares else None)
         self.start = tuple(self.plan.at_starts(s) for s in reset_state)
-        self.pack, self.unpack = self.plan.pack, self.plan.unpack
         # Rows that are those of the batch are not copied on their way out.
-        self.keeps_output = self.plan.is_dense
+        self.keeps_output = self.plan.is_dense and not self.whole
+
+    def pack(self, x: Tensor) -> Tensor:
+        return x if self.whole else self.plan.pack(x)
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        return rows if rows.ndim == 3 else self.plan.unpack(rows)
 
     def run(self, weights: Weights, rows: Tensor, layer: int) -> State:
         start = tuple(s[:, layer] for s in self.start)
@@ -293,18 +299,21 @@ class _Pad:
             self.plan,
             vendor=self.vendor,
             only_starts=self.only_starts,
+            unpacks=layer == self.start[0].shape[1] - 1,
         )
 
     def store(self, rows: State, top: Tensor | None) -> Tensor:
         if self.only_starts:
-            count = self.plan.starts.numel()
-            # Some have no other rows.
-            firsts = [r if len(r) == count else self.plan.at_first_steps(r) for r in rows]
-            return self.plan.put_at_starts(torch.stack(firsts, 1))
+            return self.plan.put_at_starts(torch.stack([*map(self._firsts, rows)], 1))
         is_own = top is None and (self.vendor or not self.plan.is_dense)
         if is_own and len(rows) == 1:
             return self.unpack(rows[0]).unsqueeze(2)
         return _stack(rows, self.unpack, top)
+
+    def _firsts(self, rows: Tensor) -> Tensor:
+        # Some have no other rows.
+        has_others = rows.ndim == 3 or len(rows) > self.plan.starts.numel()
+        return self.plan.at_first_steps(rows) if has_others else rows
 
 
 class _Triton:

@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..cells import Weights
 from ..segments import Plan
 from . import ops
 from .workspace import Ran, hidden_cells, run_block, run_block_back, size_of_row
 
-# What the gates get in a gap, besides what undoes all else: far beyond where a sigmoid is 0.
-_SHUT = -1e4
+# What shuts a gate in a gap, whatever weights and state add to it.
+_SHUT = -1e20
 # Where a sigmoid may end that is not quite 0.
 _ALMOST_ZERO = 1e-30
 # Elements of a workspace. glibc keeps no memory of more than 32 MiB in one piece for the next pass,
@@ -48,46 +49,64 @@ def refuse_second_order() -> None:
 
 
 def run(
-    weights: Weights, x: Tensor, start: tuple[Tensor, Tensor], plan: Plan, only_starts: bool
+    weights: Weights,
+    x: Tensor,
+    start: tuple[Tensor, Tensor],
+    plan: Plan,
+    only_starts: bool,
+    unpacks: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Run one layer over packed rows.
 
     Args:
         weights: of the layer, without projection.
-        x: inputs ``[N, I]``, contiguous.
-        start: ``(h, c)`` before the first step, each ``[sizes[0], H]``, contiguous.
-        plan: that packed the rows.
+        x: inputs, the batch ``[B, T, I]`` or rows ``[N, I]``.
+        start: ``(h, c)`` before the first step, each ``[sizes[0], H]``.
+        plan: that packs the rows.
         only_starts: whether cell states after segments' first steps suffice.
+        unpacks: whether to return outputs as a batch, for themselves in memory.
 
     Returns:
-        Outputs ``[N, H]`` and cell states, detached: after every step, ``[N, H]``, or after the
-        segments' first steps, ``[S, H]``; None if they could not be found.
+        Outputs, the batch ``[B, T, H]`` or rows ``[N, H]``, and cell states, detached: after every
+        step, ``[N, H]``, or after the segments' first steps, ``[S, H]``; None if they could not be
+        found.
     """
     b_ih, b_hh = weights.b_ih, weights.b_hh
     if b_ih is None or b_hh is None:
         b_ih = b_hh = x.new_zeros(weights.w_hh.shape[0])
     given = (x, weights.w_ih, weights.w_hh, b_ih, b_hh, *start)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    y, cells = _Rows.apply(*given, plan, keep, only_starts)
-    if plan.clears and not _all_zero(y.detach(), plan.gaps):
-        y, cells = _run_with_resets(given, plan)
+    y, cells = _Rows.apply(*given, plan, keep, only_starts, unpacks)
+    if y is None:
+        y, cells = _run_with_resets((plan.pack(x) if x.ndim == 3 else x, *given[1:]), plan)
         cells = plan.at_first_steps(cells) if only_starts else cells
+        y = plan.unpack(y) if unpacks else y
     return y, cells
 
 
 class _Rows(torch.autograd.Function):
-    """Packed rows block by block, by the operators beneath ``nn.LSTM``."""
+    """Packed rows block by block, by the operators beneath ``nn.LSTM``.
+
+    Returns None for outputs where something got through a gap.
+    """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any):
-        *given, plan, keep, only_starts = arguments
+        *given, plan, keep, only_starts, unpacks = arguments
         x, *weights, h, c = (t.detach() for t in given)
+        h, c = h.contiguous(), c.contiguous()
+        # No zeros for the gradient of cells, which has no reader.
+        ctx.set_materialize_grads(False)
+        ctx.plan, ctx.packs, ctx.unpacks = plan, x.ndim == 3, unpacks
         if plan.clears:
-            x, weights[0] = _with_gaps(x, weights, plan.padding)
+            x, weights[0] = _with_gaps(x, plan), _with_shutters(weights[0])
+        else:
+            x = (plan.pack(x) if ctx.packs else x).contiguous()
         with_workspace = keep or not only_starts or plan.clears
-        ctx.plan, ctx.blocks = plan, list(_cut(plan, x.shape[1], h.shape[1], with_workspace))
+        ctx.blocks = list(_cut(plan, x.shape[1], h.shape[1], with_workspace))
         wanted = _Wanted(plan, only_starts, h)
-        y, kept, row = None, [], 0
+        y: Any = None
+        kept, row = [], 0
         for steps, rows in ctx.blocks:
             block = slice(row, row + steps * rows)
             h, c = h[:rows], c[:rows]
@@ -97,22 +116,22 @@ class _Rows(torch.autograd.Function):
             if keep:
                 kept += [h, c, ran.h, ran.c, ran.workspace]
             h, c, row = ran.h, ran.c, block.stop
+        if plan.clears and not _all_zero(y, plan.gaps):
+            return None, None
         if keep:
             ctx.save_for_backward(x, y, *weights, *kept)
         cells = wanted.cells
         if cells is not None:
             ctx.mark_non_differentiable(cells)
-        # No zeros for the gradient of cells, which has no reader.
-        ctx.set_materialize_grads(False)
-        return y, cells
+        return _unpacked(y, plan) if unpacks else y, cells
 
     @staticmethod
     def backward(ctx: Any, *grads: Any):
         refuse_second_order()
-        x, y, *rest = ctx.saved_tensors
+        plan, (x, y, *rest) = ctx.plan, ctx.saved_tensors
         weights, kept = rest[:4], rest[4:]
-        d_y, d_x = grads[0].contiguous(), None
-        dh, dc = torch.zeros_like(kept[0]), torch.zeros_like(kept[1])
+        d_y = (plan.pack_blank(grads[0]) if ctx.unpacks else grads[0]).contiguous()
+        d_x, d_h, d_c = None, *(torch.zeros_like(last) for last in kept[-3:-1])
         d_weights: list[Tensor] = []
         end = x.shape[0]
         for k in range(len(ctx.blocks) - 1, -1, -1):
@@ -120,36 +139,59 @@ class _Rows(torch.autograd.Function):
             block, end = slice(end - steps * rows, end), end - steps * rows
             x_k, y_k, d_y_k = (t[block].view(steps, rows, -1) for t in (x, y, d_y))
             *start, last_h, last_c, workspace = kept[5 * k : 5 * k + 5]
-            ran, d_ran = Ran(y_k, last_h, last_c, workspace), (d_y_k, dh[:rows], dc[:rows])
-            (d_x_k, *d_weights_k), d_start = run_block_back(weights, x_k, start, ran, d_ran)
+            ran = Ran(y_k, last_h, last_c, workspace)
+            d_ran = d_y_k, _of_rows(d_h, rows), _of_rows(d_c, rows)
+            (d_x_k, *d_weights_k), (d_h, d_c) = run_block_back(weights, x_k, start, ran, d_ran)
             d_x = _store(d_x_k.flatten(0, 1), d_x, block, x.shape[0])
-            dh[:rows], dc[:rows] = d_start
             d_weights = _add(d_weights, d_weights_k)
-        found = [d_x, *d_weights, d_weights[-1].clone(), dh, dc]
-        if ctx.plan.clears:
-            found = _without_gaps(found, (x, *weights, *kept[:2]), ctx.plan, d_y)
+        found = [d_x, *d_weights, d_weights[-1].clone(), d_h, d_c]
+        if plan.clears:
+            found = _without_gaps(found, (x, *weights, *kept[:2]), plan, d_y)
+        if ctx.packs:
+            found[0] = plan.unpack(found[0])
         # Both biases have one gradient; whoever changes that of one in place must not meet both.
-        return *found, None, None, None
+        return *found, None, None, None, None
 
 
-def _with_gaps(x: Tensor, weights: list[Tensor], padding: Tensor) -> tuple[Tensor, Tensor]:
-    """Give inputs and their weights the entry that shuts gates; padding has no other input."""
-    w_ih, w_hh, *biases = weights
-    rows, inputs = x.shape
-    wide = x.new_empty(rows, inputs + 1)
-    wide[:, :inputs] = x
+def _with_gaps(x: Tensor, plan: Plan) -> Tensor:
+    """Rows of inputs with one more entry, which is 1 in padding; padding has no other input."""
+    inputs = x.shape[-1]
+    wide = x.new_empty(len(plan.source), inputs + 1)
+    if x.ndim == 3:
+        torch.index_select(x.flatten(0, 1), 0, plan.source, out=wide[:, :inputs])
+    else:
+        wide[:, :inputs] = x
     wide[:, inputs] = 0
-    wide.index_fill_(0, padding, 0)
-    wide[:, inputs].index_fill_(0, padding, 1)
-    # No output is larger than 1, so that the state adds no more than this to a gate.
-    most = w_hh.shape[1] * _largest(w_hh) + sum(_largest(bias) for bias in biases)
-    shut = w_ih.new_zeros(w_ih.shape[0], 1)
-    shut[: w_ih.shape[0] // 2] = _SHUT - most
-    return wide, torch.cat([w_ih, shut], 1)
+    wide.index_fill_(0, plan.padding, 0)
+    wide[:, inputs].index_fill_(0, plan.padding, 1)
+    return wide
 
 
-def _largest(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, float("inf"))
+def _with_shutters(w_ih: Tensor) -> Tensor:
+    """Weights of inputs, with those of the entry, which shut the input gate and the forget gate."""
+    gates, inputs = w_ih.shape
+    wide = w_ih.new_empty(gates, inputs + 1)
+    wide[:, :inputs] = w_ih
+    wide[: gates // 2, inputs] = _SHUT
+    wide[gates // 2 :, inputs] = 0
+    return wide
+
+
+def _unpacked(y: Tensor, plan: Plan) -> Tensor:
+    """Outputs as a batch, in memory that nobody reads in the backward pass."""
+    if plan.is_dense:
+        return plan.unpack(y).clone(memory_format=torch.contiguous_format)
+    # Not a view, which nobody might change in place.
+    batch = y.new_empty(*plan.shape, y.shape[1])
+    torch.index_select(y, 0, plan.position, out=batch.view(-1, y.shape[1]))
+    return batch
+
+
+def _of_rows(state: Tensor, rows: int) -> Tensor:
+    """Gradients of the state of ``rows`` rows; no other block runs those that are new."""
+    if state.shape[0] == rows:
+        return state
+    return F.pad(state, (0, 0, 0, rows - state.shape[0]))
 
 
 def _without_gaps(grads: list[Tensor], wide: tuple, plan: Plan, d_y: Tensor) -> list[Tensor]:

@@ -58,24 +58,28 @@ def run(
     *,
     vendor: bool,
     only_starts: bool,
+    unpacks: bool,
 ) -> State:
     """Run one layer over packed rows.
 
     Args:
         cell: the equation.
         weights: of the layer.
-        x: packed inputs ``[N, I]``.
+        x: packed inputs ``[N, I]``; with ``vendor``, where it shares rows, the batch
+            ``[B, T, I]`` will do.
         start: states before the first step, each ``[sizes[0], H]``.
         plan: that packed the rows.
         vendor: whether to run the vendor's kernel.
         only_starts: whether states after the first step of each segment suffice.
+        unpacks: whether ``h`` of the vendor's kernel, where it shares rows, is wanted as a batch
+            ``[B, T, H]``.
 
     Returns:
         The states after every step, each ``[N, H]``. With ``vendor``, those besides ``h`` are
         detached and, with ``only_starts``, those of segments' first steps, ``[S, H]``.
     """
     if vendor:
-        return vendor_lstm.run(weights, x, start, plan, only_starts)
+        return vendor_lstm.run(weights, x, start, plan, only_starts, unpacks)
     if has_kernel(cell, weights):
         return run_rows(cell, weights, x, start, plan.sizes)
     return _run_plain(cell, weights, x, start, plan)

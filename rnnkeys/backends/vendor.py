@@ -28,29 +28,37 @@ def serves(dtype: torch.dtype) -> bool:
 
 
 def run(
-    weights: Weights, x: Tensor, start: tuple[Tensor, ...], plan: Plan, only_starts: bool
+    weights: Weights,
+    x: Tensor,
+    start: tuple[Tensor, ...],
+    plan: Plan,
+    only_starts: bool,
+    unpacks: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Run one LSTM layer over packed rows ``x [N, I]``.
+    """Run one LSTM layer over packed rows.
 
     Args:
         weights: of the layer, without projection.
-        x: inputs.
+        x: inputs, rows ``[N, I]``; for oneDNN the batch ``[B, T, I]`` will do.
         start: ``(h, c)`` before the first step, each ``[sizes[0], H]``.
-        plan: that packed the rows, in blocks.
+        plan: that packs the rows, in blocks.
         only_starts: whether cell states after segments' first steps suffice.
+        unpacks: whether oneDNN's outputs are wanted as a batch.
 
     Returns:
-        Outputs ``[N, H]`` and cell states, detached: after every step, ``[N, H]``, or after the
-        segments' first steps, ``[S, H]``.
+        Outputs, rows ``[N, H]`` or the batch ``[B, T, H]``, and cell states, detached: after every
+        step, ``[N, H]``, or after the segments' first steps, ``[S, H]``.
     """
-    x, h0, c0 = (t.contiguous() for t in (x, *start))
+    h0, c0 = start
     if onednn.runs(x):
-        y, cells = onednn.run(weights, x, (h0, c0), plan, only_starts)
+        y, cells = onednn.run(weights, x, (h0, c0), plan, only_starts, unpacks)
     else:
+        x, h0, c0 = (t.contiguous() for t in (x, *start))
         y, cells = _FirstOrderOnly.apply(_run_vendor(weights, x, (h0, c0), plan)), None
     if cells is None:
         with torch.no_grad():
-            cells = _cells_from_outputs(weights, x, y, (h0, c0), plan, only_starts)
+            x, h = (plan.pack_blank(t) if t.ndim == 3 else t for t in (x, y))
+            cells = _cells_from_outputs(weights, x, h, (h0, c0), plan, only_starts)
     return y, cells
 
 
