@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from .layouts import Layout, lay_out
 
-_CACHE_ENTRIES = 16
+# Batches whose segments are kept, and plans for each.
+_MOST_BATCHES, _MOST_PLANS = 16, 4
 # Steps of segments, on average, below which gaps between them are too many.
 _SHORT_SEGMENT = 2
 
@@ -44,32 +45,26 @@ class Plan:
         is_dense: whether no row is cut, so that rows are those of the batch.
     """
 
-    def __init__(
-        self,
-        is_init: np.ndarray,
-        block_rows: int,
-        device: torch.device,
-        carried: np.ndarray | None = None,
-    ) -> None:
-        starts, lengths = _segments(is_init)
+    def __init__(self, of: Segments, block_rows: int, carried: np.ndarray | None = None) -> None:
+        starts, lengths, device = of.starts, of.lengths, of.device
         layout = lay_out(lengths, block_rows, carried)
         offsets = np.cumsum(layout.sizes) - layout.sizes
         segment = np.repeat(np.arange(len(starts)), lengths)
-        step = np.arange(is_init.size) - starts[segment] + layout.first[segment]
-        position = offsets[step] + layout.row[segment]
+        steps = np.arange(len(segment))
+        position = offsets[steps - starts[segment] + layout.first[segment]] + layout.row[segment]
         source = np.full(layout.sizes.sum(), -1)
-        source[position] = np.arange(is_init.size)
+        source[position] = steps
         padding = np.flatnonzero(source < 0)
         source[padding] = _before_padding(layout, offsets, padding, starts + lengths - 1)
         start_rows = position[starts]
         order = np.argsort(start_rows)
         self.sizes: list[int] = layout.sizes.tolist()
-        self.shape = is_init.shape
+        self.shape = of.shape
         self.source = _to(source, device)
         self.position = _to(position, device)
         self.starts = _to(starts[order], device)
         self.start_rows = _to(start_rows[order], device)
-        self.is_dense = len(starts) == len(is_init)
+        self.is_dense = of.are_rows
         self.padding = _to(padding, device)
         self.clears = layout.clears
         begins = np.zeros(len(source) + self.sizes[0], dtype=bool)
@@ -142,72 +137,109 @@ class _Gather(torch.autograd.Function):
         return grad, None, None, None
 
 
-_plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
-_plans_lock = threading.Lock()
-
-
-def plan(is_init: Tensor, block_rows: int = 0, carried: np.ndarray | None = None) -> Plan:
-    """Plan the packing of a batch, or return the plan made before for the same marks.
-
-    Plans are kept by content, since losses pass clones and views: all layers, all modules and both
-    passes of a training step share one. Reading the marks synchronises with the device.
+class Segments:
+    """The segments of a batch, read from its marks.
 
     Args:
         is_init: bool ``[B, T]``, True where a segment starts; the first column counts as True.
-        block_rows: if not 0, step sizes are rounded up so that they form few blocks of one size,
-            each of which costs about as much as this many rows of one step.
-        carried: bool ``[S]``, which segments, in the order of the batch, do not start from zeros;
-            given where segments may share rows.
+        device: of the marks.
 
-    Returns:
-        The plan, with its indices on the device of ``is_init``.
-
-    Examples:
-        >>> plan(torch.tensor([[True, False, True, False, False]])).sizes
-        [2, 2, 1]
+    Attributes:
+        starts: ``[S]``, flat positions ``b * T + t`` of first steps, in the order of the batch.
+        lengths: ``[S]``.
+        are_rows: whether no row is cut.
     """
-    marks = is_init.detach().cpu().numpy()
-    key = (marks.shape, _bytes(marks), block_rows, is_init.device, _bytes(carried))
-    with _plans_lock:
-        found = _plans.get(key)
-        if found is not None:
-            _plans.move_to_end(key)
-            return found
-    # A plan made while evaluating in inference mode must serve the training that follows.
-    with torch.inference_mode(False):
-        made = Plan(marks, block_rows, is_init.device, carried)
-    with _plans_lock:
-        _plans[key] = made
-        while len(_plans) > _CACHE_ENTRIES:
-            _plans.popitem(last=False)
-    return made
+
+    def __init__(self, is_init: np.ndarray, device: torch.device) -> None:
+        marks = is_init.copy()
+        marks[:, 0] = True
+        self.shape, self.device = marks.shape, device
+        self.starts = np.flatnonzero(marks)
+        self.lengths = np.diff(self.starts, append=marks.size)
+        self.are_rows = len(self.starts) == len(marks)
+        self._index = _to(self.starts, device)
+        self._plans: OrderedDict[Any, Plan] = OrderedDict()
+
+    def plan(self, block_rows: int = 0, carried: np.ndarray | None = None) -> Plan:
+        """Plan the packing, or return the plan made before.
+
+        Args:
+            block_rows: if not 0, step sizes are rounded up so that they form few blocks of one
+                size, each of which costs about as much as this many rows of one step.
+            carried: bool ``[S]``, which segments do not start from zeros; given where segments may
+                share rows.
+
+        Returns:
+            The plan, with its indices on the device of the marks.
+
+        Examples:
+            >>> read_segments(torch.tensor([[True, False, True, False, False]])).plan().sizes
+            [2, 2, 1]
+        """
+        key = block_rows, None if carried is None else carried.tobytes()
+        return _recall(self._plans, _MOST_PLANS, key, lambda: Plan(self, block_rows, carried))
+
+    def find_carried(self, states: Sequence[Tensor]) -> np.ndarray | None:
+        """Find the segments that do not start from zeros, or whose start gets a gradient.
+
+        Args:
+            states: each ``[B, T, ...]``, on the CPU, read where segments start.
+
+        Returns:
+            Bool ``[S]``; None if no row is cut, or if there are so many segments that gaps between
+            them would cost more than they save.
+
+        Examples:
+            >>> segments = read_segments(torch.tensor([[True, False, True, False]]))
+            >>> segments.find_carried([torch.tensor([[[2.0], [7.0], [0.0], [7.0]]])])
+            array([ True, False])
+        """
+        count = len(self.starts)
+        if self.are_rows or count * _SHORT_SEGMENT > self.shape[0] * self.shape[1]:
+            return None
+        if torch.is_grad_enabled() and any(state.requires_grad for state in states):
+            return np.ones(count, dtype=bool)
+        found = [_take(state.detach(), self._index).flatten(1) for state in states]
+        return np.any(torch.cat(found, 1).numpy(), axis=1)
 
 
-def find_carried(is_init: Tensor, states: Sequence[Tensor]) -> np.ndarray | None:
-    """Find the segments that do not start from zeros, or whose start gets a gradient.
+_read: OrderedDict[Any, Segments] = OrderedDict()
+_lock = threading.Lock()
+
+
+def read_segments(is_init: Tensor) -> Segments:
+    """Read the segments of a batch, or return those read before from the same marks.
+
+    They are kept by content, since losses pass clones and views: all layers, all modules and both
+    passes of a training step share them, and their plans. Reading synchronises with the device.
 
     Args:
-        is_init: bool ``[B, T]``, as :func:`plan` takes it, on the CPU.
-        states: each ``[B, T, ...]``, read where segments start.
-
-    Returns:
-        Bool ``[S]``, in the order of the batch; None if no row is cut, or if there are so many
-        segments that gaps between them would cost more than they save.
+        is_init: bool ``[B, T]``, True where a segment starts; the first column counts as True.
 
     Examples:
-        >>> marks = torch.tensor([[True, False, True, False]])
-        >>> find_carried(marks, [torch.tensor([[[2.0], [7.0], [0.0], [7.0]]])])
-        array([ True, False])
+        >>> read_segments(torch.tensor([[True, False, True, False, False]])).lengths
+        array([2, 3])
     """
-    marks = is_init.numpy()
-    count = len(marks) + np.count_nonzero(marks[:, 1:])
-    if count == len(marks) or count * _SHORT_SEGMENT > marks.size:
-        return None
-    if torch.is_grad_enabled() and any(state.requires_grad for state in states):
-        return np.ones(count, dtype=bool)
-    index = torch.from_numpy(_segments(marks)[0])
-    found = [_take(state.detach(), index).flatten(1) for state in states]
-    return np.any(torch.cat(found, 1).numpy(), axis=1)
+    marks = is_init.detach().cpu().numpy()
+    key = marks.shape, marks.tobytes(), is_init.device
+    return _recall(_read, _MOST_BATCHES, key, lambda: Segments(marks, is_init.device))
+
+
+def _recall(kept: OrderedDict[Any, Any], most: int, key: Any, make: Callable[[], Any]) -> Any:
+    """Return what is kept under a key, or make it; the least lately used is dropped."""
+    with _lock:
+        found = kept.get(key)
+        if found is not None:
+            kept.move_to_end(key)
+            return found
+    # What is made while evaluating in inference mode must serve the training that follows.
+    with torch.inference_mode(False):
+        made = make()
+    with _lock:
+        kept[key] = made
+        while len(kept) > most:
+            kept.popitem(last=False)
+    return made
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
@@ -216,18 +248,6 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     if x.stride(0) == steps * x.stride(1):
         return x.flatten(0, 1).index_select(0, index)
     return x[index // steps, index % steps]
-
-
-def _bytes(marks: np.ndarray | None) -> bytes | None:
-    return None if marks is None else np.packbits(marks).tobytes()
-
-
-def _segments(is_init: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Flat positions of segment starts and the segments' lengths, in order of the batch."""
-    marks = is_init.copy()
-    marks[:, 0] = True
-    starts = np.flatnonzero(marks)
-    return starts, np.diff(starts, append=marks.size)
 
 
 def _before_padding(

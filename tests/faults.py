@@ -95,22 +95,22 @@ _SEGMENTS = (
     Fault(
         "a row does not start a segment",
         "rnnkeys/segments.py",
-        "    marks[:, 0] = True\n    starts =",
-        "    starts =",
+        "        marks[:, 0] = True\n",
+        "",
         _reference("pad-gru-float64", "none"),
     ),
     Fault(
         "segments end one step early",
         "rnnkeys/segments.py",
-        "return starts, np.diff(starts, append=marks.size)",
-        "return starts, np.maximum(np.diff(starts, append=marks.size) - 1, 1)",
+        "self.lengths = np.diff(self.starts, append=marks.size)",
+        "self.lengths = np.maximum(np.diff(self.starts, append=marks.size) - 1, 1)",
         _reference("pad-gru-float64"),
     ),
     Fault(
         "a kept plan is found by shape, not by marks",
         "rnnkeys/segments.py",
-        "_bytes(marks), block_rows",
-        "block_rows",
+        "key = marks.shape, marks.tobytes(), is_init.device",
+        "key = marks.shape, is_init.device",
         _reference("pad-gru-float64", "none") + _reference("pad-gru-float64", "at the last step"),
     ),
     Fault(

@@ -16,11 +16,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rnnkeys import segments
-from rnnkeys.segments import Plan, plan
+from rnnkeys.segments import Plan, Segments, read_segments
 from tests import problems
 from tests.problems import MARKS
 
 in_both_forms = pytest.mark.parametrize("block_rows", [0, 96], ids=["exact", "blocks"])
+
+
+def plan(is_init: Tensor, block_rows: int = 0, carried: np.ndarray | None = None) -> Plan:
+    return read_segments(is_init).plan(block_rows, carried)
 
 
 @st.composite
@@ -127,10 +131,10 @@ def test_starts_that_are_not_zero_are_found(layout):
     expected = [True] * 5 if layout == "constant" else [False, True, False, False, True]
     if layout == "constant":
         shown[0] = torch.ones(1, 1, 3).expand(2, 8, 3)
-    found = segments.find_carried(is_init, shown)
+    found = read_segments(is_init).find_carried(shown)
     assert found is not None and found.tolist() == expected
-    assert segments.find_carried(torch.zeros(2, 8, dtype=torch.bool), shown) is None
-    assert segments.find_carried(torch.ones(2, 8, dtype=torch.bool), shown) is None
+    assert read_segments(torch.zeros(2, 8, dtype=torch.bool)).find_carried(shown) is None
+    assert read_segments(torch.ones(2, 8, dtype=torch.bool)).find_carried(shown) is None
 
 
 @in_both_forms
@@ -195,9 +199,8 @@ def test_segments_of_many_lengths_run_in_few_blocks():
 def test_marks_may_have_any_strides():
     is_init = torch.rand(7, 5) < 0.3
     for view in (is_init.t().contiguous().t(), torch.stack([is_init, ~is_init], -1)[..., 0]):
-        assert _steps(Plan(view.numpy(), 0, view.device)) == _steps(
-            Plan(is_init.numpy(), 0, is_init.device)
-        )
+        both = [Segments(marks.numpy(), marks.device).plan() for marks in (view, is_init)]
+        assert _steps(both[0]) == _steps(both[1])
 
 
 @given(is_init=_marks())
@@ -256,7 +259,11 @@ def test_marks_changed_in_place_are_planned_anew():
 def test_plans_kept_are_few():
     for steps in range(1, 200):
         plan(torch.zeros(1, steps, dtype=torch.bool))
-    assert len(segments._plans) <= segments._CACHE_ENTRIES
+    assert len(segments._read) <= segments._MOST_BATCHES
+    same = torch.zeros(1, 9, dtype=torch.bool)
+    for block_rows in range(200):
+        plan(same, block_rows)
+    assert len(read_segments(same)._plans) <= segments._MOST_PLANS
 
 
 def test_a_plan_made_in_inference_mode_serves_training():
@@ -268,8 +275,8 @@ def test_a_plan_made_in_inference_mode_serves_training():
     torch.autograd.gradgradcheck(lambda x: made.unpack(made.pack(x).sin()), x)
 
 
-class _SlowPlans(OrderedDict[Any, Plan]):
-    """Gives way to other threads between finding a plan and using it."""
+class _SlowMemory(OrderedDict[Any, Any]):
+    """Gives way to other threads between finding an entry and using it."""
 
     def get(self, key: Any, default: Any = None) -> Any:
         found = super().get(key, default)
@@ -279,8 +286,8 @@ class _SlowPlans(OrderedDict[Any, Plan]):
 
 def test_threads_may_plan_at_once(monkeypatch):
     """Learner and evaluator share the plans; a plan may be dropped while another is looked for."""
-    monkeypatch.setattr(segments, "_plans", _SlowPlans())
-    masks = [torch.rand(3, 12) < 0.3 for _ in range(segments._CACHE_ENTRIES + 4)]
+    monkeypatch.setattr(segments, "_read", _SlowMemory())
+    masks = [torch.rand(3, 12) < 0.3 for _ in range(segments._MOST_BATCHES + 4)]
     failures: list[Exception] = []
 
     def work(offset: int) -> None:

@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from ..cells import Cell, Weights
-from ..segments import find_carried, plan
+from ..segments import read_segments
 from . import loop, pad, scan, triton
 from .scan import in_transform as in_transform
 
@@ -278,7 +278,8 @@ class _Pad:
         self.whole = self.vendor and pad.shares_rows(x)
         # Cell states at starts alone need no workspace where no gradient and no shared row does.
         shares = self.whole and (torch.is_grad_enabled() or not options.only_starts)
-        self.plan = plan(is_init, rows, find_carried(is_init, reset_state) if shares else None)
+        segments = read_segments(is_init)
+        self.plan = segments.plan(rows, segments.find_carried(reset_state) if shares else None)
         self.start = tuple(self.plan.at_starts(s) for s in reset_state)
         # Rows that are those of the batch are not copied on their way out.
         self.keeps_output = self.plan.is_dense and not self.whole
