@@ -78,6 +78,12 @@ class Plan:
         ends = [*first[1:], len(self.sizes)]
         return [(t, end - t, self.sizes[t]) for t, end in zip(first, ends, strict=True)]
 
+    @cached_property
+    def is_padding(self) -> Tensor:
+        """Float ``[N, 1]``, 1 in rows of padding and 0 in others."""
+        rows = torch.zeros(len(self.source), 1, dtype=torch.float32, device=self.source.device)
+        return rows.index_fill_(0, self.padding, 1)
+
     def pack(self, x: Tensor) -> Tensor:
         """Lay ``x [B, T, F]`` out in rows ``[N, F]``."""
         if self.is_dense:

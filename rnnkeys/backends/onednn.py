@@ -20,10 +20,10 @@ from ..segments import Plan
 from . import ops
 from .workspace import Ran, hidden_cells, run_block, run_block_back, size_of_row
 
-# What shuts a gate in a gap, whatever weights and state add to it.
-_SHUT = -1e20
-# Where a sigmoid may end that is not quite 0.
-_ALMOST_ZERO = 1e-30
+# What shuts a gate in a gap, whatever inputs and state add to it.
+_SHUT = -1e38
+# What sigmoids that are not quite 0 may let through.
+_ALMOST_ZERO = 1e-20
 # Elements of a workspace. glibc keeps no memory of more than 32 MiB in one piece for the next pass,
 # and of smaller pieces not many times as much; to get it anew from the system takes as long as to
 # compute. Where a workspace is larger than this, alone or among copies of packed rows, it is cut.
@@ -154,16 +154,14 @@ class _Rows(torch.autograd.Function):
 
 
 def _with_gaps(x: Tensor, plan: Plan) -> Tensor:
-    """Rows of inputs with one more entry, which is 1 in padding; padding has no other input."""
+    """Rows of inputs with one more entry, which is 1 in padding."""
     inputs = x.shape[-1]
     wide = x.new_empty(len(plan.source), inputs + 1)
     if x.ndim == 3:
         torch.index_select(x.flatten(0, 1), 0, plan.source, out=wide[:, :inputs])
     else:
         wide[:, :inputs] = x
-    wide[:, inputs] = 0
-    wide.index_fill_(0, plan.padding, 0)
-    wide[:, inputs].index_fill_(0, plan.padding, 1)
+    wide[:, inputs:] = plan.is_padding
     return wide
 
 
@@ -207,7 +205,7 @@ def _without_gaps(grads: list[Tensor], wide: tuple, plan: Plan, d_y: Tensor) -> 
 
 
 def _all_zero(rows: Tensor, gaps: Tensor) -> bool:
-    return bool(rows.index_select(0, gaps).abs().max() <= _ALMOST_ZERO)
+    return torch.linalg.vector_norm(rows.index_select(0, gaps)).item() <= _ALMOST_ZERO
 
 
 def _run_with_resets(given: Any, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -76,23 +76,20 @@ def hidden_cells(ran: Ran, inputs: int) -> Tensor | None:
 
     None if they are not where they are looked for.
     """
-    hidden = ran.y.shape[2]
-    if ran.workspace.numel() == 0 or not _is_known(inputs, hidden):
+    if ran.workspace.numel() == 0 or not _is_known(inputs, ran.y.shape[2]):
         return None
-    parts = _find(ran, inputs)
-    if parts is None:
-        return None
-    cells, gates = parts
+    cells = _find_cells(ran, inputs)
     size = (*ran.y.shape, inputs)
-    if not len(cells) or size in _checked:
+    if cells is None or not len(cells) or size in _checked:
         return cells
-    after, before, last_gates = ran.c.numpy(), cells[-1].numpy(), gates[-1].numpy()
+    gates = _find_last_gates(ran).numpy()
+    after, before = ran.c.numpy(), cells[-1].numpy()
     # One row tells a wrong place from the right one. If it is not finite it tells nothing, and must
     # not change how the others are computed.
     row = np.abs(after[:, 0]).argmax()
-    if not _agree(last_gates[row], before[row], after[row]):
+    if not _agree(gates[row], before[row], after[row]):
         finite = np.isfinite(after).all(1)
-        return cells if _agree(last_gates[finite], before[finite], after[finite]) else None
+        return cells if _agree(gates[finite], before[finite], after[finite]) else None
     if after[row].any():  # zeros tell nothing
         if len(_checked) == _MOST_CHECKED:
             _checked.clear()
@@ -109,26 +106,31 @@ def _agree(gates: np.ndarray, before: np.ndarray, after: np.ndarray) -> bool:
     return bool(error.max(initial=0) <= _END_TOLERANCE * np.abs(after).max(initial=0))
 
 
-def _find(ran: Ran, inputs: int) -> tuple[Tensor, Tensor] | None:
-    """View cell states ``[T - 1, B, H]`` and activated gates ``[T, B, 4H]``; None if none fit.
+def _find_cells(ran: Ran, inputs: int) -> Tensor | None:
+    """View cell states ``[T - 1, B, H]``; None if the workspace ends before they do.
 
     oneDNN lays out: gates, two parts of outputs, and cell states, which begin with two entries for
     every step that it does not use here.
     """
     steps, rows, hidden = ran.y.shape
-    flat = ran.workspace.view(torch.float32).flatten()
-    width = _padded(4 * hidden)
     parts = (
-        steps * rows * width,
+        steps * rows * _padded(4 * hidden),
         steps * rows * _padded(hidden),
         2 * (steps + 1) * rows * _padded(max(inputs, hidden)),
     )
     first = sum(-(-size // _PAGE) * _PAGE for size in parts) + (steps + 2) * rows * hidden
-    cells = flat[first : first + (steps - 1) * rows * hidden]
-    if cells.numel() < (steps - 1) * rows * hidden:
+    flat = ran.workspace.view(torch.float32)
+    if flat.numel() < first + (steps - 1) * rows * hidden:
         return None
-    gates = flat[: parts[0]].view(steps, rows, width)[..., : 4 * hidden]
-    return cells.view(steps - 1, rows, hidden), gates
+    return flat.as_strided((steps - 1, rows, hidden), (rows * hidden, hidden, 1), first)
+
+
+def _find_last_gates(ran: Ran) -> Tensor:
+    """View the activated gates of the last step, ``[B, 4H]``."""
+    steps, rows, hidden = ran.y.shape
+    width = _padded(4 * hidden)
+    flat = ran.workspace.view(torch.float32)
+    return flat.as_strided((rows, 4 * hidden), (width, 1), (steps - 1) * rows * width)
 
 
 def _padded(width: int) -> int:
@@ -155,7 +157,7 @@ def _is_known(inputs: int, hidden: int) -> bool:
         for x_t in x:
             state = LSTM_CELL.step(weights, LSTM_CELL.input_gates(weights, x_t), state)
             expected.append(state[1])
-        found = _find(ran, inputs)
+        found = _find_cells(ran, inputs)
     if found is None:
         return False
-    return torch.allclose(found[0], torch.stack(expected[:-1]), rtol=0, atol=1e-5)
+    return torch.allclose(found, torch.stack(expected[:-1]), rtol=0, atol=1e-5)
