@@ -163,7 +163,7 @@ class Segments:
         self.starts = np.flatnonzero(marks)
         self.lengths = np.diff(self.starts, append=marks.size)
         self.are_rows = len(self.starts) == len(marks)
-        self._index = _to(self.starts, device)
+        self._where = np.unravel_index(self.starts, marks.shape)
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
 
     def plan(self, block_rows: int = 0, carried: np.ndarray | None = None) -> Plan:
@@ -205,8 +205,10 @@ class Segments:
             return None
         if torch.is_grad_enabled() and any(state.requires_grad for state in states):
             return np.ones(count, dtype=bool)
-        found = [_take(state.detach(), self._index).flatten(1) for state in states]
-        return np.any(torch.cat(found, 1).numpy(), axis=1)
+        carried = np.zeros(count, dtype=bool)
+        for state in states:
+            carried |= state.detach().numpy()[self._where].reshape(count, -1).any(1)
+        return carried
 
 
 _read: OrderedDict[Any, Segments] = OrderedDict()
