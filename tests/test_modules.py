@@ -556,9 +556,11 @@ def test_any_memory_layout_is_read(kind, backend):
 @on_every_backend
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("recurrent", [True, False])
-def test_an_activation_in_place_changes_no_state(kind, backend, num_layers, recurrent):
+@pytest.mark.parametrize("resets", [True, False])
+def test_an_activation_in_place_changes_no_state(kind, backend, num_layers, recurrent, resets):
     module = make(kind, recurrent_backend=backend, num_layers=num_layers)
     data = batch(module)
+    data["is_init"] &= resets
     with set_recurrent_mode(recurrent):
         out = module(data.clone())
     states = {k: v.clone() for k, v in outputs(module, out).items() if "next" in k}
