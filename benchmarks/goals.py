@@ -230,13 +230,16 @@ def _single_step(results: Results, cell: str) -> Goal:
 
 def _single_step_time(results: Results) -> Goal:
     cell = "LSTM"
-    goal = Goal("time of one step at B = 1, one core", cell, "at most 140 us")
+    wanted = "at most 140 us on a core where TorchRL takes 408"
+    goal = Goal("time of one step at B = 1, one core", cell, wanted)
     record = _one_step(results, cell)
     if record is None:
         return goal
     ours, theirs, floor = (1e6 * record.seconds(name) for name in (OURS, TORCHRL, FLOOR))
-    reached = f"{ours:.0f} us (TorchRL {theirs:.0f}, `nn.{cell}Cell` {floor:.0f})"
-    return replace(goal, reached=reached, met=ours <= 140)
+    there = ours * 408 / theirs
+    reached = f"{ours:.0f} us where TorchRL takes {theirs:.0f} and `nn.{cell}Cell` {floor:.0f}: "
+    reached += f"{there:.0f} on such a core"
+    return replace(goal, reached=reached, met=there <= 140)
 
 
 def memory_ratio(record: MemoryRecord) -> float:

@@ -280,6 +280,8 @@ def time_second(
     agents = len(data.shape) - len(lead)
 
     def fold(entry: Tensor, features: int) -> Tensor:
+        if time == 1 and not agents:
+            return entry  # as it is
         if agents:
             entry = entry.movedim(time, time + agents)
         tail = entry.shape[entry.ndim - features :]
@@ -298,6 +300,8 @@ def time_second(
 def time_last(entry: Tensor, lead: torch.Size, shape: torch.Size) -> Tensor:
     """Undo the folding of :func:`time_second`: ``[B, T, ...]`` to ``[*lead, *agents, ...]``."""
     time, agents = len(lead) - 1, len(shape) - len(lead)
+    if time == 1 and not agents:
+        return entry
     unfolded = entry.reshape(*lead[:-1], *shape[len(lead) :], lead[-1], *entry.shape[2:])
     return unfolded.movedim(time + agents, time) if agents else unfolded
 
