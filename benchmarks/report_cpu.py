@@ -89,7 +89,8 @@ Milliseconds per call, by `(B, T, I, H)` and by the chance of an episode start a
 real episode lengths. `nn` is `nn.LSTM` or `nn.GRU` on the same batch *without* resets, the limit
 for whoever uses its kernel; `nn in a loop` is a loop of `nn` calls cut at resets. The last columns:
 how many times faster `auto` is than the better of TorchRL's backends; `auto` over `nn`; `auto` over
-the better of `pad` and `scan`; `auto`'s and `nn`'s share of the machine's matmul bound."""
+the better of `pad` and `scan`, where `auto`'s time is the lower of its own and that of the backend
+it runs, which are one code; `auto`'s and `nn`'s share of the machine's matmul bound."""
 
 _Verdicts = Sequence[tuple[str, str]]
 
