@@ -110,10 +110,14 @@ class Plan:
         return state[:, 0] if self.is_dense else _take(state, self.starts[: self.sizes[0]])
 
     def at_first_steps(self, rows: Tensor) -> Tensor:
-        """Take ``[S, H]`` of the segments' first steps out of rows ``[N, H]`` or ``[B, T, H]``."""
+        """Take ``[S, H]`` of the segments' first steps out of rows ``[N, H]`` or ``[B, T, H]``.
+
+        ``[S, H]`` are these already.
+        """
         if rows.ndim == 3:
             return _take(rows, self.starts)
-        return rows[self.start_rows] if self.clears else rows[: self.starts.numel()]
+        count = self.starts.numel()
+        return rows[self.start_rows] if self.clears and len(rows) > count else rows[:count]
 
     def put_at_starts(self, rows: Tensor) -> Tensor:
         """Put ``rows [S, ...]`` where segments start in ``[B, T, ...]``, and NaN elsewhere."""
@@ -163,8 +167,12 @@ class Segments:
         self.starts = np.flatnonzero(marks)
         self.lengths = np.diff(self.starts, append=marks.size)
         self.are_rows = len(self.starts) == len(marks)
-        self._where = np.unravel_index(self.starts, marks.shape)
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
+
+    @cached_property
+    def _at(self) -> tuple[np.ndarray, ...]:
+        """Rows and times of first steps."""
+        return np.unravel_index(self.starts, self.shape)
 
     def plan(self, block_rows: int = 0, carried: np.ndarray | None = None) -> Plan:
         """Plan the packing, or return the plan made before.
@@ -207,7 +215,7 @@ class Segments:
             return np.ones(count, dtype=bool)
         carried = np.zeros(count, dtype=bool)
         for state in states:
-            carried |= state.detach().numpy()[self._where].reshape(count, -1).any(1)
+            carried |= state.detach().numpy()[self._at].reshape(count, -1).any(1)
         return carried
 
 

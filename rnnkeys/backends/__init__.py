@@ -305,16 +305,11 @@ class _Pad:
 
     def store(self, rows: State, top: Tensor | None) -> Tensor:
         if self.only_starts:
-            return self.plan.put_at_starts(torch.stack([*map(self._firsts, rows)], 1))
+            return self.plan.put_at_starts(torch.stack([*map(self.plan.at_first_steps, rows)], 1))
         is_own = top is None and (self.vendor or not self.plan.is_dense)
         if is_own and len(rows) == 1:
             return self.unpack(rows[0]).unsqueeze(2)
         return _stack(rows, self.unpack, top)
-
-    def _firsts(self, rows: Tensor) -> Tensor:
-        # Some have no other rows.
-        has_others = rows.ndim == 3 or len(rows) > self.plan.starts.numel()
-        return self.plan.at_first_steps(rows) if has_others else rows
 
 
 class _Triton:
