@@ -42,6 +42,7 @@ class Plan:
         starts: ``[S]`` long, flat positions of the segments' first steps, in the order of their
             rows, so that those that begin at the first packed step come first.
         start_rows: ``[S]`` long, the rows of these.
+        start_rows_on_host: the same as an array.
         is_dense: whether no row is cut, so that rows are those of the batch.
     """
 
@@ -63,7 +64,8 @@ class Plan:
         self.source = _to(source, device)
         self.position = _to(position, device)
         self.starts = _to(starts[order], device)
-        self.start_rows = _to(start_rows[order], device)
+        self.start_rows_on_host = start_rows[order]
+        self.start_rows = _to(self.start_rows_on_host, device)
         self.is_dense = of.are_rows
         self.padding = _to(padding, device)
         self.clears = layout.clears
@@ -88,7 +90,7 @@ class Plan:
         """Lay ``x [B, T, F]`` out in rows ``[N, F]``."""
         if self.is_dense:
             return x.transpose(0, 1).flatten(0, 1)
-        return _Gather.apply(x.flatten(0, 1), self.source, self.position, None)
+        return _gather(x.flatten(0, 1), self.source, self.position, None)
 
     def pack_blank(self, x: Tensor) -> Tensor:
         """Lay ``x [B, T, F]`` out in rows as :meth:`pack` does, but with zeros in padding.
@@ -102,7 +104,7 @@ class Plan:
         """Take ``[B, T, F]`` out of rows ``[N, F]``: a view if the plan is dense."""
         if self.is_dense:
             return rows.view(*self.shape[::-1], -1).transpose(0, 1)
-        flat = _Gather.apply(rows, self.position, self.source, self.padding)
+        flat = _gather(rows, self.position, self.source, self.padding)
         return flat.view(*self.shape, -1)
 
     def at_starts(self, state: Tensor) -> Tensor:
@@ -129,6 +131,12 @@ class Plan:
             return out
         flat = rows.new_full((batch * steps, *rows.shape[1:]), float("nan"))
         return flat.index_copy_(0, self.starts, rows).view(batch, steps, *rows.shape[1:])
+
+
+def _gather(rows: Tensor, index: Tensor, inverse: Tensor, unused: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled():
+        return _Gather.apply(rows, index, inverse, unused)
+    return rows.index_select(0, index)
 
 
 class _Gather(torch.autograd.Function):
@@ -170,9 +178,9 @@ class Segments:
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
 
     @cached_property
-    def _at(self) -> tuple[np.ndarray, ...]:
-        """Rows and times of first steps."""
-        return np.unravel_index(self.starts, self.shape)
+    def _index(self) -> Tensor:
+        """``starts`` on the device."""
+        return _to(self.starts, self.device)
 
     def plan(self, block_rows: int = 0, carried: np.ndarray | None = None) -> Plan:
         """Plan the packing, or return the plan made before.
@@ -215,7 +223,7 @@ class Segments:
             return np.ones(count, dtype=bool)
         carried = np.zeros(count, dtype=bool)
         for state in states:
-            carried |= state.detach().numpy()[self._at].reshape(count, -1).any(1)
+            carried |= _take(state.detach(), self._index).numpy().reshape(count, -1).any(1)
         return carried
 
 

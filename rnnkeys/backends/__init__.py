@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..cells import Cell, Weights
 from ..segments import read_segments
 from . import loop, pad, scan, triton
+from .allocator import keep_freed_memory
 from .scan import in_transform as in_transform
 
 State = tuple[Tensor, ...]
@@ -271,6 +272,7 @@ class _Pad:
     def __init__(
         self, cell: Cell, x: Tensor, reset_state: State, is_init: Tensor, options: Options
     ):
+        keep_freed_memory()
         self.cell, self.only_starts = cell, options.only_starts
         self.vendor = pad.wants_vendor(cell, x.dtype, options.vendor, options.state_grad)
         rows = pad.block_rows(x.shape[-1], reset_state[0].shape[-1]) if self.vendor else 0
@@ -305,7 +307,9 @@ class _Pad:
 
     def store(self, rows: State, top: Tensor | None) -> Tensor:
         if self.only_starts:
-            return self.plan.put_at_starts(torch.stack([*map(self.plan.at_first_steps, rows)], 1))
+            firsts = [self.plan.at_first_steps(r) for r in rows]
+            entries = torch.stack(firsts, 1) if len(firsts) > 1 else firsts[0].unsqueeze(1)
+            return self.plan.put_at_starts(entries)
         is_own = top is None and (self.vendor or not self.plan.is_dense)
         if is_own and len(rows) == 1:
             return self.unpack(rows[0]).unsqueeze(2)

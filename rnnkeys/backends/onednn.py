@@ -18,18 +18,16 @@ from torch.nn import functional as F
 from ..cells import Weights
 from ..segments import Plan
 from . import ops
-from .workspace import Ran, hidden_cells, run_block, run_block_back, size_of_row
+from .workspace import Ran, hidden_cells, run_block, run_block_back, size_of
 
 # What shuts a gate in a gap, whatever inputs and state add to it.
 _SHUT = -1e38
 # What sigmoids that are not quite 0 may let through.
 _ALMOST_ZERO = 1e-20
-# Elements of a workspace. glibc keeps no memory of more than 32 MiB in one piece for the next pass,
-# and of smaller pieces not many times as much; to get it anew from the system takes as long as to
-# compute. Where a workspace is larger than this, alone or among copies of packed rows, it is cut.
-_LARGE, _LARGE_AMONG_COPIES = 8_000_000, 4_000_000
-# Rows of a piece that are worth a call, and elements where rows are short.
-_PIECE, _PIECE_ELEMENTS = 1 << 10, 1 << 20
+# Elements of a workspace, 32 MiB. glibc keeps no memory of more in one piece for the next pass, and
+# to get it anew from the system takes as long as to compute; so what is larger runs in pieces.
+# It keeps 64 MiB in all, so that what is almost as large is halved, for all else to have room.
+_MOST_KEPT, _MOST_ALONE = 31 << 18, 28 << 18
 
 
 def runs(x: Tensor) -> bool:
@@ -109,8 +107,10 @@ class _Rows(torch.autograd.Function):
         kept, row = [], 0
         for steps, rows in ctx.blocks:
             block = slice(row, row + steps * rows)
-            h, c = h[:rows], c[:rows]
-            ran = run_block(weights, x[block].view(steps, rows, -1), h, c, with_workspace)
+            if h.shape[0] > rows:
+                h, c = h[:rows], c[:rows]
+            x_k = _cut_out(x, block, steps, rows)
+            ran = run_block(weights, x_k, h, c, with_workspace)
             wanted.take(ran, x.shape[1], row)
             y = _store(ran.y.flatten(0, 1), y, block, x.shape[0])
             if keep:
@@ -131,23 +131,24 @@ class _Rows(torch.autograd.Function):
         plan, (x, y, *rest) = ctx.plan, ctx.saved_tensors
         weights, kept = rest[:4], rest[4:]
         d_y = (plan.pack_blank(grads[0]) if ctx.unpacks else grads[0]).contiguous()
-        d_x, d_h, d_c = None, *(torch.zeros_like(last) for last in kept[-3:-1])
+        d_x = d_h = d_c = None
         d_weights: list[Tensor] = []
         end = x.shape[0]
         for k in range(len(ctx.blocks) - 1, -1, -1):
             steps, rows = ctx.blocks[k]
             block, end = slice(end - steps * rows, end), end - steps * rows
-            x_k, y_k, d_y_k = (t[block].view(steps, rows, -1) for t in (x, y, d_y))
+            x_k, y_k, d_y_k = (_cut_out(t, block, steps, rows) for t in (x, y, d_y))
             *start, last_h, last_c, workspace = kept[5 * k : 5 * k + 5]
             ran = Ran(y_k, last_h, last_c, workspace)
             d_ran = d_y_k, _of_rows(d_h, rows), _of_rows(d_c, rows)
             (d_x_k, *d_weights_k), (d_h, d_c) = run_block_back(weights, x_k, start, ran, d_ran)
-            d_x = _store(d_x_k.flatten(0, 1), d_x, block, x.shape[0])
+            if ctx.needs_input_grad[0] or plan.clears:
+                d_x = _store(d_x_k.flatten(0, 1), d_x, block, x.shape[0])
             d_weights = _add(d_weights, d_weights_k)
         found = [d_x, *d_weights, d_weights[-1].clone(), d_h, d_c]
         if plan.clears:
             found = _without_gaps(found, (x, *weights, *kept[:2]), plan, d_y)
-        if ctx.packs:
+        if ctx.packs and ctx.needs_input_grad[0]:
             found[0] = plan.unpack(found[0])
         # Both biases have one gradient; whoever changes that of one in place must not meet both.
         return *found, None, None, None, None
@@ -185,9 +186,9 @@ def _unpacked(y: Tensor, plan: Plan) -> Tensor:
     return batch
 
 
-def _of_rows(state: Tensor, rows: int) -> Tensor:
+def _of_rows(state: Tensor | None, rows: int) -> Tensor | None:
     """Gradients of the state of ``rows`` rows; no other block runs those that are new."""
-    if state.shape[0] == rows:
+    if state is None or state.shape[0] == rows:
         return state
     return F.pad(state, (0, 0, 0, rows - state.shape[0]))
 
@@ -223,12 +224,10 @@ def _run_with_resets(given: Any, plan: Plan) -> tuple[Tensor, Tensor]:
 
 def _cut(plan: Plan, inputs: int, hidden: int, with_workspace: bool) -> Iterator[tuple[int, int]]:
     """Steps and rows of the blocks to run: those of the plan, cut where workspaces grow large."""
-    width = size_of_row(inputs, hidden)
-    size = with_workspace * sum(plan.sizes) * width
-    is_large = size > (_LARGE if plan.is_dense else _LARGE_AMONG_COPIES)
-    most = max(_PIECE, _PIECE_ELEMENTS // width) * (1 if size > _LARGE else 2)
     for _, steps, rows in plan.blocks:
-        pieces = -(-steps // max(1, most // rows)) if is_large else 1
+        size = with_workspace * size_of(steps, rows, inputs, hidden)
+        pieces = max(1 + (size > _MOST_ALONE), -(-size // _MOST_KEPT))
+        pieces = min(pieces, steps)
         for k in range(pieces):
             yield steps * (k + 1) // pieces - steps * k // pieces, rows
 
@@ -237,6 +236,12 @@ def _add(sums: list[Tensor], terms: list[Tensor]) -> list[Tensor]:
     if not sums:
         return terms
     return [a.add_(b) for a, b in zip(sums, terms, strict=True)]
+
+
+def _cut_out(rows: Tensor, block: slice, steps: int, size: int) -> Tensor:
+    """A block of rows, ``[steps, size, ...]``."""
+    is_all = block.stop - block.start == rows.shape[0]
+    return (rows if is_all else rows[block]).view(steps, size, -1)
 
 
 def _store(rows: Tensor, out: Tensor | None, block: slice, total: int) -> Tensor:
@@ -257,6 +262,7 @@ class _Wanted:
 
     def __init__(self, plan: Plan, only_starts: bool, like: Tensor) -> None:
         self.rows = plan.start_rows if only_starts else None
+        self.on_host = plan.start_rows_on_host
         self.at_once = only_starts and not plan.clears
         count = len(plan.source if self.rows is None else self.rows)
         self.cells: Tensor | None = like.new_empty(count, like.shape[1])
@@ -273,7 +279,7 @@ class _Wanted:
         last, end = begin + (steps - 1) * size, begin + steps * size
         bounds = begin, last, end
         if self.rows is not None:
-            bounds = self.rows.numpy().searchsorted(bounds).tolist()
+            bounds = self.on_host.searchsorted(bounds).tolist()
         if self.cells is None or bounds[0] == bounds[2]:
             return
         found = hidden_cells(ran, inputs)
@@ -284,5 +290,6 @@ class _Wanted:
             out = self.cells[bounds[k] : bounds[k + 1]]
             if self.rows is None:
                 out.copy_(rows)
-            else:
-                torch.index_select(rows, 0, self.rows[bounds[k] : bounds[k + 1]] - first, out=out)
+            elif len(out):
+                index = self.rows[bounds[k] : bounds[k + 1]]
+                torch.index_select(rows, 0, index - first if first else index, out=out)

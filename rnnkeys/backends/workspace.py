@@ -50,6 +50,8 @@ def run_block(weights, x: Tensor, h: Tensor, c: Tensor, with_workspace: bool) ->
 def run_block_back(weights, x: Tensor, start, ran: Ran, grads):
     """Gradients of ``x``, the weights, ``h`` and ``c``, from those of ``y``, last ``h`` and ``c``.
 
+    Of the latter two, None are zeros.
+
     Returns:
         Those of ``x``, ``w_ih``, ``w_hh`` and of either bias; those of ``h`` and ``c``.
     """
@@ -61,14 +63,15 @@ def run_block_back(weights, x: Tensor, start, ran: Ran, grads):
     return [d_x, d_w_ih, d_w_hh, d_b], (dh, dc)
 
 
-def size_of_row(inputs: int, hidden: int) -> int:
-    """Elements of the workspace that a row of one step takes, roughly.
+def size_of(steps: int, rows: int, inputs: int, hidden: int) -> int:
+    """Elements of the workspace of ``[steps, rows]``, up to a few pages.
 
     Examples:
-        >>> size_of_row(64, 128)
-        1024
+        >>> size_of(64, 16, 64, 128) / (64 * 16)
+        1986.0
     """
-    return 4 * hidden + 2 * hidden + 2 * max(inputs, hidden)
+    wide = 6 * _padded(max(inputs, hidden)) + 4 * hidden
+    return rows * (steps * (_padded(4 * hidden) + _padded(hidden)) + (steps + 1) * wide)
 
 
 def hidden_cells(ran: Ran, inputs: int) -> Tensor | None:
@@ -113,16 +116,22 @@ def _find_cells(ran: Ran, inputs: int) -> Tensor | None:
     every step that it does not use here.
     """
     steps, rows, hidden = ran.y.shape
+    first = _first_cell(steps, rows, hidden, inputs)
+    flat = ran.workspace.view(torch.float32)
+    if flat.numel() < first + (steps - 1) * rows * hidden:
+        return None
+    return flat.as_strided((steps - 1, rows, hidden), (rows * hidden, hidden, 1), first)
+
+
+@functools.lru_cache(_MOST_CHECKED)
+def _first_cell(steps: int, rows: int, hidden: int, inputs: int) -> int:
+    """Element of the workspace at which the cell states of hidden steps begin."""
     parts = (
         steps * rows * _padded(4 * hidden),
         steps * rows * _padded(hidden),
         2 * (steps + 1) * rows * _padded(max(inputs, hidden)),
     )
-    first = sum(-(-size // _PAGE) * _PAGE for size in parts) + (steps + 2) * rows * hidden
-    flat = ran.workspace.view(torch.float32)
-    if flat.numel() < first + (steps - 1) * rows * hidden:
-        return None
-    return flat.as_strided((steps - 1, rows, hidden), (rows * hidden, hidden, 1), first)
+    return sum(-(-size // _PAGE) * _PAGE for size in parts) + (steps + 2) * rows * hidden
 
 
 def _find_last_gates(ran: Ran) -> Tensor:
