@@ -282,11 +282,18 @@ _PAD = (
         "vendor: a gradient stops between two blocks",
         "rnnkeys/backends/onednn.py",
         "d_ran = d_y_k, _of_rows(d_h, rows), _of_rows(d_c, rows)",
-        "d_ran = d_y_k, _of_rows(d_h, rows), 0 * _of_rows(d_c, rows)",
+        "d_ran = d_y_k, _of_rows(d_h, rows), None",
         (
             "tests/test_contract.py::test_equals_the_reference_where_time_is_long"
             "[vendor-lstm-one long among short]",
         ),
+    ),
+    Fault(
+        "memory is given back after every pass",
+        "rnnkeys/backends/__init__.py",
+        "        keep_freed_memory()\n",
+        "",
+        ("tests/test_vendor.py::test_a_pass_takes_the_memory_that_the_last_one_freed",),
     ),
     Fault(
         "vendor: states in a wrong place are believed",
@@ -340,8 +347,8 @@ _PAD = (
     Fault(
         "vendor: the last steps of pieces give their states to segments' starts",
         "rnnkeys/backends/onednn.py",
-        "self.rows[bounds[k] : bounds[k + 1]] - first",
-        "self.rows[bounds[k] : bounds[k + 1]] - begin",
+        "index - first if first else index",
+        "index - begin if begin else index",
         ("tests/test_vendor.py::test_shared_rows_tell_states_at_starts[pieces-True]",),
     ),
 )
