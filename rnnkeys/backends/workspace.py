@@ -68,7 +68,7 @@ def size_of(steps: int, rows: int, inputs: int, hidden: int) -> int:
 
     Examples:
         >>> size_of(64, 16, 64, 128) / (64 * 16)
-        1986.0
+        1956.0
     """
     wide = 6 * _padded(max(inputs, hidden)) + 4 * hidden
     return rows * (steps * (_padded(4 * hidden) + _padded(hidden)) + (steps + 1) * wide)
