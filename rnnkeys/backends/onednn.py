@@ -103,52 +103,57 @@ class _Rows(torch.autograd.Function):
         with_workspace = keep or not only_starts or plan.clears
         ctx.blocks = list(_cut(plan, x.shape[1], h.shape[1], with_workspace))
         wanted = _Wanted(plan, only_starts, h)
-        y: Any = None
-        kept, row = [], 0
+        outputs, kept, row = [], [], 0
         for steps, rows in ctx.blocks:
             block = slice(row, row + steps * rows)
             if h.shape[0] > rows:
                 h, c = h[:rows], c[:rows]
-            x_k = _cut_out(x, block, steps, rows)
-            ran = run_block(weights, x_k, h, c, with_workspace)
+            ran = run_block(weights, _cut_out(x, block, steps, rows), h, c, with_workspace)
             wanted.take(ran, x.shape[1], row)
-            y = _store(ran.y.flatten(0, 1), y, block, x.shape[0])
+            outputs.append(ran.y)
             if keep:
-                kept += [h, c, ran.h, ran.c, ran.workspace]
+                kept += [h, c, *ran]
             h, c, row = ran.h, ran.c, block.stop
-        if plan.clears and not _all_zero(y, plan.gaps):
-            return None, None
+        if plan.clears:
+            outputs = [_joined(outputs)]
+            if not _all_zero(outputs[0], plan.gaps):
+                return None, None
         if keep:
-            ctx.save_for_backward(x, y, *weights, *kept)
+            ctx.save_for_backward(x, *weights, *kept)
         cells = wanted.cells
         if cells is not None:
             ctx.mark_non_differentiable(cells)
-        return _unpacked(y, plan) if unpacks else y, cells
+        return _unpacked(outputs, plan) if unpacks else _joined(outputs), cells
 
     @staticmethod
     def backward(ctx: Any, *grads: Any):
         refuse_second_order()
-        plan, (x, y, *rest) = ctx.plan, ctx.saved_tensors
+        plan, (x, *rest) = ctx.plan, ctx.saved_tensors
         weights, kept = rest[:4], rest[4:]
         d_y = (plan.pack_blank(grads[0]) if ctx.unpacks else grads[0]).contiguous()
-        d_x = d_h = d_c = None
+        d_h = d_c = None
+        d_inputs: list[Tensor] = []
         d_weights: list[Tensor] = []
         end = x.shape[0]
         for k in range(len(ctx.blocks) - 1, -1, -1):
             steps, rows = ctx.blocks[k]
             block, end = slice(end - steps * rows, end), end - steps * rows
-            x_k, y_k, d_y_k = (_cut_out(t, block, steps, rows) for t in (x, y, d_y))
-            *start, last_h, last_c, workspace = kept[5 * k : 5 * k + 5]
-            ran = Ran(y_k, last_h, last_c, workspace)
+            x_k, d_y_k = (_cut_out(t, block, steps, rows) for t in (x, d_y))
+            h, c, *ran = kept[6 * k : 6 * k + 6]
             d_ran = d_y_k, _of_rows(d_h, rows), _of_rows(d_c, rows)
-            (d_x_k, *d_weights_k), (d_h, d_c) = run_block_back(weights, x_k, start, ran, d_ran)
-            if ctx.needs_input_grad[0] or plan.clears:
-                d_x = _store(d_x_k.flatten(0, 1), d_x, block, x.shape[0])
+            (d_x_k, *d_weights_k), (d_h, d_c) = run_block_back(
+                weights, x_k, (h, c), Ran(*ran), d_ran
+            )
+            d_inputs.insert(0, d_x_k)
             d_weights = _add(d_weights, d_weights_k)
+        is_batch, is_wanted = ctx.packs and plan.is_dense, ctx.needs_input_grad[0]
+        d_x = None
+        if is_wanted or plan.clears:
+            d_x = _as_batch(d_inputs) if is_batch else _joined(d_inputs)
         found = [d_x, *d_weights, d_weights[-1].clone(), d_h, d_c]
         if plan.clears:
             found = _without_gaps(found, (x, *weights, *kept[:2]), plan, d_y)
-        if ctx.packs and ctx.needs_input_grad[0]:
+        if ctx.packs and is_wanted and not is_batch:
             found[0] = plan.unpack(found[0])
         # Both biases have one gradient; whoever changes that of one in place must not meet both.
         return *found, None, None, None, None
@@ -176,14 +181,28 @@ def _with_shutters(w_ih: Tensor) -> Tensor:
     return wide
 
 
-def _unpacked(y: Tensor, plan: Plan) -> Tensor:
+def _joined(blocks: list[Tensor]) -> Tensor:
+    """Rows ``[N, F]`` of blocks ``[steps, rows, F]``; of one a view."""
+    rows = [block.flatten(0, -2) for block in blocks]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _as_batch(blocks: list[Tensor]) -> Tensor:
+    """The batch ``[B, T, F]`` of blocks that hold all rows; of one a view."""
+    batches = [block.transpose(0, 1) for block in blocks]
+    return batches[0] if len(batches) == 1 else torch.cat(batches, dim=1)
+
+
+def _unpacked(blocks: list[Tensor], plan: Plan) -> Tensor:
     """Outputs as a batch, in memory that nobody reads in the backward pass."""
     if plan.is_dense:
-        return plan.unpack(y).clone(memory_format=torch.contiguous_format)
+        y = _as_batch(blocks)
+        return y.clone(memory_format=torch.contiguous_format) if len(blocks) == 1 else y
     # Not a view, which nobody might change in place.
-    batch = y.new_empty(*plan.shape, y.shape[1])
-    torch.index_select(y, 0, plan.position, out=batch.view(-1, y.shape[1]))
-    return batch
+    rows = _joined(blocks)
+    y = rows.new_empty(*plan.shape, rows.shape[1])
+    torch.index_select(rows, 0, plan.position, out=y.view(-1, rows.shape[1]))
+    return y
 
 
 def _of_rows(state: Tensor | None, rows: int) -> Tensor | None:
@@ -242,15 +261,6 @@ def _cut_out(rows: Tensor, block: slice, steps: int, size: int) -> Tensor:
     """A block of rows, ``[steps, size, ...]``."""
     is_all = block.stop - block.start == rows.shape[0]
     return (rows if is_all else rows[block]).view(steps, size, -1)
-
-
-def _store(rows: Tensor, out: Tensor | None, block: slice, total: int) -> Tensor:
-    """Write rows into ``out [total, H]``, which is made unless the rows are all there are."""
-    if rows.shape[0] == total:
-        return rows
-    out = rows.new_empty(total, rows.shape[1]) if out is None else out
-    out[block] = rows
-    return out
 
 
 class _Wanted:
