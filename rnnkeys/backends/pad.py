@@ -18,7 +18,7 @@ from . import vendor as vendor_lstm
 from .loop import State, run_steps
 from .scan import has_kernel, run_rows
 
-_CALL_ROWS = 16
+_CALL_ROWS = 64
 _CALL_SIZE = 2e6
 
 
@@ -43,7 +43,7 @@ def block_rows(inputs: int, hidden: int) -> int:
 
     Examples:
         >>> block_rows(64, 128), block_rows(64, 256)
-        (128, 32)
+        (128, 64)
     """
     rows = _CALL_ROWS + _CALL_SIZE / ((inputs + hidden) * hidden)
     return 1 << round(math.log2(rows))
