@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -31,6 +32,7 @@ BACKENDS = (PAD, SCAN, LOOP)
 # Ways to run that no name of a backend asks for; "auto" could choose them.
 VARIANTS = (PAD_OWN,)
 CONTESTANTS = (AUTO, *BACKENDS, *VARIANTS)
+_regret = partial(regret, others=BACKENDS)
 
 _ROWS_AND_STEPS = (
     (1, 64),
@@ -67,7 +69,7 @@ def measure(
     for phase in (BOTH, FORWARD):
         for case in cases:
             (record,) = time_together(phase, [(case, CONTESTANTS)], budget, clock)
-            if regret(record, BACKENDS) > limit:
+            if _regret(record) > limit:
                 patient = replace(budget, seconds=4 * budget.seconds, most=4 * budget.most)
                 (record,) = time_together(phase, [(case, CONTESTANTS)], patient, clock)
             records.append(record)
@@ -78,7 +80,7 @@ def measure(
 
 def summarize(records: Sequence[Record], limit: float) -> str:
     """Return the tables: all cases, worst first, then a line per cell and phase."""
-    ranked = sorted(records, key=lambda record: regret(record, BACKENDS), reverse=True)
+    ranked = sorted(records, key=_regret, reverse=True)
     return "\n\n".join((_cases(ranked), _totals(records, limit)))
 
 
@@ -89,7 +91,7 @@ def _cases(records: Sequence[Record]) -> str:
         best = min((*BACKENDS, *VARIANTS), key=record.seconds)
         times = (milliseconds(record.timings[name]) for name in CONTESTANTS)
         columns = (record.case.cell, record.phase, *case_columns(record.case))
-        rows.append((*columns, *times, best, f"{regret(record, BACKENDS):.2f}"))
+        rows.append((*columns, *times, best, f"{_regret(record):.2f}"))
     return table(header, rows)
 
 
@@ -99,7 +101,7 @@ def _totals(records: Sequence[Record], limit: float) -> str:
     for cell in GATES:
         for phase in (BOTH, FORWARD):
             own = [r for r in records if (r.case.cell, r.phase) == (cell, phase)]
-            regrets = [regret(record, BACKENDS) for record in own]
+            regrets = [_regret(record) for record in own]
             with_variants = max(regret(record, (*BACKENDS, *VARIANTS)) for record in own)
             over = sum(value > limit for value in regrets)
             rows.append(
@@ -141,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     records = measure(fit_cases(arguments.quick), budget, arguments.limit, clock)
     print(summarize(records, arguments.limit))
-    return int(any(regret(record, BACKENDS) > arguments.limit for record in records))
+    return int(any(_regret(record) > arguments.limit for record in records))
 
 
 if __name__ == "__main__":

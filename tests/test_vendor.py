@@ -382,7 +382,7 @@ def test_the_size_of_a_workspace_is_known_before(inputs, hidden):
 
 _COUNT_PAGES = """
 import resource, torch
-from rnnkeys import GRUModule, set_recurrent_mode
+from rnnkeys import GRUModule
 from tensordict import TensorDict
 torch.set_num_threads(1)
 torch.manual_seed(0)
