@@ -117,7 +117,7 @@ class Plan:
         ``[S, H]`` are these already.
         """
         if rows.ndim == 3:
-            return _take(rows, self.starts)
+            return rows[:, 0] if self.is_dense else _take(rows, self.starts)
         count = self.starts.numel()
         return rows[self.start_rows] if self.clears and len(rows) > count else rows[:count]
 
@@ -125,8 +125,7 @@ class Plan:
         """Put ``rows [S, ...]`` where segments start in ``[B, T, ...]``, and NaN elsewhere."""
         batch, steps = self.shape
         if self.is_dense:
-            out = rows.new_empty(batch, steps, *rows.shape[1:])
-            out[:, 1:] = float("nan")
+            out = rows.new_full((batch, steps, *rows.shape[1:]), float("nan"))
             out[:, 0] = rows
             return out
         flat = rows.new_full((batch * steps, *rows.shape[1:]), float("nan"))
@@ -244,7 +243,7 @@ def read_segments(is_init: Tensor) -> Segments:
         >>> read_segments(torch.tensor([[True, False, True, False, False]])).lengths
         array([2, 3])
     """
-    marks = is_init.detach().cpu().numpy()
+    marks = is_init.numpy(force=True)
     key = marks.shape, marks.tobytes(), is_init.device
     return _recall(_read, _MOST_BATCHES, key, lambda: Segments(marks, is_init.device))
 

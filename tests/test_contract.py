@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -270,7 +269,7 @@ def test_states_are_apart_from_outputs_in_memory(way, cell, dtype):
 def test_states_carry_a_gradient_only_if_asked_for(way, cell, dtype):
     problem = problems.for_way(way, cell, dtype=dtype)
     for state_grad in (False, True):
-        options = replace(WAYS[way].options, state_grad=state_grad)
+        options = WAYS[way].options._replace(state_grad=state_grad)
         y, states = problems.outputs(problem, WAYS[way]._replace(options=options))
         assert y.requires_grad
         assert [s.requires_grad for s in states] == [state_grad] * len(states)
@@ -280,7 +279,7 @@ def test_states_carry_a_gradient_only_if_asked_for(way, cell, dtype):
 def test_states_stored_at_starts_equal_those_stored_everywhere(way, cell, dtype):
     """What is not stored is NaN, never a value that could be believed; outputs are the same."""
     problem = problems.for_way(way, cell, "two in a row", dtype=dtype, num_layers=2)
-    options = replace(WAYS[way].options, only_starts=True)
+    options = WAYS[way].options._replace(only_starts=True)
     d_y, d_states = problem.cotangents(False)
     every = problems.run(problem, WAYS[way], d_y, d_states)
     few = problems.run(problem, WAYS[way]._replace(options=options), d_y, d_states)
@@ -295,7 +294,7 @@ def test_states_stored_at_starts_equal_those_stored_everywhere(way, cell, dtype)
 def test_recomputed_activations_change_no_number_and_are_not_kept(way, cell, dtype):
     problem = problems.for_way(way, cell, dtype=dtype, steps=40, num_layers=2)
     d_y, d_states = problem.cotangents(WAYS[way].options.state_grad)
-    again = WAYS[way]._replace(options=replace(WAYS[way].options, recompute="full"))
+    again = WAYS[way]._replace(options=WAYS[way].options._replace(recompute="full"))
     kept = {}
     for name, one_way in (("none", WAYS[way]), ("full", again)):
         with _count_saved() as saved:

@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,7 +32,7 @@ def _needs_onednn() -> None:
 
 
 def _states(problem: Problem, only_starts: bool = False) -> State:
-    options = replace(VENDOR.options, only_starts=only_starts)
+    options = VENDOR.options._replace(only_starts=only_starts)
     return problems.outputs(problem, VENDOR._replace(options=options))[1]
 
 
@@ -149,7 +148,7 @@ def test_products_with_part_of_a_weight_are_those_with_a_copy(monkeypatch):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_the_numbers_are_the_same(mode, only_starts):
     problem = problems.make("lstm", "random", dtype=F32, **SIZES)
-    options = replace(VENDOR.options, only_starts=only_starts)
+    options = VENDOR.options._replace(only_starts=only_starts)
     way = VENDOR._replace(options=options)
     expected_y, expected = problems.outputs(problem, way)
     with mode():
@@ -307,7 +306,7 @@ def test_large_weights_do_not_open_gaps(monkeypatch, name, _never_by_select):
 @pytest.mark.parametrize("only_starts", [False, True])
 def test_layers_with_a_projection_share_no_rows(only_starts):
     problem = _episodes(proj_size=3, **SIZES)
-    way = VENDOR._replace(options=replace(VENDOR.options, only_starts=only_starts))
+    way = VENDOR._replace(options=VENDOR.options._replace(only_starts=only_starts))
     d_y, d_states = problem.cotangents(False)
     actual = problems.run(problem, way, d_y, d_states)
     expected = problems.expect(problem, d_y, d_states)

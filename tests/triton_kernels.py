@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,7 +115,7 @@ def test_every_form_writes_all_of_its_outputs(form, cell):
         assert torch.empty(1).isnan() and torch.ones(1).new_empty(1).isnan()
         assert torch.empty_like(torch.ones(1)).isnan()
         for recompute in ("none", "full"):
-            options = replace(WAY.options, recompute=recompute)
+            options = WAY.options._replace(recompute=recompute)
             _check(_make(cell), WAY._replace(options=options))
     finally:
         torch.use_deterministic_algorithms(False)
@@ -191,7 +190,7 @@ def test_every_form_keeps_segments_apart(form, cell):
 @pytest.mark.parametrize("mode", ["tf32x3", "tf32"])
 @both_cells
 def test_every_form_multiplies_in_the_mode_it_is_given(form, cell, mode):
-    way = WAY._replace(options=replace(WAY.options, precision=mode))
+    way = WAY._replace(options=WAY.options._replace(precision=mode))
     with tensor_cores() as modes:
         _check(_make(cell), way, TOLERANCES[mode])
     assert modes == {mode}
@@ -200,7 +199,7 @@ def test_every_form_multiplies_in_the_mode_it_is_given(form, cell, mode):
 @pytest.mark.skipif(not INTERPRETED, reason="emulates in the interpreter")
 @both_cells
 def test_rounded_products_are_told_from_exact_ones(cell):
-    way = WAY._replace(options=replace(WAY.options, precision="tf32"))
+    way = WAY._replace(options=WAY.options._replace(precision="tf32"))
     with tensor_cores(), pytest.raises(AssertionError, match="relative error"):
         _check(_make(cell), way, F32)
 
@@ -209,14 +208,14 @@ def test_rounded_products_are_told_from_exact_ones(cell):
 @pytest.mark.parametrize("mode", ["ieee", "tf32x3", "tf32"])
 @both_cells
 def test_modes_keep_their_tolerance(cell, mode):
-    way = WAY._replace(options=replace(WAY.options, precision=mode))
+    way = WAY._replace(options=WAY.options._replace(precision=mode))
     _check(_make(cell), way, TOLERANCES[mode])
 
 
 @pytest.mark.parametrize(("dtype", "recompute"), [(BF16, "none"), (F16, "full")])
 @both_cells
 def test_every_form_computes_in_half_precision(form, cell, dtype, recompute):
-    options = replace(WAY.options, compute_dtype=dtype, recompute=recompute)
+    options = WAY.options._replace(compute_dtype=dtype, recompute=recompute)
     problem = _make(cell)
     with tensor_cores() if INTERPRETED else nullcontext():
         _check(problem, WAY._replace(options=options), TOLERANCES[dtype])
@@ -228,7 +227,7 @@ def test_every_form_computes_in_half_precision(form, cell, dtype, recompute):
 @both_cells
 def test_float16_keeps_gradients_that_it_could_not_hold(form, cell, size):
     """Those of a mean over a large batch are smaller than its least number."""
-    way = WAY._replace(options=replace(WAY.options, compute_dtype=F16))
+    way = WAY._replace(options=WAY.options._replace(compute_dtype=F16))
     problem = _make(cell)
     d_y, d_states = problem.cotangents()
     d_y, d_states = d_y * size, tuple(d * size for d in d_states)
@@ -327,7 +326,7 @@ def test_the_precision_of_a_forward_rules_its_backward_on_any_thread(cell, monke
             return product(*args)
 
         monkeypatch.setattr(products, name, spied)
-    way = WAY._replace(options=replace(WAY.options, precision="auto"))
+    way = WAY._replace(options=WAY.options._replace(precision="auto"))
     problem = _make(cell, hidden=4)
     with precision.set_recurrent_matmul_precision("tf32"):
         y, _ = problems.outputs(problem, way)
@@ -347,7 +346,7 @@ def test_the_host_never_waits(cell, dtype, recompute, monkeypatch):
     """Outside of the operators, and inside, without the kernels: those run on the host here."""
     from rnnkeys.backends.triton import launch, ops
 
-    options = replace(WAY.options, compute_dtype=dtype, recompute=recompute, only_starts=True)
+    options = WAY.options._replace(compute_dtype=dtype, recompute=recompute, only_starts=True)
     problem, kept = _make(cell, hidden=4), recompute == "none"
     with never_waiting():
         y, _ = problems.outputs(problem, WAY._replace(options=options))
@@ -374,7 +373,7 @@ def test_what_waits_is_told():
 @both_cells
 def test_the_host_never_waits_for_a_gpu(cell):
     for dtype in (F32, F16):
-        way = WAY._replace(options=replace(WAY.options, compute_dtype=dtype))
+        way = WAY._replace(options=WAY.options._replace(compute_dtype=dtype))
         problem = _make(cell)
         for mode in ("default", "error"):  # the first run compiles
             torch.cuda.set_sync_debug_mode(mode)
@@ -534,5 +533,5 @@ def test_equals_the_reference_at_full_size(cell, batch, hidden):
     expected = problems.expect(problem, d_y, d_states)
     for mode, tolerance in TOLERANCES.items():
         changes = {"precision" if isinstance(mode, str) else "compute_dtype": mode}
-        way = WAY._replace(options=replace(WAY.options, **changes))
+        way = WAY._replace(options=WAY.options._replace(**changes))
         assert_same_run(problems.run(problem, way, d_y, d_states), expected, tolerance)

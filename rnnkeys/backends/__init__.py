@@ -7,8 +7,7 @@ every step. Nothing here knows a key of a TensorDict; nothing here knows an equa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +24,7 @@ State = tuple[Tensor, ...]
 BACKENDS = ("auto", "loop", "pad", "scan", "triton")
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """How to run time.
 
     Attributes:
@@ -170,7 +168,7 @@ def unroll_layers(
         return _empty(cell, layers, x, reset_state)
     name = choose(backend, options)
     if layers[0].w_hr is not None:
-        options = replace(options, vendor=False)  # whose kernels have no projection
+        options = options._replace(vendor=False)  # whose kernels have no projection
     batch = _BATCHES[name](cell, x, reset_state, is_init, options)
     rows = batch.pack(x)
     history: list[State] = []
@@ -194,7 +192,7 @@ def _empty(
 def _recomputed(cell, layers, x, reset_state, is_init, options, backend):
     from torch.utils.checkpoint import checkpoint
 
-    once = replace(options, recompute="none")
+    once = options._replace(recompute="none")
 
     def run(x: Tensor, layers: list[Weights], reset_state: State):
         return unroll_layers(cell, layers, x, reset_state, is_init, once, backend)

@@ -74,12 +74,42 @@ def run(
         b_ih = b_hh = x.new_zeros(weights.w_hh.shape[0])
     given = (x, weights.w_ih, weights.w_hh, b_ih, b_hh, *start)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    if plan.is_dense:
+        return _run_dense(given, plan, keep, only_starts, unpacks)
     y, cells = _Rows.apply(*given, plan, keep, only_starts, unpacks)
     if y is None:
         y, cells = _run_with_resets((plan.pack(x) if x.ndim == 3 else x, *given[1:]), plan)
         cells = plan.at_first_steps(cells) if only_starts else cells
         y = plan.unpack(y) if unpacks else y
     return y, cells
+
+
+def _run_dense(
+    given: Any, plan: Plan, keep: bool, only_starts: bool, unpacks: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Run a whole batch piece by piece, by torch's own nodes of autograd, the quicker to call."""
+    x, *weights, h, c = given if keep else (t.detach() for t in given)
+    x = x.transpose(0, 1) if x.ndim == 3 else x.view(*plan.shape[::-1], -1)
+    x, h, c = x.contiguous(), h.contiguous(), c.contiguous()
+    with_workspace = keep or not only_starts
+    pieces = [steps for steps, _ in _cut(plan, x.shape[2], h.shape[1], with_workspace)]
+    outputs: list[Tensor] = []
+    cells: list[Tensor] | None = []
+    for x_k in x.split(pieces) if len(pieces) > 1 else (x,):
+        ran = run_block(weights, x_k, h, c, with_workspace)
+        h, c, last = ran.h, ran.c, ran.c.detach()
+        if cells is not None and not (only_starts and cells):
+            found = hidden_cells(ran._replace(c=last), x.shape[2])
+            cells = None if found is None else [*cells, found.flatten(0, 1), last]
+        outputs.append(ran.y)
+    if keep:
+        outputs[-1].register_hook(lambda _: refuse_second_order())
+    y = _as_batch(outputs) if unpacks else _joined(outputs)
+    if cells is None or not only_starts:
+        return y, None if cells is None else torch.cat(cells)
+    # All segments begin in the first step.
+    hidden, last = cells
+    return y, (hidden if len(hidden) else last)[: len(h)]
 
 
 class _Rows(torch.autograd.Function):
@@ -146,14 +176,12 @@ class _Rows(torch.autograd.Function):
             )
             d_inputs.insert(0, d_x_k)
             d_weights = _add(d_weights, d_weights_k)
-        is_batch, is_wanted = ctx.packs and plan.is_dense, ctx.needs_input_grad[0]
-        d_x = None
-        if is_wanted or plan.clears:
-            d_x = _as_batch(d_inputs) if is_batch else _joined(d_inputs)
+        is_wanted = ctx.needs_input_grad[0]
+        d_x = _joined(d_inputs) if is_wanted or plan.clears else None
         found = [d_x, *d_weights, d_weights[-1].clone(), d_h, d_c]
         if plan.clears:
             found = _without_gaps(found, (x, *weights, *kept[:2]), plan, d_y)
-        if ctx.packs and is_wanted and not is_batch:
+        if ctx.packs and is_wanted:
             found[0] = plan.unpack(found[0])
         # Both biases have one gradient; whoever changes that of one in place must not meet both.
         return *found, None, None, None, None
@@ -188,16 +216,15 @@ def _joined(blocks: list[Tensor]) -> Tensor:
 
 
 def _as_batch(blocks: list[Tensor]) -> Tensor:
-    """The batch ``[B, T, F]`` of blocks that hold all rows; of one a view."""
+    """The batch ``[B, T, F]`` of blocks that hold all rows, in memory of its own."""
     batches = [block.transpose(0, 1) for block in blocks]
-    return batches[0] if len(batches) == 1 else torch.cat(batches, dim=1)
+    if len(batches) == 1:
+        return batches[0].clone(memory_format=torch.contiguous_format)
+    return torch.cat(batches, dim=1)
 
 
 def _unpacked(blocks: list[Tensor], plan: Plan) -> Tensor:
     """Outputs as a batch, in memory that nobody reads in the backward pass."""
-    if plan.is_dense:
-        y = _as_batch(blocks)
-        return y.clone(memory_format=torch.contiguous_format) if len(blocks) == 1 else y
     # Not a view, which nobody might change in place.
     rows = _joined(blocks)
     y = rows.new_empty(*plan.shape, rows.shape[1])
