@@ -8,12 +8,11 @@ finite do get through; they are noticed in the gaps, and the steps run again wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..cells import Weights
 from ..segments import Plan
@@ -74,9 +73,9 @@ def run(
         b_ih = b_hh = x.new_zeros(weights.w_hh.shape[0])
     given = (x, weights.w_ih, weights.w_hh, b_ih, b_hh, *start)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    if plan.is_dense:
-        return _run_dense(given, plan, keep, only_starts, unpacks)
-    y, cells = _Rows.apply(*given, plan, keep, only_starts, unpacks)
+    if not plan.clears:
+        return _run_own_rows(given, plan, keep, only_starts, unpacks)
+    y, cells = _SharedRows.apply(*given, plan, keep, only_starts, unpacks)
     if y is None:
         y, cells = _run_with_resets((plan.pack(x) if x.ndim == 3 else x, *given[1:]), plan)
         cells = plan.at_first_steps(cells) if only_starts else cells
@@ -84,36 +83,38 @@ def run(
     return y, cells
 
 
-def _run_dense(
+def _run_own_rows(
     given: Any, plan: Plan, keep: bool, only_starts: bool, unpacks: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Run a whole batch piece by piece, by torch's own nodes of autograd, the quicker to call."""
+    """Run segments that share no rows, by torch's own nodes of autograd, the quicker to call."""
     x, *weights, h, c = given if keep else (t.detach() for t in given)
-    x = x.transpose(0, 1) if x.ndim == 3 else x.view(*plan.shape[::-1], -1)
-    x, h, c = x.contiguous(), h.contiguous(), c.contiguous()
+    x = (plan.pack(x) if x.ndim == 3 else x).contiguous()
+    h, c = h.contiguous(), c.contiguous()
     with_workspace = keep or not only_starts
-    pieces = [steps for steps, _ in _cut(plan, x.shape[2], h.shape[1], with_workspace)]
+    blocks = list(_cut(plan, x.shape[1], h.shape[1], with_workspace))
     outputs: list[Tensor] = []
     cells: list[Tensor] | None = []
-    for x_k in x.split(pieces) if len(pieces) > 1 else (x,):
-        ran = run_block(weights, x_k, h, c, with_workspace)
+    for (steps, rows), x_k in zip(blocks, _split(x, blocks), strict=True):
+        if h.shape[0] > rows:
+            h, c = h[:rows], c[:rows]
+        ran = run_block(weights, x_k.view(steps, rows, -1), h, c, with_workspace)
         h, c, last = ran.h, ran.c, ran.c.detach()
+        # All segments begin in the first step.
         if cells is not None and not (only_starts and cells):
-            found = hidden_cells(ran._replace(c=last), x.shape[2])
+            found = hidden_cells(ran._replace(c=last), x.shape[1])
             cells = None if found is None else [*cells, found.flatten(0, 1), last]
         outputs.append(ran.y)
     if keep:
         outputs[-1].register_hook(lambda _: refuse_second_order())
-    y = _as_batch(outputs) if unpacks else _joined(outputs)
+    y = _as_batch(outputs, plan) if unpacks else _joined(outputs)
     if cells is None or not only_starts:
         return y, None if cells is None else torch.cat(cells)
-    # All segments begin in the first step.
     hidden, last = cells
-    return y, (hidden if len(hidden) else last)[: len(h)]
+    return y, (hidden if len(hidden) else last)[: plan.sizes[0]]
 
 
-class _Rows(torch.autograd.Function):
-    """Packed rows block by block, by the operators beneath ``nn.LSTM``.
+class _SharedRows(torch.autograd.Function):
+    """Rows that segments share, with gaps in which the state is cleared, piece by piece.
 
     Returns None for outputs where something got through a gap.
     """
@@ -126,34 +127,25 @@ class _Rows(torch.autograd.Function):
         # No zeros for the gradient of cells, which has no reader.
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.packs, ctx.unpacks = plan, x.ndim == 3, unpacks
-        if plan.clears:
-            x, weights[0] = _with_gaps(x, plan), _with_shutters(weights[0])
-        else:
-            x = (plan.pack(x) if ctx.packs else x).contiguous()
-        with_workspace = keep or not only_starts or plan.clears
-        ctx.blocks = list(_cut(plan, x.shape[1], h.shape[1], with_workspace))
+        x, weights[0] = _with_gaps(x, plan), _with_shutters(weights[0])
+        ctx.blocks = list(_cut(plan, x.shape[1], h.shape[1], with_workspace=True))
         wanted = _Wanted(plan, only_starts, h)
         outputs, kept, row = [], [], 0
-        for steps, rows in ctx.blocks:
-            block = slice(row, row + steps * rows)
-            if h.shape[0] > rows:
-                h, c = h[:rows], c[:rows]
-            ran = run_block(weights, _cut_out(x, block, steps, rows), h, c, with_workspace)
+        for (steps, rows), x_k in zip(ctx.blocks, _split(x, ctx.blocks), strict=True):
+            ran = run_block(weights, x_k.view(steps, rows, -1), h, c, with_workspace=True)
             wanted.take(ran, x.shape[1], row)
             outputs.append(ran.y)
             if keep:
                 kept += [h, c, *ran]
-            h, c, row = ran.h, ran.c, block.stop
-        if plan.clears:
-            outputs = [_joined(outputs)]
-            if not _all_zero(outputs[0], plan.gaps):
-                return None, None
+            h, c, row = ran.h, ran.c, row + steps * rows
+        y = _joined(outputs)
+        if not _all_zero(y, plan.gaps):
+            return None, None
         if keep:
             ctx.save_for_backward(x, *weights, *kept)
-        cells = wanted.cells
-        if cells is not None:
-            ctx.mark_non_differentiable(cells)
-        return _unpacked(outputs, plan) if unpacks else _joined(outputs), cells
+        if wanted.cells is not None:
+            ctx.mark_non_differentiable(wanted.cells)
+        return _unpacked(y, plan) if unpacks else y, wanted.cells
 
     @staticmethod
     def backward(ctx: Any, *grads: Any):
@@ -164,24 +156,18 @@ class _Rows(torch.autograd.Function):
         d_h = d_c = None
         d_inputs: list[Tensor] = []
         d_weights: list[Tensor] = []
-        end = x.shape[0]
-        for k in range(len(ctx.blocks) - 1, -1, -1):
-            steps, rows = ctx.blocks[k]
-            block, end = slice(end - steps * rows, end), end - steps * rows
-            x_k, d_y_k = (_cut_out(t, block, steps, rows) for t in (x, d_y))
+        parts = zip(ctx.blocks, _split(x, ctx.blocks), _split(d_y, ctx.blocks), strict=True)
+        for k, (block, x_k, d_y_k) in reversed(list(enumerate(parts))):
             h, c, *ran = kept[6 * k : 6 * k + 6]
-            d_ran = d_y_k, _of_rows(d_h, rows), _of_rows(d_c, rows)
+            x_k, d_y_k = (t.view(*block, -1) for t in (x_k, d_y_k))
             (d_x_k, *d_weights_k), (d_h, d_c) = run_block_back(
-                weights, x_k, (h, c), Ran(*ran), d_ran
+                weights, x_k, (h, c), Ran(*ran), (d_y_k, d_h, d_c)
             )
             d_inputs.insert(0, d_x_k)
             d_weights = _add(d_weights, d_weights_k)
-        is_wanted = ctx.needs_input_grad[0]
-        d_x = _joined(d_inputs) if is_wanted or plan.clears else None
-        found = [d_x, *d_weights, d_weights[-1].clone(), d_h, d_c]
-        if plan.clears:
-            found = _without_gaps(found, (x, *weights, *kept[:2]), plan, d_y)
-        if ctx.packs and is_wanted:
+        found = [_joined(d_inputs), *d_weights, d_weights[-1].clone(), d_h, d_c]
+        found = _without_gaps(found, (x, *weights, *kept[:2]), plan, d_y)
+        if ctx.packs and ctx.needs_input_grad[0]:
             found[0] = plan.unpack(found[0])
         # Both biases have one gradient; whoever changes that of one in place must not meet both.
         return *found, None, None, None, None
@@ -209,34 +195,32 @@ def _with_shutters(w_ih: Tensor) -> Tensor:
     return wide
 
 
+def _split(rows: Tensor, blocks: list[tuple[int, int]]) -> Sequence[Tensor]:
+    """Rows ``[N, F]`` of each block of steps and rows."""
+    return rows.split([steps * size for steps, size in blocks]) if len(blocks) > 1 else (rows,)
+
+
 def _joined(blocks: list[Tensor]) -> Tensor:
     """Rows ``[N, F]`` of blocks ``[steps, rows, F]``; of one a view."""
     rows = [block.flatten(0, -2) for block in blocks]
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def _as_batch(blocks: list[Tensor]) -> Tensor:
-    """The batch ``[B, T, F]`` of blocks that hold all rows, in memory of its own."""
-    batches = [block.transpose(0, 1) for block in blocks]
-    if len(batches) == 1:
-        return batches[0].clone(memory_format=torch.contiguous_format)
-    return torch.cat(batches, dim=1)
-
-
-def _unpacked(blocks: list[Tensor], plan: Plan) -> Tensor:
+def _as_batch(blocks: list[Tensor], plan: Plan) -> Tensor:
     """Outputs as a batch, in memory that nobody reads in the backward pass."""
-    # Not a view, which nobody might change in place.
-    rows = _joined(blocks)
+    if not plan.is_dense:
+        return plan.unpack(_joined(blocks))
+    batches = [block.transpose(0, 1) for block in blocks]
+    if len(batches) > 1:
+        return torch.cat(batches, dim=1)
+    return batches[0].clone(memory_format=torch.contiguous_format)
+
+
+def _unpacked(rows: Tensor, plan: Plan) -> Tensor:
+    """Rows as a batch, and no view, which nobody might change in place."""
     y = rows.new_empty(*plan.shape, rows.shape[1])
     torch.index_select(rows, 0, plan.position, out=y.view(-1, rows.shape[1]))
     return y
-
-
-def _of_rows(state: Tensor | None, rows: int) -> Tensor | None:
-    """Gradients of the state of ``rows`` rows; no other block runs those that are new."""
-    if state is None or state.shape[0] == rows:
-        return state
-    return F.pad(state, (0, 0, 0, rows - state.shape[0]))
 
 
 def _without_gaps(grads: list[Tensor], wide: tuple, plan: Plan, d_y: Tensor) -> list[Tensor]:
@@ -284,12 +268,6 @@ def _add(sums: list[Tensor], terms: list[Tensor]) -> list[Tensor]:
     return [a.add_(b) for a, b in zip(sums, terms, strict=True)]
 
 
-def _cut_out(rows: Tensor, block: slice, steps: int, size: int) -> Tensor:
-    """A block of rows, ``[steps, size, ...]``."""
-    is_all = block.stop - block.start == rows.shape[0]
-    return (rows if is_all else rows[block]).view(steps, size, -1)
-
-
 class _Wanted:
     """Cell states taken out of the blocks that ran: after all steps, or segments' first ones.
 
@@ -300,19 +278,12 @@ class _Wanted:
     def __init__(self, plan: Plan, only_starts: bool, like: Tensor) -> None:
         self.rows = plan.start_rows if only_starts else None
         self.on_host = plan.start_rows_on_host
-        self.at_once = only_starts and not plan.clears
         count = len(plan.source if self.rows is None else self.rows)
         self.cells: Tensor | None = like.new_empty(count, like.shape[1])
 
     def take(self, ran: Ran, inputs: int, begin: int) -> None:
         """Take what is wanted of a block that begins at row ``begin``."""
         steps, size, hidden = ran.y.shape
-        if self.at_once:
-            # All segments begin in the first step.
-            if begin == 0:
-                found = hidden_cells(ran, inputs) if steps > 1 else ran.c.unsqueeze(0)
-                self.cells = None if found is None else found[0].clone()
-            return
         last, end = begin + (steps - 1) * size, begin + steps * size
         bounds = begin, last, end
         if self.rows is not None:
