@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 _MAX_BLOCK_CANDIDATES = 48
-# A kernel's registers hold this many rows at once.
-_FULL_ROWS = 16
+# Rows come in multiples of this: kernels waste no registers, and rows are few and short enough.
+_FULL_ROWS = 8
 
 
 class Layout(NamedTuple):

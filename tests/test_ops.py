@@ -146,8 +146,12 @@ def test_activations_are_kept_only_where_a_backward_pass_may_follow(cell, backen
     ("way", "cell"),
     [("scan", "lstm"), ("scan", "gru"), ("pad", "lstm"), ("pad", "gru"), ("vendor", "lstm")],
 )
-def test_a_second_derivative_is_refused_by_name(way, cell):
-    problem = problems.make(cell, dtype=WAYS[way].dtypes(cell)[0])
+@pytest.mark.parametrize(
+    ("marks", "states"), [("none", "random"), ("random", "random"), ("random", "episodes")]
+)
+def test_a_second_derivative_is_refused_by_name(way, cell, marks, states):
+    """Whether rows are whole, cut, or shared by segments."""
+    problem = problems.make(cell, marks, states=states, steps=24, dtype=WAYS[way].dtypes(cell)[0])
     with pytest.raises(RuntimeError, match="recurrent_backend='loop'"):
         y, _ = problems.outputs(problem, WAYS[way])
         (first,) = torch.autograd.grad(y.sum(), problem.x, create_graph=True)

@@ -87,9 +87,10 @@ def test_a_batch_that_nothing_cuts_goes_to_the_kernel_in_one_piece(monkeypatch):
     assert [made.blocks for made in seen] == [[(0, 5, 3)]]
 
 
-def test_both_biases_have_a_gradient_of_their_own():
+@pytest.mark.parametrize("states", ["random", "episodes"])
+def test_both_biases_have_a_gradient_of_their_own(states):
     """Clipped in place, one must not change with the other."""
-    problem = problems.make("lstm", dtype=F32)
+    problem = problems.make("lstm", dtype=F32, states=states, **SIZES)
     y, _ = problems.outputs(problem, VENDOR)
     biases = [problem.rnn.bias_ih_l0, problem.rnn.bias_hh_l0]
     one, other = torch.autograd.grad(y.sum(), biases)
@@ -98,22 +99,27 @@ def test_both_biases_have_a_gradient_of_their_own():
     assert other.abs().sum() > 0
 
 
-def test_a_backward_pass_may_be_run_twice():
-    problem = problems.make("lstm", "random", dtype=F32, **SIZES)
+@pytest.mark.parametrize("states", ["random", "episodes"])
+def test_a_backward_pass_may_be_run_twice(states):
+    problem = problems.make("lstm", "random", dtype=F32, states=states, **SIZES)
     y, _ = problems.outputs(problem, VENDOR)
-    leaves = list(problem.leaves.values())
+    leaves = [leaf for leaf in problem.leaves.values() if leaf.requires_grad]
     once, twice = (torch.autograd.grad(y.sum(), leaves, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
-def test_outputs_may_be_changed_in_place_before_the_backward_pass():
-    problem = problems.make("lstm", "none", dtype=F32)
+@pytest.mark.parametrize(
+    ("marks", "states"), [("none", "random"), ("random", "random"), ("random", "episodes")]
+)
+def test_outputs_may_be_changed_in_place_before_the_backward_pass(marks, states):
+    problem = problems.make("lstm", marks, dtype=F32, states=states, **SIZES)
     d_y, d_states = problem.cotangents(False)
     expected = problems.run(problem, VENDOR, d_y, d_states)
     y, states = problems.outputs(problem, VENDOR)
-    grads = torch.autograd.grad(y.mul_(2.0), list(problem.leaves.values()), d_y / 2)
+    leaves = {name: leaf for name, leaf in problem.leaves.items() if leaf.requires_grad}
+    grads = torch.autograd.grad(y.mul_(2.0), list(leaves.values()), d_y / 2)
     actual = expected._replace(y=y.detach() / 2, states=states)
-    actual = actual._replace(grads=dict(zip(problem.leaves, grads, strict=True)))
+    actual = actual._replace(grads=dict(zip(leaves, grads, strict=True)))
     assert_same_run(actual, expected, F32)
 
 
@@ -386,15 +392,20 @@ from tensordict import TensorDict
 torch.set_num_threads(1)
 torch.manual_seed(0)
 module = GRUModule(64, 64, in_key="x", out_key="y", default_recurrent_mode=True)
-is_init = torch.rand(256, 32, 1) < 0.05
-data = TensorDict({"x": torch.rand(256, 32, 64), "is_init": is_init}, [256, 32])
-for k in range(8):
-    if k == 4:
+count = 0
+# Several, since by luck one keeps its memory without help.
+for batch, steps in (256, 32), (128, 96), (512, 32):
+    is_init = torch.rand(batch, steps, 1) < 0.05
+    x = torch.rand(batch, steps, 64)
+    data = TensorDict({"x": x, "is_init": is_init}, [batch, steps])
+    for k in range(8):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    y = module(data.clone(False))["y"]
-    torch.autograd.grad(y.sum(), list(module.parameters()))
-    del y
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        y = module(data.clone(False))["y"]
+        torch.autograd.grad(y.sum(), list(module.parameters()))
+        del y
+        if k >= 4:
+            count += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(count)
 """
 
 
@@ -404,4 +415,4 @@ def test_a_pass_takes_the_memory_that_the_last_one_freed():
     variables = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     command = [sys.executable, "-c", _COUNT_PAGES]
     child = subprocess.run(command, capture_output=True, text=True, env=variables, check=True)
-    assert int(child.stdout) < 4 * 500
+    assert int(child.stdout) < 12 * 500
