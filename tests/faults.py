@@ -118,7 +118,7 @@ _SEGMENTS = (
         "rnnkeys/segments.py",
         "grad.index_fill_(0, ctx.unused, 0.0)",
         "pass",
-        ("tests/test_vendor.py::test_without_onednn_torchs_own_kernel_gives_the_same[random]",),
+        _reference("vendor-lstm-float32"),
     ),
     Fault(
         "vendor: what a gap repeats is the output before a segment",

@@ -1,4 +1,4 @@
-"""oneDNN's LSTM kernel over packed rows, as one node of autograd.
+"""oneDNN's LSTM kernel over packed rows.
 
 The kernel knows no resets. Where segments share a row, the input gets one more entry that is 1 in
 the gaps between them and 0 elsewhere, whose weights shut the input gate and the forget gate: the
