@@ -181,7 +181,6 @@ def _pieces(monkeypatch, request) -> None:
     """Cut the rows after few steps."""
     if request.param == "pieces":
         monkeypatch.setattr(onednn, "_MOST_KEPT", 4000)
-        monkeypatch.setattr(onednn, "_MOST_ALONE", 4000)
 
 
 def _plans(monkeypatch) -> list[Plan]:

@@ -23,10 +23,9 @@ from .workspace import Ran, hidden_cells, run_block, run_block_back, size_of
 _SHUT = -1e38
 # What sigmoids that are not quite 0 may let through.
 _ALMOST_ZERO = 1e-20
-# Elements of a workspace, 32 MiB. glibc keeps no memory of more in one piece for the next pass, and
-# to get it anew from the system takes as long as to compute; so what is larger runs in pieces.
-# It keeps 64 MiB in all, so that what is almost as large is halved, for all else to have room.
-_MOST_KEPT, _MOST_ALONE = 31 << 18, 28 << 18
+# Elements of a workspace, 31.5 MiB. Of 32 MiB and more in one piece glibc keeps nothing for the
+# next pass, and to get it anew from the system takes as long as to compute; that runs in pieces.
+_MOST_KEPT = 63 << 17
 
 
 def runs(x: Tensor) -> bool:
@@ -256,8 +255,7 @@ def _cut(plan: Plan, inputs: int, hidden: int, with_workspace: bool) -> Iterator
     """Steps and rows of the blocks to run: those of the plan, cut where workspaces grow large."""
     for _, steps, rows in plan.blocks:
         size = with_workspace * size_of(steps, rows, inputs, hidden)
-        pieces = max(1 + (size > _MOST_ALONE), -(-size // _MOST_KEPT))
-        pieces = min(pieces, steps)
+        pieces = max(1, min(-(-size // _MOST_KEPT), steps))
         for k in range(pieces):
             yield steps * (k + 1) // pieces - steps * k // pieces, rows
 
