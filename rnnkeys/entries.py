@@ -259,7 +259,7 @@ def flat_step(
     data: Entries, module: RecurrentModule, dtype: torch.dtype
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Flatten one step to ``x [N, I]`` and states ``[N, L, H]``, zero where an episode starts."""
-    x = _as_dtype(data.x.reshape(-1, data.x.shape[-1]), dtype)
+    x = as_dtype(data.x.reshape(-1, data.x.shape[-1]), dtype)
     num_layers = module._layers.num_layers
     if data.states is None:
         sizes = module.state_sizes
@@ -270,7 +270,8 @@ def flat_step(
     return x, states if states[0].dtype == dtype else tuple(s.to(dtype) for s in states)
 
 
-def _as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast ``x`` where it has another dtype; a call that would not is not free."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
@@ -290,13 +291,13 @@ def time_second(
         rows = entry.shape[: entry.ndim - features - 1].numel()
         return entry.reshape(rows, steps, *tail)
 
-    x = _as_dtype(fold(data.x, 1), dtype)
+    x = as_dtype(fold(data.x, 1), dtype)
     is_init = fold(data.is_init, 0)
     if data.states is None:
         num_layers = module._layers.num_layers
         zeros = (x.new_zeros(()).expand(*x.shape[:2], num_layers, n) for n in module.state_sizes)
         return x, tuple(zeros), is_init
-    return x, tuple([_as_dtype(fold(s, 2), dtype) for s in data.states]), is_init
+    return x, tuple([as_dtype(fold(s, 2), dtype) for s in data.states]), is_init
 
 
 def time_last(entry: Tensor, lead: torch.Size, shape: torch.Size) -> Tensor:

@@ -384,7 +384,7 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
     def _stored(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """States as they are written: in the parameters' dtype, which is the primer's."""
         dtype = self._layers.sample.dtype
-        return tuple(s if s.dtype == dtype else s.to(dtype) for s in states)
+        return tuple(entries.as_dtype(s, dtype) for s in states)
 
     def _weights(self, dtype: torch.dtype) -> list[Weights]:
         layers = [self._layers.weights(i) for i in range(self._layers.num_layers)]

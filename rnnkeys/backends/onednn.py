@@ -8,7 +8,7 @@ finite do get through; they are noticed in the gaps, and the steps run again wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,6 +42,12 @@ def refuse_second_order() -> None:
             "gradient was asked for with create_graph=True. Build the module with "
             "recurrent_backend='loop', which any order of autograd sees through."
         )
+
+
+def refuse_second_order_of(y: Tensor) -> None:
+    """Raise where a backward pass through ``y`` is to be differentiated."""
+    if y.requires_grad:
+        y.register_hook(lambda _: refuse_second_order())
 
 
 def run(
@@ -93,18 +99,18 @@ def _run_own_rows(
     blocks = list(_cut(plan, x.shape[1], h.shape[1], with_workspace))
     outputs: list[Tensor] = []
     cells: list[Tensor] | None = []
-    for (steps, rows), x_k in zip(blocks, _split(x, blocks), strict=True):
+    for x_k in _split(x, blocks):
+        rows = x_k.shape[1]
         if h.shape[0] > rows:
             h, c = h[:rows], c[:rows]
-        ran = run_block(weights, x_k.view(steps, rows, -1), h, c, with_workspace)
+        ran = run_block(weights, x_k, h, c, with_workspace)
         h, c, last = ran.h, ran.c, ran.c.detach()
         # All segments begin in the first step.
         if cells is not None and not (only_starts and cells):
             found = hidden_cells(ran._replace(c=last), x.shape[1])
             cells = None if found is None else [*cells, found.flatten(0, 1), last]
         outputs.append(ran.y)
-    if keep:
-        outputs[-1].register_hook(lambda _: refuse_second_order())
+    refuse_second_order_of(outputs[-1])
     y = _as_batch(outputs, plan) if unpacks else _joined(outputs)
     if cells is None or not only_starts:
         return y, None if cells is None else torch.cat(cells)
@@ -130,13 +136,13 @@ class _SharedRows(torch.autograd.Function):
         ctx.blocks = list(_cut(plan, x.shape[1], h.shape[1], with_workspace=True))
         wanted = _Wanted(plan, only_starts, h)
         outputs, kept, row = [], [], 0
-        for (steps, rows), x_k in zip(ctx.blocks, _split(x, ctx.blocks), strict=True):
-            ran = run_block(weights, x_k.view(steps, rows, -1), h, c, with_workspace=True)
+        for x_k in _split(x, ctx.blocks):
+            ran = run_block(weights, x_k, h, c, with_workspace=True)
             wanted.take(ran, x.shape[1], row)
             outputs.append(ran.y)
             if keep:
                 kept += [h, c, *ran]
-            h, c, row = ran.h, ran.c, row + steps * rows
+            h, c, row = ran.h, ran.c, row + x_k.shape[0] * x_k.shape[1]
         y = _joined(outputs)
         if not _all_zero(y, plan.gaps):
             return None, None
@@ -155,10 +161,9 @@ class _SharedRows(torch.autograd.Function):
         d_h = d_c = None
         d_inputs: list[Tensor] = []
         d_weights: list[Tensor] = []
-        parts = zip(ctx.blocks, _split(x, ctx.blocks), _split(d_y, ctx.blocks), strict=True)
-        for k, (block, x_k, d_y_k) in reversed(list(enumerate(parts))):
+        parts = zip(_split(x, ctx.blocks), _split(d_y, ctx.blocks), strict=True)
+        for k, (x_k, d_y_k) in reversed(list(enumerate(parts))):
             h, c, *ran = kept[6 * k : 6 * k + 6]
-            x_k, d_y_k = (t.view(*block, -1) for t in (x_k, d_y_k))
             (d_x_k, *d_weights_k), (d_h, d_c) = run_block_back(
                 weights, x_k, (h, c), Ran(*ran), (d_y_k, d_h, d_c)
             )
@@ -194,9 +199,10 @@ def _with_shutters(w_ih: Tensor) -> Tensor:
     return wide
 
 
-def _split(rows: Tensor, blocks: list[tuple[int, int]]) -> Sequence[Tensor]:
-    """Rows ``[N, F]`` of each block of steps and rows."""
-    return rows.split([steps * size for steps, size in blocks]) if len(blocks) > 1 else (rows,)
+def _split(rows: Tensor, blocks: list[tuple[int, int]]) -> list[Tensor]:
+    """Rows ``[N, F]`` as blocks ``[steps, size, F]``."""
+    parts = rows.split([steps * size for steps, size in blocks]) if len(blocks) > 1 else (rows,)
+    return [part.view(*block, -1) for part, block in zip(parts, blocks, strict=True)]
 
 
 def _joined(blocks: list[Tensor]) -> Tensor:

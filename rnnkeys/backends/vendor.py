@@ -7,7 +7,6 @@ some care (``onednn``). Otherwise, with ``h`` known, all gates come from one mat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +53,8 @@ def run(
         y, cells = onednn.run(weights, x, (h0, c0), plan, only_starts, unpacks)
     else:
         x, h0, c0 = (t.contiguous() for t in (x, *start))
-        y, cells = _FirstOrderOnly.apply(_run_vendor(weights, x, (h0, c0), plan)), None
+        y, cells = _run_vendor(weights, x, (h0, c0), plan), None
+        onednn.refuse_second_order_of(y)
     if cells is None:
         with torch.no_grad():
             x, h = (plan.pack_blank(t) if t.ndim == 3 else t for t in (x, y))
@@ -116,16 +116,3 @@ def _cells_from_outputs(
 def _before(start: Tensor, after: Tensor, sizes: list[int]) -> Tensor:
     steps = after[: sum(sizes)].split(sizes)
     return torch.cat([start, *(s[:n] for s, n in zip(steps[:-1], sizes[1:], strict=True))])
-
-
-class _FirstOrderOnly(torch.autograd.Function):
-    """Identity that refuses to be differentiated twice, which the vendor's kernel cannot be."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor):
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any):
-        onednn.refuse_second_order()
-        return grads[0]
