@@ -19,6 +19,9 @@ _DEFAULTS: dict[str, Any] = {
     "dtype": None,
 }
 
+# Whose layers compute what their class says.
+_LIBRARIES = ("torch", "torchrl", "rnnkeys")
+
 
 def make_layers(
     name: str,
@@ -73,7 +76,7 @@ def _check_fits(
             f"{arguments['input_size']}, hidden_size={arguments['hidden_size']}): the instance "
             "has its sizes. Pass one or the other."
         )
-    _check_kind(name, given, name.upper())
+    check_kind(name, given, name.upper())
     weight = next(given.parameters())
     for argument, default in _DEFAULTS.items():
         wanted = arguments.get(argument, default)
@@ -96,11 +99,19 @@ def _check_fits(
         )
 
 
-def _check_kind(name: str, layers: nn.RNNBase, mode: str) -> None:
+def check_kind(name: str, layers: Any, mode: str) -> None:
+    """Raise ValueError unless ``layers`` are torch's of a mode, or a twin, that can be run here."""
     if not isinstance(layers, nn.RNNBase) or layers.mode != mode:
         raise ValueError(
             f"{name}= must be an nn.{mode} or its plain twin rnnkeys.{mode}. Got "
             f"{type(layers).__name__}."
+        )
+    owner = next(cls for cls in type(layers).__mro__ if "forward" in vars(cls))
+    if owner.__module__.partition(".")[0] not in _LIBRARIES:
+        raise ValueError(
+            f"{name}= has a forward of its own, that of {owner.__name__}, which would never run: "
+            "the parameters are read and the layers are not called. Write what it does as a "
+            "module around this one, or as a cell for rnnkeys.RecurrentModule."
         )
     if not layers.batch_first:
         raise ValueError(f"The input {name} must have batch_first=True. Got batch_first=False.")

@@ -15,6 +15,7 @@ import torch
 from tensordict import TensorDictBase, unravel_key, unravel_key_list
 from tensordict.utils import NestedKey
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
 
 from .backends import in_transform
@@ -127,13 +128,13 @@ def check_carried(state_keys: Sequence[NestedKey], next_keys: Sequence[NestedKey
 def read(module: RecurrentModule, tensordict: TensorDictBase) -> Entries:
     """Read and check the input, the marks and the states (None if none of them is there)."""
     lead = tensordict.batch_size
-    x = tensordict.get(module._input_key, None)
+    x = tensordict.get(module.in_keys[0], None)
     if x is None:
-        raise KeyError(_missing(module, module._input_key, tensordict, "the input of the layer"))
+        raise KeyError(_missing(module, module.in_keys[0], tensordict, "the input of the layer"))
     rank = len(lead)
     if x.ndim <= rank or x.shape[-1] != module._layers.input_size:
         raise RuntimeError(
-            f"{_name(module)}: input {module._input_key!r} has shape {tuple(x.shape)}; expected "
+            f"{_name(module)}: input {module.in_keys[0]!r} has shape {tuple(x.shape)}; expected "
             f"{_dims(lead)}, optionally agents, and input_size={module._layers.input_size} last."
         )
     shape = x.shape[:-1]
@@ -147,7 +148,7 @@ def read(module: RecurrentModule, tensordict: TensorDictBase) -> Entries:
 def _read_states(
     module: RecurrentModule, tensordict: TensorDictBase, shape: torch.Size
 ) -> tuple[Tensor, ...] | None:
-    keys = module._state_keys
+    keys = module.state_keys
     states = [tensordict.get(key, None) for key in keys]
     present = [key for key, state in zip(keys, states, strict=True) if state is not None]
     if not present:
@@ -268,6 +269,11 @@ def flat_step(
     fresh = data.is_init.reshape(-1, 1, 1)
     states = tuple([s.reshape(-1, *s.shape[-2:]).masked_fill(fresh, 0) for s in data.states])
     return x, states if states[0].dtype == dtype else tuple(s.to(dtype) for s in states)
+
+
+def has_data(x: Tensor) -> bool:
+    """Whether there are values to look at: none on the meta device, nor of a fake tensor."""
+    return not (x.is_meta or isinstance(x, FakeTensor))
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,13 +24,16 @@ class Layers:
         self.proj_size: int = rnn.proj_size
         self.bias: bool = rnn.bias
         self._num_states = 2 if rnn.mode == "LSTM" else 1
-        self._rnn = rnn
+        self.module = rnn
         self._attributes = rnn.__dict__
 
     @property
     def dropout(self) -> float:
-        """Probability of dropout between layers; a schedule may change it on the ``nn.RNNBase``."""
-        return self._attributes["dropout"]
+        """Probability of dropout between layers now: 0 where the ``nn.RNNBase`` is in eval mode.
+
+        A schedule may change it there.
+        """
+        return self._attributes["dropout"] if self._attributes["training"] else 0.0
 
     def parameter(self, name: str) -> Tensor:
         """Return a parameter, or the tensor that stands for it.
@@ -56,7 +59,7 @@ class Layers:
         """
         for hook in self._attributes["_forward_pre_hooks"].values():
             if name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)):
-                hook(self._rnn, ())
+                hook(self.module, ())
 
     @property
     def sample(self) -> Tensor:

@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from torchrl.envs.transforms import TensorDictPrimer
 
 from . import entries
-from .arguments import check_choice, check_floating_dtype
+from .arguments import check_choice, check_floating_dtype, check_kind
 from .backends import BACKENDS, Options, in_transform, unroll_layers, why_not
 from .backends.step import run_step
 from .canonical import CanonicalKeys
@@ -23,7 +23,7 @@ from .cells import Cell, Weights
 from .layers import Layers
 from .mode import as_mode, recurrent_mode
 from .precision import validate_recurrent_matmul_precision
-from .stacks import make_stack
+from .stacks import CellStack, StepStack, make_stack
 from .transforms.primers import make_primer
 
 _STORES = ("all", "starts")
@@ -136,11 +136,11 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         name = str(type(self).__name__)
         ins = entries.join_keys("in", in_key, in_keys, self.DEFAULT_IN_KEYS)
         outs = entries.join_keys("out", out_key, out_keys, self.DEFAULT_OUT_KEYS)
-        ins, self.init_key = entries.split_init_key(name, ins, init_key, self.cell)
+        ins, init_key = entries.split_init_key(name, ins, init_key, self.cell)
         entries.check_out_keys(name, outs, self.cell)
         setattr(self, self.rnn_attribute, layers)
         # tensordict's own annotations of keys know no nesting.
-        self.in_keys = [*ins, self.init_key]  # pyright: ignore[reportAttributeAccessIssue]
+        self.in_keys = [*ins, init_key]  # pyright: ignore[reportAttributeAccessIssue]
         self.out_keys = outs  # pyright: ignore[reportAttributeAccessIssue]
         self._recurrent_mode = as_mode(default_recurrent_mode, "default_recurrent_mode")
         self.recurrent_backend = recurrent_backend
@@ -149,7 +149,7 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         self.recurrent_matmul_precision = recurrent_matmul_precision
         self.state_grad = state_grad
         self.store_states = store_states
-        self._warned_of_missing_state = False
+        self._warned_of_missing_state = self._warned_of_hooks = False
         obstacle = why_not(
             recurrent_backend,
             self.cell,
@@ -168,38 +168,51 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "in_keys":
-            self._read_at(value)
+            self._check_in_keys(value)
         elif name == "out_keys":
-            self._write_at(value)
+            keys = entries.join_keys("out", None, value, [])
+            entries.check_out_keys(str(type(self).__name__), keys, self.cell)
+        elif name == "recurrent_backend":
+            check_choice(name, value, BACKENDS)
+        elif name == self.rnn_attribute:
+            self._look_at(value)
         super().__setattr__(name, value)
-        if name == self.rnn_attribute:
-            self._look_at_layers()
 
-    def _read_at(self, keys: Sequence[NestedKey]) -> None:
+    def _check_in_keys(self, keys: Sequence[NestedKey]) -> None:
         # Keys behind the init key are not read here; a loss may be told of them by in_keys.
         keys, number = entries.join_keys("in", None, keys, []), 1 + len(self.cell.state_names)
-        ins = entries.check_in_keys(str(type(self).__name__), keys[:number], self.cell)
-        self._input_key, *state_keys = ins
-        self._state_keys: tuple[NestedKey, ...] = tuple(state_keys)
+        entries.check_in_keys(str(type(self).__name__), keys[:number], self.cell)
         if len(keys) > number:
-            self.init_key = keys[number]
-
-    def _write_at(self, keys: Sequence[NestedKey]) -> None:
-        # select_out_keys() shortens out_keys another way; what is written stays.
-        outs = entries.join_keys("out", None, keys, [])
-        entries.check_out_keys(str(type(self).__name__), outs, self.cell)
-        self._output_key, *next_keys = outs
-        self._next_keys: tuple[NestedKey, ...] = tuple(next_keys)
+            self._init_key = keys[number]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._look_at_layers()
+        self._look_at(self.layers)
 
-    def _look_at_layers(self) -> None:
-        # Copies and unpickled modules have other layers than the ones looked at before.
-        layers: Any = self.layers
+    def _look_at(self, layers: Any) -> None:
+        if self.rnn_attribute != "rnn":
+            check_kind(self.rnn_attribute, layers, self.cell.name.upper())
+        elif not isinstance(layers, (CellStack, StepStack)):
+            raise ValueError(
+                f"rnn must be layers as {type(self).__name__} makes them. Got "
+                f"{type(layers).__name__}; for other layers make another module."
+            )
         self._layers = Layers(layers) if isinstance(layers, nn.RNNBase) else layers.view()
-        self._has_vendor_layers = isinstance(self.layers, self.vendor_class)
+        self._has_vendor_layers = isinstance(layers, self.vendor_class)
+
+    def _look_again(self) -> None:
+        """Notice layers that came another way than by assignment, and hooks on them."""
+        layers: Any = self._modules[self.rnn_attribute]
+        if layers is not self._layers.module:
+            self._look_at(layers)
+        if (layers._forward_hooks or layers._backward_hooks) and not self._warned_of_hooks:
+            self._warned_of_hooks = True
+            warnings.warn(
+                f"Hooks on {self.rnn_attribute} of {type(self).__name__} do not run: its "
+                "parameters are read, and it is never called. Register them on the "
+                f"{type(self).__name__}.",
+                stacklevel=4,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_layers"}
@@ -217,7 +230,13 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
     @property
     def state_keys(self) -> tuple[NestedKey, ...]:
         """Keys the states are read from, in the order of the cell's ``state_names``."""
-        return self._state_keys
+        return tuple(self.in_keys[1 : 1 + len(self.cell.state_names)])
+
+    @property
+    def init_key(self) -> NestedKey:
+        """Key of the marks of first steps: the one of ``in_keys`` behind those of the states."""
+        number = 1 + len(self.cell.state_names)
+        return self.in_keys[number] if len(self.in_keys) > number else self._init_key
 
     @property
     def recurrent_mode(self) -> bool:
@@ -295,11 +314,11 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
             >>> gru.make_tensordict_primer().primers["recurrent_state"].shape
             torch.Size([1, 5])
         """
-        entries.check_carried(self._state_keys, self._next_keys)
+        entries.check_carried(self.state_keys, self.out_keys_source[1:])
         weight = self._layers.sample
         shapes = {
             key: (self._layers.num_layers, size)
-            for key, size in zip(self._state_keys, self.state_sizes, strict=True)
+            for key, size in zip(self.state_keys, self.state_sizes, strict=True)
         }
         return make_primer(
             shapes, dtype=weight.dtype, device=None if weight.is_meta else weight.device
@@ -326,13 +345,15 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
                 fit.
             ValueError: in recurrent mode, if there is no time dimension.
         """
+        if not is_compiling():
+            self._look_again()
         if self.recurrent_mode:
             y, states = self._run_sequences(tensordict)
         else:
             y, states = self._run_step(tensordict)
-        tensordict.set(self._output_key, y)
-        for key, state in zip(self._next_keys, states, strict=True):
-            tensordict.set(key, state)
+        # select_out_keys() shortens out_keys; what is written stays.
+        for key, entry in zip(self.out_keys_source, (y, *states), strict=True):
+            tensordict.set(key, entry)
         return tensordict
 
     def _run_sequences(self, tensordict: TensorDictBase) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -356,8 +377,8 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
                 self._layers.enter(states),
                 is_init,
                 self._options(),
-                # Tensors without data have no marks to plan by.
-                "scan" if x.is_meta else self.recurrent_backend,
+                # Without data there are no marks to plan by.
+                self.recurrent_backend if entries.has_data(x) else "scan",
             )
         shape = data.shape
         restored = tuple(entries.time_last(s, lead, shape) for s in self._layers.leave(after))
@@ -373,9 +394,7 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         layers = self._weights(dtype)
         vendor = self._has_vendor_layers and not (is_compiling() or in_transform())
         with entries.no_autocast(x):
-            y, after = run_step(
-                self.cell, layers, x, states, self._layers.dropout * self.training, vendor
-            )
+            y, after = run_step(self.cell, layers, x, states, self._layers.dropout, vendor)
         shape = data.shape
         y = y.view(*shape, y.shape[-1])
         after = self._layers.leave(after)
@@ -398,21 +417,28 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
             only_starts=self.store_states == "starts",
             # Of a stack of cells "auto" packs the steps; no kernel knows its equation.
             vendor=self._has_vendor_layers or not isinstance(self.layers, nn.RNNBase),
-            dropout=self._layers.dropout if self.training else 0.0,
+            dropout=self._layers.dropout,
             recompute=self.recurrent_recompute,
             compute_dtype=self.recurrent_compute_dtype,
             precision=self.recurrent_matmul_precision,
         )
 
     def _warn_of_missing_state(self, is_init: Tensor) -> None:
-        if self._warned_of_missing_state or is_init.is_meta or is_compiling() or in_transform():
+        if self._warned_of_missing_state or is_compiling() or in_transform():
+            return
+        if not entries.has_data(is_init) or _is_capturing(is_init):
             return
         if not bool(is_init.all()):
             self._warned_of_missing_state = True
             warnings.warn(
-                f"{type(self).__name__} finds no state {list(self._state_keys)} in a step that "
+                f"{type(self).__name__} finds no state {list(self.state_keys)} in a step that "
                 "does not start an episode, and starts from zeros: memory is lost at every step. "
                 "Append the primer to the environment: "
                 "env.append_transform(get_primers_from_module(policy)).",
                 stacklevel=4,
             )
+
+
+def _is_capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is captured, in which no value may be looked at."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -10,6 +10,7 @@ steps of one size gets rows that segments share, with gaps in which it clears th
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -228,6 +229,11 @@ class Segments:
 
 _read: OrderedDict[Any, Segments] = OrderedDict()
 _lock = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    # A child has no other thread that could release a lock it was born with.
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
 
 
 def read_segments(is_init: Tensor) -> Segments:

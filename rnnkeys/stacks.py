@@ -94,7 +94,7 @@ class _View:
     input_size: int
 
     def __init__(self, stack: Any) -> None:
-        self._stack = stack
+        self.module = stack
         self.input_size = stack.input_size
         self.hidden_size = stack.hidden_size
         self.num_layers = stack.num_layers
@@ -102,8 +102,8 @@ class _View:
 
     @property
     def dropout(self) -> float:
-        """Probability of dropout between layers."""
-        return self._stack.dropout
+        """Probability of dropout between layers now: 0 where the stack is in eval mode."""
+        return self.module.dropout if self.module.training else 0.0
 
     def enter(self, states: State) -> State:
         """Turn stored states into those that backends carry."""
@@ -120,7 +120,7 @@ class CellLayers(_View):
     @property
     def sample(self) -> Tensor:
         """A parameter, which tells dtype and device of all."""
-        return self._stack.weight_hh_l0
+        return self.module.weight_hh_l0
 
     @property
     def state_sizes(self) -> tuple[int, ...]:
@@ -129,8 +129,8 @@ class CellLayers(_View):
 
     def weights(self, layer: int) -> Weights:
         """Return the parameters of one layer."""
-        shapes = self.cell.parameter_shapes(self.input_size, self.hidden_size, self._stack.bias)
-        found = {name: getattr(self._stack, f"{name}_l{layer}") for name in shapes}
+        shapes = self.cell.parameter_shapes(self.input_size, self.hidden_size, self.module.bias)
+        found = {name: getattr(self.module, f"{name}_l{layer}") for name in shapes}
         fields = (found.pop(n, None) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
         return Weights(*fields, extra=found)
 
@@ -274,17 +274,17 @@ class StepLayers(_View):
     @property
     def sample(self) -> Tensor:
         """A parameter, which tells dtype and device of all."""
-        return _sample(self._stack)
+        return _sample(self.module)
 
     @property
     def state_sizes(self) -> tuple[int, ...]:
         """Size of the last dimension of each state."""
-        return tuple(self._stack.state_sizes.values())
+        return tuple(self.module.state_sizes.values())
 
     def enter(self, states: State) -> State:
         """Put an output, which is not read, in front of the states."""
         first = states[0]
-        output = first.new_zeros(()).expand(*first.shape[:-1], self._stack.output_size)
+        output = first.new_zeros(()).expand(*first.shape[:-1], self.module.output_size)
         return (output, *states)
 
     def leave(self, states: State) -> State:
@@ -293,7 +293,7 @@ class StepLayers(_View):
 
     def weights(self, layer: int) -> Any:
         """Return the module of one layer, in the place of parameters."""
-        module = self._stack[layer]
+        module = self.module[layer]
         return StepWeights(module, _sample(module))
 
 

@@ -141,7 +141,6 @@ def test_what_is_collected_is_what_sequences_compute(kind):
 
 
 def _renamed(module: Any) -> Any:
-    module._input_key = "observation_"
     module.in_keys[0] = "observation_"
     return module
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.nn import RNNBase
 
 import rnnkeys
 from rnnkeys import set_recurrent_mode
+from rnnkeys.cells import LAYER_NORM_LSTM_CELL
 from tests.recurrent import KINDS, batch, make
 
 in_both_kinds = pytest.mark.parametrize("kind", KINDS)
@@ -311,6 +313,18 @@ def test_layers_that_agree_with_the_other_arguments(kind):
     assert make(kind, **{kind: twin}, python_based=True).layers is twin
 
 
+def _doubled(kind: str) -> RNNBase:
+    """Layers that compute something else."""
+    base: Any = getattr(nn, kind.upper())
+
+    class Doubled(base):
+        def forward(self, *arguments: Any) -> Any:
+            y, state = super().forward(*arguments)
+            return 2 * y, state
+
+    return Doubled(3, 5, batch_first=True)
+
+
 @in_both_kinds
 @pytest.mark.parametrize(
     ("layers", "words"),
@@ -319,6 +333,7 @@ def test_layers_that_agree_with_the_other_arguments(kind):
         (lambda kind: nn.RNN(3, 5, batch_first=True), ("RNN", "rnnkeys.")),
         (lambda kind: _layers(kind, batch_first=False), ("batch_first=True",)),
         (lambda kind: _layers(kind, bidirectional=True), ("bidirectional=False", "future")),
+        (lambda kind: _doubled(kind), ("forward", "Doubled", "RecurrentModule")),
     ],
 )
 def test_layers_that_cannot_be_run(kind, layers, words):
@@ -328,7 +343,72 @@ def test_layers_that_cannot_be_run(kind, layers, words):
         assert word in str(caught.value), str(caught.value)
 
 
+@in_both_kinds
+@pytest.mark.parametrize("way", ["assigned", "added", "swapped"])
+def test_layers_that_cannot_be_run_are_refused_whenever_they_come(kind, way):
+    module = make(kind)
+    data, other = batch(module), nn.Linear(3, 5)
+    with pytest.raises(ValueError, match=f"{kind}= must be an nn.{kind.upper()}"):
+        if way == "assigned":
+            setattr(module, kind, other)
+        elif way == "added":
+            module.add_module(kind, other)
+        else:
+            module._modules[kind] = other
+        module(data)
+
+
+def test_layers_of_a_cell_are_not_replaced_by_others():
+    module = rnnkeys.RecurrentModule(LAYER_NORM_LSTM_CELL, 3, 5, in_key="observation", out_key="y")
+    with pytest.raises(ValueError, match="rnn must be layers as RecurrentModule makes them. Got L"):
+        module.rnn = nn.Linear(3, 5)
+    module.rnn = copy.deepcopy(module.rnn)
+
+
+@in_both_kinds
+def test_a_backend_that_is_assigned_later_is_checked(kind):
+    module = make(kind)
+    with pytest.raises(ValueError, match="'auto', 'loop', 'pad', 'scan', 'triton'. Got 'bogus'"):
+        module.recurrent_backend = "bogus"
+    assert module.recurrent_backend == "auto"
+
+
+@in_both_kinds
+@in_both_modes
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_full_backward_hook"])
+def test_hooks_on_layers_that_are_never_called(kind, recurrent, hook):
+    module = make(kind)
+    getattr(module.layers, hook)(lambda *_: None)
+    with set_recurrent_mode(recurrent):
+        with pytest.warns(UserWarning, match=f"{kind} of {type(module).__name__} do not run") as w:
+            module(batch(module))
+            module(batch(module))
+    assert len(w) == 1
+
+
 # --- keys that are assigned later ----------------------------------------------------------------
+
+
+@in_both_kinds
+def test_keys_may_be_changed_in_their_lists(kind):
+    module = make(kind)
+    step = batch(module, (2,))
+    expected = module(step.clone())
+    state = module.state_keys[0]
+    for keys, i, key in (
+        (module.in_keys, 0, "x"),
+        (module.in_keys, 1, "memory"),
+        (module.in_keys, -1, "start"),
+        (module.out_keys, 0, "y"),
+        (module.out_keys, 1, ("next", "memory")),
+    ):
+        keys[i] = key
+    assert (module.state_keys[0], module.init_key) == ("memory", "start")
+    renamed = step.rename_key_("observation", "x").rename_key_(state, "memory")
+    out = module(renamed.rename_key_("is_init", "start"))
+    assert torch.equal(out["y"], expected["embed"])
+    assert torch.equal(out["next", "memory"], expected["next", state])
+    assert "memory" in module.make_tensordict_primer().primers.keys()
 
 
 @in_both_kinds

@@ -13,6 +13,8 @@ import torchrl.modules
 import torchrl.modules.utils
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
 
 import rnnkeys
@@ -154,6 +156,91 @@ def test_dropout_may_be_changed_on_the_layers():
     data = batch(module)
     first, second = (recurrently(module, data)["embed"] for _ in range(2))
     assert not torch.equal(first, second)
+
+
+@in_both_kinds
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_dropout_follows_the_mode_of_the_layers(kind, recurrent):
+    """So that it may be drawn while all else evaluates."""
+    module = make(kind, num_layers=2, dropout=0.5)
+    data = batch(module)
+
+    def is_drawn() -> bool:
+        with set_recurrent_mode(recurrent):
+            first, second = (module(data.clone())["embed"] for _ in range(2))
+        return not torch.equal(first, second)
+
+    module.layers.eval()
+    assert not is_drawn()
+    module.eval().layers.train()
+    assert is_drawn()
+
+
+@in_both_kinds
+@pytest.mark.parametrize("recurrent", [True, False])
+@pytest.mark.parametrize("way", ["add_module", "register_module", "set_submodule"])
+def test_layers_that_replace_others_are_those_that_run(kind, recurrent, way):
+    module, other = make(kind), make(kind)
+    data = batch(module)
+    with set_recurrent_mode(recurrent):
+        module(data.clone())
+        getattr(module, way)(kind, other.layers)
+        out, expected = module(data.clone())["embed"], other(data.clone())["embed"]
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+# torch's own, when it first looks for rules.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@in_both_kinds
+@on_every_backend
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_forward_derivatives_equal_backward_ones(kind, backend, recurrent):
+    """Also where no parameter has a gradient, and kernels are called without autograd."""
+    module = make(kind, recurrent_backend=backend, dtype=F64).requires_grad_(False)
+    data = batch(module)
+    x = data["observation"]
+
+    def loss(x: Tensor) -> Tensor:
+        with set_recurrent_mode(recurrent):
+            return module(data.clone().set("observation", x))["embed"].square().sum()
+
+    leaf, direction = x.clone().requires_grad_(), torch.randn_like(x)
+    (grad,) = torch.autograd.grad(loss(leaf), leaf)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, direction))).tangent
+    assert tangent is not None
+    assert_equal(tangent, (grad * direction).sum(), F64)
+
+
+@in_both_kinds
+@on_every_backend
+@pytest.mark.parametrize("recurrent", [True, False])
+@pytest.mark.parametrize("with_states", [True, False])
+def test_shapes_are_known_without_data(kind, backend, recurrent, with_states):
+    module = make(kind, recurrent_backend=backend)
+    data = batch(module)
+    data = data if with_states else data.exclude(*module.state_keys)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, set_recurrent_mode(recurrent):
+        fake = data.apply(mode.from_tensor)
+        out = module(fake)
+    assert out["embed"].shape == (*data.shape, 5)
+
+
+@in_both_kinds
+@pytest.mark.parametrize("backend", ["loop", "scan"])
+def test_recompute_gives_way_to_transforms(kind, backend):
+    """Which allow no checkpoint."""
+    module = make(kind, recurrent_backend=backend, recurrent_recompute="full", dtype=F64)
+    data = batch(module)
+
+    def loss(x: Tensor) -> Tensor:
+        return recurrently(module, data.clone().set("observation", x))["embed"].square().sum()
+
+    x = data["observation"].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(x), x)
+    assert_equal(torch.func.grad(loss)(x.detach()), expected, F64)
 
 
 @in_both_kinds

@@ -158,6 +158,25 @@ def test_a_second_derivative_is_refused_by_name(way, cell, marks, states):
         first.sum().backward()
 
 
+@pytest.mark.parametrize("states", ["random", "episodes"])
+def test_several_gradients_at_once_equal_those_one_by_one_or_are_refused(states):
+    """Rows that segments share have no rule for it."""
+    problem = problems.make("lstm", "random", states=states, steps=24, dtype=torch.float32)
+    y, _ = problems.outputs(problem, WAYS["vendor"])
+    d_y = torch.randn(3, *y.shape)
+
+    def gradients() -> Tensor:
+        return torch.autograd.grad(y, problem.x, d_y, retain_graph=True, is_grads_batched=True)[0]
+
+    if states == "episodes":
+        with pytest.raises(RuntimeError, match="recurrent_backend='scan'"):
+            gradients()
+        return
+    for actual, one in zip(gradients(), d_y, strict=True):
+        (expected,) = torch.autograd.grad(y, problem.x, one, retain_graph=True)
+        assert_equal(actual, expected, torch.float32)
+
+
 @of_both_cells
 def test_the_loop_has_derivatives_of_any_order(cell):
     problem = problems.make(cell, batch=2, steps=3, inputs=2, hidden=2, num_layers=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -306,3 +307,27 @@ def test_threads_may_plan_at_once(monkeypatch):
     for thread in threads:
         thread.join()
     assert not failures
+
+
+# Python warns of what is tested.
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="This system has no fork.")
+def test_a_child_that_is_forked_while_a_thread_plans_can_plan():
+    is_taken, may_go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with segments._lock:
+            is_taken.set()
+            may_go.wait(0.5)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    is_taken.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if segments._lock.acquire(timeout=1) else 1)
+    may_go.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert segments._lock.acquire(timeout=1)
+    segments._lock.release()

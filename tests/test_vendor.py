@@ -290,11 +290,40 @@ def test_a_gradient_that_is_not_finite_stays_in_its_episode(bad):
 
 @pytest.mark.parametrize("factor", [1e6, 1e25])
 def test_inputs_far_from_zero_do_not_open_gaps(factor, _never_by_select):
-    """Those of the last step are in the gap behind it, too."""
     problem = _in_a_row()
     with torch.no_grad():
         problem.x.mul_(factor)
     _check(problem)
+
+
+# That the gradient of weights is NaN.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
+@pytest.mark.parametrize("last", [3.4e38, float("inf")])
+def test_a_state_that_no_output_shows_stays_in_its_episode(last, _never_by_select):
+    """At its last step an input opens all gates but the output's."""
+    problem = _in_a_row()
+    with torch.no_grad():
+        problem.x[0, 15, 0] = last
+        problem.rnn.weight_ih_l0[:, 0] = 1
+        problem.rnn.weight_ih_l0[12:, 0] = -1
+    d_y, d_states = problem.cotangents(False)
+    actual = problems.run(problem, VENDOR, d_y, d_states)
+    expected = problems.expect(problem, d_y, d_states)
+    for a, b in zip((actual.y, *actual.states), (expected.y, *expected.states), strict=True):
+        assert_equal(a, b.float(), F32)
+    for name in ("x", "bias_hh_l0"):
+        assert actual.grads[name].isfinite().all()
+        assert_equal(actual.grads[name], expected.grads[name].float(), F32)
+
+
+def test_biases_that_open_gaps_are_noticed():
+    """However firmly others shut the output gate in all other steps."""
+    problem = _in_a_row()
+    with torch.no_grad():
+        problem.rnn.bias_ih_l0[:4] = 3.3e38
+        problem.rnn.bias_ih_l0[12:] = -1e38
+    _, c = problems.expect(problem, *problem.cotangents(False)).states
+    assert_equal(_states(problem)[1], c.float(), F32)
 
 
 @pytest.mark.parametrize("name", ["bias_ih_l0", "weight_hh_l0"])

@@ -102,7 +102,8 @@ def choose(name: str, options: Options) -> str:
     =========  =======================  =========================  ==============
 
     "pad" needs the host to read the marks, which neither vmap nor compiled code allows, so "scan"
-    steps in. Where both run, "pad" is never slower to speak of, whatever the sizes and resets
+    steps in; forward-mode differentiation and all else of ``torch.func`` count as vmap. Where both
+    run, "pad" is never slower to speak of, whatever the sizes and resets
     (``benchmarks/fit_auto.py``), so sizes do not matter to the choice; which kernel "pad" runs does
     depend on cell and dtype.
     """
@@ -161,8 +162,9 @@ def unroll_layers(
     backend: str,
 ) -> tuple[Tensor, State]:
     """Run a stack of layers: as :func:`unroll`, with states ``[B, T, L, H]``."""
-    # "triton" recomputes by itself, without running time again.
-    if options.recompute == "full" and backend != "triton" and torch.is_grad_enabled():
+    # "triton" recomputes by itself, without running time again. Transforms allow no checkpoint.
+    recomputes = options.recompute == "full" and backend != "triton" and not in_transform()
+    if recomputes and torch.is_grad_enabled():
         return _recomputed(cell, layers, x, reset_state, is_init, options, backend)
     if is_init.numel() == 0:
         return _empty(cell, layers, x, reset_state)

@@ -3,7 +3,8 @@
 The kernel knows no resets. Where segments share a row, the input gets one more entry that is 1 in
 the gaps between them and 0 elsewhere, whose weights shut the input gate and the forget gate: the
 state after a gap is zero, exactly, and so is every gradient that reaches it. Values that are not
-finite do get through; they are noticed in the gaps, and the steps run again with resets by select.
+finite do get through; they are noticed in the gaps, where the same entry opens the output gate, and
+the steps run again with resets by select.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from ..cells import Weights
 from ..segments import Plan
 from . import ops
 from .workspace import Ran, hidden_cells, run_block, run_block_back, size_of
 
-# What shuts a gate in a gap, whatever inputs and state add to it.
-_SHUT = -1e38
+# What shuts a gate in a gap, whatever biases and state add to it.
+_SHUT = -3e38
 # What sigmoids that are not quite 0 may let through.
 _ALMOST_ZERO = 1e-20
 # Elements of a workspace, 31.5 MiB. Of 32 MiB and more in one piece glibc keeps nothing for the
@@ -48,6 +50,16 @@ def refuse_second_order_of(y: Tensor) -> None:
     """Raise where a backward pass through ``y`` is to be differentiated."""
     if y.requires_grad:
         y.register_hook(lambda _: refuse_second_order())
+
+
+def _refuse_several(grad: Tensor) -> None:
+    """Raise where gradients of several outputs are to be had at once."""
+    if is_legacy_batchedtensor(grad):
+        raise RuntimeError(
+            "recurrent_backend='pad' runs a vendor kernel that has no rule for several gradients "
+            "at once (is_grads_batched=True, vectorize=True). Build the module with "
+            "recurrent_backend='scan', or take one after the other."
+        )
 
 
 def run(
@@ -155,6 +167,7 @@ class _SharedRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any):
         refuse_second_order()
+        _refuse_several(grads[0])
         plan, (x, *rest) = ctx.plan, ctx.saved_tensors
         weights, kept = rest[:4], rest[4:]
         d_y = (plan.pack_blank(grads[0]) if ctx.unpacks else grads[0]).contiguous()
@@ -178,24 +191,26 @@ class _SharedRows(torch.autograd.Function):
 
 
 def _with_gaps(x: Tensor, plan: Plan) -> Tensor:
-    """Rows of inputs with one more entry, which is 1 in padding."""
+    """Rows of inputs with one more entry, which is 1 in padding, where the others are 0."""
     inputs = x.shape[-1]
     wide = x.new_empty(len(plan.source), inputs + 1)
     if x.ndim == 3:
         torch.index_select(x.flatten(0, 1), 0, plan.source, out=wide[:, :inputs])
     else:
         wide[:, :inputs] = x
+    # What is not finite, or nearly so, would open gates again.
+    wide.index_fill_(0, plan.padding, 0)
     wide[:, inputs:] = plan.is_padding
     return wide
 
 
 def _with_shutters(w_ih: Tensor) -> Tensor:
-    """Weights of inputs, with those of the entry, which shut the input gate and the forget gate."""
+    """Weights of inputs, with those of the entry, for gates in gaps."""
     gates, inputs = w_ih.shape
     wide = w_ih.new_empty(gates, inputs + 1)
     wide[:, :inputs] = w_ih
-    wide[: gates // 2, inputs] = _SHUT
-    wide[gates // 2 :, inputs] = 0
+    for gate, weight in zip(wide[:, inputs].chunk(4), (_SHUT, _SHUT, 0, -_SHUT), strict=True):
+        gate.fill_(weight)
     return wide
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from ..cells import Cell, Weights
@@ -69,12 +70,17 @@ def _records(inputs: State) -> bool:
 
 
 def in_transform() -> bool:
-    """Whether the code runs inside a function transform (``torch.vmap``, ``torch.func.grad``)."""
-    return peek_interpreter_stack() is not None
+    """Whether the code runs inside a function transform (``torch.vmap``, ``torch.func.grad``).
+
+    Or under forward-mode differentiation, which is one as well.
+    """
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _in_derivative() -> bool:
     """Whether ``torch.func.grad`` or its like is at work, for which operators have no rule."""
     if is_compiling() or not in_transform():
         return False
+    if forward_ad._current_level >= 0:
+        return True
     return any(t.key() != TransformType.Vmap for t in get_interpreter_stack() or ())
