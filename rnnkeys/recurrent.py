@@ -235,8 +235,8 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
     @property
     def init_key(self) -> NestedKey:
         """Key of the marks of first steps: the one of ``in_keys`` behind those of the states."""
-        number = 1 + len(self.cell.state_names)
-        return self.in_keys[number] if len(self.in_keys) > number else self._init_key
+        keys, number = self.in_keys, 1 + len(self.cell.state_names)
+        return keys[number] if len(keys) > number else self._init_key
 
     @property
     def recurrent_mode(self) -> bool:

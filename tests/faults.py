@@ -330,8 +330,8 @@ _PAD = (
     Fault(
         "vendor: a gap leaves the forget gate open",
         "rnnkeys/backends/onednn.py",
-        "(_SHUT, _SHUT, 0, -_SHUT)",
-        "(_SHUT, 0, 0, -_SHUT)",
+        "[_SHUT, _SHUT, 0, -_SHUT]",
+        "[_SHUT, 0, 0, -_SHUT]",
         ("tests/test_vendor.py::test_shared_rows_equal_the_reference[whole-random-True]",),
     ),
     Fault(
@@ -351,8 +351,8 @@ _PAD = (
     Fault(
         "vendor: a gap does not show the state that passes it",
         "rnnkeys/backends/onednn.py",
-        "(_SHUT, _SHUT, 0, -_SHUT)",
-        "(_SHUT, _SHUT, 0, 0)",
+        "[_SHUT, _SHUT, 0, -_SHUT]",
+        "[_SHUT, _SHUT, 0, 0]",
         ("tests/test_vendor.py::test_biases_that_open_gaps_are_noticed",),
     ),
     Fault(

@@ -9,6 +9,7 @@ the steps run again with resets by select.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -209,9 +210,16 @@ def _with_shutters(w_ih: Tensor) -> Tensor:
     gates, inputs = w_ih.shape
     wide = w_ih.new_empty(gates, inputs + 1)
     wide[:, :inputs] = w_ih
-    for gate, weight in zip(wide[:, inputs].chunk(4), (_SHUT, _SHUT, 0, -_SHUT), strict=True):
-        gate.fill_(weight)
+    wide[:, inputs] = _shutters(gates // 4)
     return wide
+
+
+@functools.lru_cache(64)
+def _shutters(hidden: int) -> Tensor:
+    """Weights of the entry: input gate, forget gate, cell, output gate."""
+    with torch.inference_mode(False):
+        weights = torch.tensor([_SHUT, _SHUT, 0, -_SHUT], dtype=torch.float32, device="cpu")
+        return weights.repeat_interleave(hidden)
 
 
 def _split(rows: Tensor, blocks: list[tuple[int, int]]) -> list[Tensor]:
