@@ -368,8 +368,8 @@ _PAD = (
     Fault(
         "a forked child waits for a lock for ever",
         "rnnkeys/segments.py",
-        "before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release",
-        "",
+        'if hasattr(os, "register_at_fork"):',
+        "if False:",
         ("tests/test_segments.py::test_a_child_that_is_forked_while_a_thread_plans_can_plan",),
     ),
     Fault(
