@@ -53,6 +53,12 @@ class Step(nn.Module):
             data.set(key, torch.zeros(*batch, 1, dtype=torch.bool, device=tensors[0].device))
         with set_recurrent_mode(False), set_exploration_type(ExplorationType.DETERMINISTIC):
             data = self.policy(data)
+        missing = [key for key in self.output_keys if data.get(key, None) is None]
+        if missing:
+            raise KeyError(
+                f"The policy writes no {missing}, which outputs={self.output_keys} asks for. Pass "
+                f"outputs=, a list of keys. Entries: {sorted(map(str, data.keys(True)))}."
+            )
         return tuple(data.get(key) for key in self.output_keys)
 
 
@@ -81,7 +87,9 @@ def export_step(
         The program; ``program.module()(observation, *states)`` runs it.
 
     Raises:
-        KeyError: if the example misses an input that is no state.
+        KeyError: if the example misses an input that is no state, or the policy writes no entry
+            that ``outputs`` names.
+        TypeError: if ``outputs`` is one key and no list.
         ValueError: if the example has no batch dimension, or more than one.
 
     Examples:
@@ -93,6 +101,8 @@ def export_step(
         >>> embed.shape, state.shape
         (torch.Size([4, 5]), torch.Size([4, 1, 5]))
     """
+    if isinstance(outputs, str):
+        raise TypeError(f"outputs must be a list of keys. Got {outputs!r}: pass [{outputs!r}].")
     if example.ndim != 1:
         raise ValueError(
             "example must have one batch dimension, [N]. Got batch size "

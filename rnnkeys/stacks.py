@@ -179,7 +179,8 @@ class StepCell(Cell):
 
     def step(self, weights: Any, gates_x: Tensor, state: State) -> State:
         """See the base."""
-        return weights(gates_x, *state[1:])
+        # A module may change its states in place, and these are the caller's, or a step's before.
+        return weights(gates_x, *(s.clone() for s in state[1:]))
 
     def pointwise(self, gates_x: Tensor, gates_h: Tensor, state: State) -> State:
         """Raise: the module is the whole step."""

@@ -114,6 +114,14 @@ def find_starts(tensordict: TensorDictBase, init_key: NestedKey) -> Tensor:
     return marks | torch.cat([torch.zeros_like(done.narrow(time, 0, 1)), follows], time)
 
 
+def mark_starts(tensordict: TensorDictBase, init_keys: Iterable[NestedKey]) -> TensorDictBase:
+    """Return a shallow copy whose marks are those of :func:`find_starts`, with its errors."""
+    marked = tensordict.copy()
+    for key in init_keys:
+        marked.set(key, find_starts(tensordict, key))
+    return marked
+
+
 def read_marks(tensordict: TensorDictBase, init_key: NestedKey) -> Tensor:
     """Return the marks stored at ``init_key``, checked.
 

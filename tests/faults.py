@@ -75,7 +75,7 @@ _OWN_CELLS = (
     Fault(
         "a step module's output takes the place of its first state",
         "rnnkeys/stacks.py",
-        "return weights(gates_x, *state[1:])",
+        "return weights(gates_x, *(s.clone() for s in state[1:]))",
         "return weights(gates_x, state[0][..., :4], *state[2:])",
         (
             "tests/test_custom_cells.py::"
@@ -484,6 +484,50 @@ _MODULES = (
         ),
     ),
     Fault(
+        "a module of one step changes the states of other steps",
+        "rnnkeys/stacks.py",
+        "*(s.clone() for s in state[1:])",
+        "*state[1:]",
+        ("tests/test_custom_cells.py::test_a_module_may_change_its_state_in_place[pad]",),
+    ),
+    Fault(
+        "padding adds to the returns of the steps before it",
+        "rnnkeys/objectives/wiring.py",
+        "ends = ends | (mask[..., :-1] & ~mask[..., 1:])",
+        "pass",
+        ("tests/test_targets.py::test_padding_changes_no_target[GAE]",),
+    ),
+    Fault(
+        "IQL learns from padding",
+        "rnnkeys/objectives/wiring.py",
+        "    if isinstance(loss, IQLLoss) and look:\n",
+        "    if False:\n",
+        ("tests/test_recurrent_loss.py::test_iql_learns_nothing_from_masked_steps[False]",),
+    ),
+    Fault(
+        "the next view of a critic starts from zeros in silence",
+        "rnnkeys/objectives/refusals.py",
+        "            _refuse_states_never_stored(loss, tensordict)\n",
+        "            pass\n",
+        (
+            "tests/test_policy_gradients.py::test_a_critic_whose_states_nobody_collected_is_refused[GAE]",
+        ),
+    ),
+    Fault(
+        "a done that no mark follows ends no slice of a burn-in",
+        "rnnkeys/transforms/burn_in.py",
+        "        tensordict = mark_starts(tensordict, self._init_keys)\n",
+        "",
+        ("tests/test_burn_in.py::test_a_done_that_no_mark_follows_ends_a_slice",),
+    ),
+    Fault(
+        "episodes of a checkpoint and new ones have the same numbers",
+        "rnnkeys/transforms/windows.py",
+        'self._episodes = state["episodes"]',
+        "pass",
+        ("tests/test_windows.py::test_episodes_of_a_checkpoint_are_numbered_on",),
+    ),
+    Fault(
         "states are written in autocast's dtype, not the primer's",
         "rnnkeys/recurrent.py",
         "return tuple(entries.as_dtype(s, dtype) for s in states)",
@@ -609,7 +653,7 @@ _TARGETS = (
     Fault(
         "returns run on into the slice behind",
         "rnnkeys/objectives/wiring.py",
-        "    _mark_ends(loss, marked, wiring.init_keys)\n",
+        "    _mark_ends(loss, marked, wiring.init_keys, mask)\n",
         "",
         ("tests/test_targets.py::test_returns_stop_at_slices_that_nobody_truncated[GAE]",),
     ),
@@ -640,8 +684,8 @@ _DOCTOR = (
     Fault(
         "a wired loss leaves its marks in the batch",
         "rnnkeys/starts.py",
-        "    marked = tensordict.copy()\n",
-        "    marked = tensordict\n",
+        "    marked = tensordict.copy()\n    if",
+        "    marked = tensordict\n    if",
         ("tests/test_recurrent_loss.py::test_the_batch_stays_as_it_was[DDPG]",),
     ),
     Fault(

@@ -344,7 +344,9 @@ def make_sac(library: Any, cell: str, shared: bool = False, with_value: bool = F
     value = _value(library, cell) if with_value else None
     parts += [] if value is None else [value]
     policy = copy.deepcopy(Seq(*parts))
-    loss = SACLoss(actor, critic, value, target_entropy=_ENTROPY, num_qvalue_nets=2)
+    # Beside a value network each critic learns from a part of the batch, which would cut slices.
+    number = 1 if with_value else 2
+    loss = SACLoss(actor, critic, value, target_entropy=_ENTROPY, num_qvalue_nets=number)
     loss.make_value_estimator(ValueEstimators.TD0, gamma=0.9)
     return _finish(loss, policy, actor=actor, critic=critic, value=value)
 

@@ -13,7 +13,7 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from rnnkeys import LSTMModule, recurrent_module, set_recurrent_mode
 from rnnkeys.entries import as_tuple
-from rnnkeys.transforms import BurnIn, Windows
+from rnnkeys.transforms import BurnIn, RefreshStates, Windows
 from tests.recurrent import F64, batch, by_hand, chain, recurrently
 from tests.test_windows import episode
 from tests.tolerances import assert_equal
@@ -128,6 +128,21 @@ def test_flat_slices_of_any_length():
     assert_equal(recurrently(module, left)["embed"], expected["embed"][kept], F64)
     cuts = left["next", "recurrent_state"][[0, 3, 7]]
     assert_equal(cuts, expected["next", "recurrent_state"][[3, 11, 18]], F64)
+
+
+def test_a_done_that_no_mark_follows_ends_a_slice():
+    """TorchRL's PrioritizedSliceSampler marks no starts."""
+    module = _module()
+    data = _with_next(module, batch(module, (20,), marks=0.0))
+    data["is_init"][[0, 5, 10, 15]] = True
+    data["next", "done"] = data["is_init"].roll(-1, 0)
+    bare = data.clone()
+    bare["is_init"][1:] = False
+    for run in (BurnIn(module, 2), RefreshStates(module)):
+        expected, actual = run(data), run(bare)
+        assert expected.shape == actual.shape
+        for key in ("recurrent_state", ("next", "recurrent_state")):
+            assert torch.equal(actual[key], expected[key])
 
 
 def test_in_a_buffer_of_windows_it_runs_on_what_is_sampled():

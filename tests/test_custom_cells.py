@@ -88,6 +88,33 @@ def _run(module: Any, data: TensorDict, how: Any, cotangent: Tensor) -> dict[str
     return {**results, **{f"gradient of {k}": g for k, g in grads.items() if g is not None}}
 
 
+class Trace(nn.Module):
+    """Changes its state in place, and returns it as the output."""
+
+    input_size, state_sizes = 2, {"trace": 2}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decay = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor, trace: Tensor) -> State:
+        trace *= self.decay
+        trace += x
+        return trace, trace
+
+
+@in_every_backend
+def test_a_module_may_change_its_state_in_place(backend):
+    module = RecurrentModule(Trace(), **KEYS, recurrent_backend=backend)
+    data = batch(module, shape=(3, 7))
+    before = data.clone()
+    with torch.no_grad():
+        actual, expected = recurrently(module, data), by_hand(module, data)
+    for key in module.out_keys:
+        assert_equal(actual.get(key), expected.get(key), torch.float32, str(key))
+    assert (data == before).all()
+
+
 @pytest.mark.parametrize("agents", [(), (2,)])
 @in_every_backend
 @of_every_kind

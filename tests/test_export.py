@@ -138,5 +138,10 @@ def test_bad_examples() -> None:
     gru = GRUModule(3, 5, in_key="observation", out_key="embed")
     with pytest.raises(ValueError, match=r"one batch dimension, \[N\]. Got batch size \[\]"):
         export_step(gru, TensorDict(observation=torch.zeros(3)))
+    example = TensorDict(observation=torch.zeros(2, 3), batch_size=[2])
+    with pytest.raises(KeyError, match="writes no .*action.*Pass outputs=.*embed"):
+        export_step(gru, example)
+    with pytest.raises(TypeError, match=r"list of keys. Got 'embed': pass \['embed'\]"):
+        export_step(gru, example, outputs="embed")
     with pytest.raises(KeyError, match="The example misses 'observation'"):
         export_step(gru, TensorDict(seen=torch.zeros(1, 3), batch_size=[1]))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.objectives import ClipPPOLoss, ReinforceLoss, ValueEstimators
 from torchrl.objectives.value import GAE, TD0Estimator, TD1Estimator, TDLambdaEstimator
@@ -162,5 +162,29 @@ def test_a_critic_whose_states_nobody_collected_is_refused(reader: str) -> None:
     wired: Any = recurrent_loss(gae if reader == "GAE" else loss)
     with pytest.raises(KeyError, match=f"{reader} would run GRUModule from zeros.*value_h"):
         wired(bare)
-    bare["is_init"][:, 0] = True  # rows that start with their episode need none
-    wired(bare)
+    # Rows that start with their episode need none at the root, but behind their first step.
+    bare["is_init"][:, 0] = True
+    with pytest.raises(KeyError, match="next view of its value network from zeros.*shifted=True"):
+        wired(bare)
+
+
+def test_one_call_for_both_views_needs_no_states_of_the_critic() -> None:
+    """Of an episode, values and targets are those of one run over all its observations."""
+    critic, steps = make_agent().critic, 6
+    memory: Any = critic[0]
+    x = torch.randn(steps + 1, memory.layers.input_size)
+    marks = torch.zeros(steps + 1, 1, dtype=torch.bool)
+    marks[0] = True
+    whole = TensorDict({memory.in_keys[0]: x, memory.init_key: marks}, [steps + 1])
+    batch: Any = whole[:-1].clone()
+    ahead: Any = whole[1:].clone()
+    batch["next"] = ahead.set("reward", torch.zeros(steps, 1))
+    for key in ("done", "terminated", "truncated"):
+        batch["next", key] = marks[1:].clone()
+    batch["next", "done"][-1] = batch["next", "truncated"][-1] = True
+    gae: Any = GAE(gamma=1.0, lmbda=0.0, value_network=critic, shifted=True)
+    recurrent_loss(gae)(batch)
+    with torch.no_grad(), set_recurrent_mode(True):
+        values = critic(whole)["state_value"]
+    torch.testing.assert_close(batch["state_value"], values[:-1])
+    torch.testing.assert_close(batch["value_target"], values[1:])

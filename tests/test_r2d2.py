@@ -244,6 +244,24 @@ def test_loss_and_priorities_equal_numpys(case, masked):
     assert (windows["td_error"] == windows["td_error"][:, :1]).all()
 
 
+def test_a_done_that_no_mark_follows_ends_an_episode():
+    network, windows = make_network(), make_windows(masked=False)
+    bare = windows.clone()
+    over = windows["next", "done"][:, :-1]
+    windows["is_init"][:, 1:] |= over
+    bare["is_init"][:, 1:] &= ~over
+    loss = make_loss(network, make_network(1))
+    assert not torch.equal(bare["is_init"], windows["is_init"])
+    assert torch.equal(loss(bare)["loss"], loss(windows)["loss"])
+
+
+def test_multi_step_transitions_are_refused():
+    windows = make_windows()
+    windows["steps_to_next_obs"] = torch.ones(B, T, 1)
+    with pytest.raises(ValueError, match="multi-step transitions.*n_steps="):
+        make_loss(make_network(), make_network(1))(windows)
+
+
 def test_squared_priorities_indices_and_no_target_network():
     online, target = make_network(0), make_network(1)
     windows = make_windows(one_hot=False)

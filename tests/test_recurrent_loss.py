@@ -317,13 +317,48 @@ def test_refuses_vtrace_as_an_estimator_that_comes_later() -> None:
         loss(batch.set("action_log_prob", torch.zeros(len(batch))))
 
 
-def test_refuses_a_mask_that_qmix_ignores() -> None:
-    case = BY_NAME["QMIX"]
+@pytest.mark.parametrize("name", ["QMIX", "TD3+BC"])
+def test_refuses_a_mask_that_a_loss_ignores(name: str) -> None:
+    case = BY_NAME[name]
     setup = wired(case)
     batch = batch_of(case, setup)
     batch.set(("collector", "mask"), torch.arange(len(batch)) < 10)
     with pytest.raises(ValueError, match="ignores the mask.*pad_output=False"):
         setup.loss(batch)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_iql_learns_nothing_from_masked_steps(named: bool) -> None:
+    """Of which its critic's loss is told by an entry that it would cut away."""
+    case = BY_NAME["IQL"]
+    setup = wired(case)
+    batch: Any = batch_of(case, setup)
+    if named:
+        setup.loss.loss_mask_key = "learned"
+    batch.set("learned" if named else ("collector", "mask"), torch.arange(len(batch)) < 10)
+    other = batch.clone()
+    other["next", "reward"][10:] += 50
+    losses = []
+    for data in (batch, other):
+        torch.manual_seed(0)
+        losses.append(setup.loss(data)["loss_qvalue"])
+    assert torch.equal(*losses)
+
+
+def test_refuses_slices_that_sac_would_cut_for_its_critics() -> None:
+    case = BY_NAME["SAC with value"]
+    setup = wired(case)
+    nets = setup.networks
+    loss = recurrent_loss(SACLoss(nets["actor"], nets["critic"], nets["value"], target_entropy=0.0))
+    SoftUpdate(loss, tau=0.1)
+    batch: Any = batch_of(case, setup)
+    batch = batch[:12].exclude("collector", "step_count", "index")
+    batch["is_init"][:] = (torch.arange(12) % 4 == 0).unsqueeze(-1)
+    batch["next", "done"][:] = (torch.arange(12) % 4 == 3).unsqueeze(-1)
+    with pytest.raises(ValueError, match=r"critics.*\[12\].*midst of a slice.*batch.reshape"):
+        loss(batch)
+    batch["is_init"][6] = True
+    loss(batch)
 
 
 def test_refuses_multi_step_transitions() -> None:

@@ -19,7 +19,7 @@ from torchrl.objectives import (
     ReinforceLoss,
     ValueEstimators,
 )
-from torchrl.objectives.value import GAE, TDLambdaEstimator
+from torchrl.objectives.value import GAE, TD1Estimator, TDLambdaEstimator
 
 import rnnkeys
 from benchmarks import targets
@@ -295,6 +295,27 @@ def test_sac_keeps_all_states_in_its_value_loss() -> None:
     truth = torch.nn.functional.smooth_l1_loss(value, target)
     torch.manual_seed(1)
     assert_equal(loss.value_loss(batch)[0], truth, torch.float32)
+
+
+@pytest.mark.parametrize("kind", [GAE, TDLambdaEstimator, TD1Estimator])
+def test_padding_changes_no_target(kind: Any, float64: None) -> None:
+    """Where a slice ends that is merely cut, so that nothing says it is over but the mask."""
+    options = {} if kind is TD1Estimator else {"lmbda": 0.8}
+    setup = cases.make_bare_estimator(rnnkeys, "gru", kind, **options)
+    recurrent_loss(setup.loss)
+    case = BY_NAME["GAE"]
+    batch: Any = data_of("flat", case, setup)[:5]
+    for key in ("done", "terminated", "truncated"):
+        if ("next", key) in batch.keys(True):
+            batch["next", key].zero_()
+    junk: Any = torch.cat([batch[:1]] * 3).clone()
+    junk["next", "reward"] += 100
+    junk["is_init"].zero_()
+    padded: Any = torch.cat([batch, junk]).unsqueeze(0)
+    padded["collector", "mask"] = (torch.arange(8) < 5).unsqueeze(0)
+    setup.loss(batch)
+    setup.loss(padded)
+    assert_equal(padded["value_target"][0, :5], batch["value_target"], torch.float64)
 
 
 @pytest.mark.parametrize("double", [False, True])

@@ -267,6 +267,17 @@ def test_batches_that_do_not_fit_are_refused():
         Windows(2)(two.unsqueeze(0))
     with pytest.raises(KeyError, match="these are no windows"):
         Windows(2).lay_out(episode(3))
+    masked = episode(3).set(MASK, torch.ones(3, dtype=torch.long))
+    with pytest.raises(TypeError, match=r"mask .* must be bool. Got torch.int64.*\.bool\(\)"):
+        Windows(2)(masked)
+
+
+def test_episodes_of_a_checkpoint_are_numbered_on():
+    before, after = Windows(3), Windows(3)
+    old = before.cut(episode(6).unsqueeze(0))["window", "episode"]
+    after.load_state_dict(before.state_dict())
+    new = after.cut(episode(6).unsqueeze(0))["window", "episode"]
+    assert not set(old.flatten().tolist()) & set(new.flatten().tolist())
 
 
 def test_windows_that_are_longer_than_every_episode_are_reported_once():

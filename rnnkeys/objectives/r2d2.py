@@ -15,9 +15,10 @@ from torch.compiler import is_compiling
 from torchrl.objectives import LossModule, distance_loss
 
 from ..mode import set_recurrent_mode
-from ..starts import find_starts, next_key
+from ..starts import MULTI_STEP_KEY, mark_starts, next_key
 from ..transforms.burn_in import StateKeys, check_burn_in, split
 from .masks import without_masked
+from .refusals import refuse_multi_step
 from .rescaling import value_rescale, value_rescale_inverse
 
 
@@ -234,7 +235,8 @@ class R2D2Loss(LossModule):
                     f"R2D2Loss reads {key!r}, which is not in the batch. Collect it, or name "
                     f"another entry with set_keys(). Entries: {sorted(map(str, windows.keys()))}."
                 )
-        return windows.select(*wanted, strict=False)
+        refuse_multi_step(windows, MULTI_STEP_KEY, "n_steps=")
+        return mark_starts(windows.select(*wanted, strict=False), self._states[0].init_keys)
 
     def _mask(self, windows: TensorDictBase) -> Tensor:
         mask = windows.get(self.tensor_keys.mask, None)
@@ -267,7 +269,7 @@ class R2D2Loss(LossModule):
         """Tell behind which steps ``[B, T]`` the window does not go on with the next one."""
         ends = self._flag(learned, self.tensor_keys.done).clone()
         for key in self._states[0].init_keys:
-            starts = find_starts(learned, key).flatten(learned.ndim).any(-1)
+            starts = learned.get(key).flatten(learned.ndim).any(-1)
             ends[:, :-1] |= starts[:, 1:]
         ends[:, :-1] |= mask[:, :-1] & ~mask[:, 1:]
         ends[:, -1] = True

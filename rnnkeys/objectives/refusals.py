@@ -19,13 +19,14 @@ from torchrl.objectives import (
     QMixerLoss,
     ReinforceLoss,
     SACLoss,
+    TD3BCLoss,
     TQCLoss,
 )
 from torchrl.objectives.value import ValueEstimatorBase, VTrace
 
 from ..modules import RecurrentModule
-from ..starts import MULTI_STEP_KEY, next_key
-from .networks import Recurrent
+from ..starts import MULTI_STEP_KEY, find_starts, next_key
+from .networks import Recurrent, find_recurrent
 
 # They take their next view from the batch that their own forward on the root has just written.
 READS_OWN_STATES = (DQNLoss, QMixerLoss)
@@ -120,16 +121,13 @@ def refuse_batch(
     """
     keys: Any = getattr(loss, "tensor_keys", None)
     steps = getattr(keys, MULTI_STEP_KEY, MULTI_STEP_KEY)
-    if tensordict.get(steps, None) is not None:
-        raise ValueError(
-            f"The batch holds multi-step transitions ({steps!r} is there): its next view jumps "
-            "several steps and shrinks at the ends of episodes, which is no sequence a recurrent "
-            "network can run. Take MultiStepTransform (or MultiStep) away and use "
-            "loss.make_value_estimator(ValueEstimators.TDLambda, gamma=..., lmbda=...) for longer "
-            "returns."
-        )
-    if isinstance(loss, QMixerLoss):
-        _refuse_mask(tensordict)
+    refuse_multi_step(
+        tensordict,
+        steps,
+        "loss.make_value_estimator(ValueEstimators.TDLambda, gamma=..., lmbda=...)",
+    )
+    if isinstance(loss, (QMixerLoss, TD3BCLoss)):
+        _refuse_mask(str(type(loss).__name__), tensordict)
     if isinstance(loss, ValueEstimatorBase):
         _refuse_chunks(loss, tensordict)
     if isinstance(loss, ON_POLICY):
@@ -138,13 +136,61 @@ def refuse_batch(
     if _reads_stored_states(loss, tensordict):
         for one in recurrent:
             _refuse_missing_states(loss, tensordict, one)
+        if isinstance(loss, ON_POLICY):
+            _refuse_states_never_stored(loss, tensordict)
 
 
-def _refuse_mask(tensordict: TensorDictBase) -> None:
+def refuse_parts(
+    loss: nn.Module, tensordict: TensorDictBase, init_keys: Iterable[NestedKey]
+) -> None:
+    """Raise if SAC with a value network would cut slices when it deals them out to its critics.
+
+    Reads values, so that the host waits for a device that holds them.
+
+    Raises:
+        ValueError: with the batch size and the remedy.
+    """
+    if not isinstance(loss, SACLoss) or getattr(loss, "value_network", None) is None:
+        return
+    parts, number = loss.num_qvalue_nets, tensordict.shape[0]
+    fits = number % parts == 0
+    if fits and tensordict.ndim == 1:
+        cuts = torch.arange(1, parts) * (number // parts)
+        fits = all(bool(find_starts(tensordict, key)[cuts].all()) for key in init_keys)
+    if not fits:
+        raise ValueError(
+            f"{type(loss).__name__} with a value_network gives each of its {parts} critics a part "
+            f"of the batch, and would cut this one, {list(tensordict.batch_size)}, in the midst of "
+            "a slice. Reshape slices of one length to rows, batch.reshape(-1, "
+            f"slice_len), and take a multiple of {parts} of them; or leave value_network out."
+        )
+
+
+def refuse_multi_step(tensordict: TensorDictBase, key: NestedKey, instead: str) -> None:
+    """Raise if the next view is no shifted sequence.
+
+    Args:
+        tensordict: the batch.
+        key: of the number of steps to the next observation, which multi-step transforms write.
+        instead: what makes longer returns, for the message.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if tensordict.get(key, None) is not None:
+        raise ValueError(
+            f"The batch holds multi-step transitions ({key!r} is there): its next view jumps "
+            "several steps and shrinks at the ends of episodes, which is no sequence a recurrent "
+            "network can run. Take MultiStepTransform (or MultiStep) away and use "
+            f"{instead} for longer returns."
+        )
+
+
+def _refuse_mask(name: str, tensordict: TensorDictBase) -> None:
     mask = tensordict.get(MASK_KEY, None)
     if mask is not None and not mask.all():
         raise ValueError(
-            "QMixerLoss averages over every step and ignores the mask ('collector', 'mask'), so "
+            f"{name} averages over every step and ignores the mask ('collector', 'mask'), so "
             "padding would be learned from. Sample slices without padding (pad_output=False)."
         )
 
@@ -261,6 +307,27 @@ def _refuse_missing_states(
                 f"The state {key!r} is in the batch and {ahead!r} is not, so {type(loss).__name__} "
                 "would run its next view from zeros. Store both in the replay buffer, or neither "
                 "(then sequences start from zeros in both views)."
+            )
+
+
+def _refuse_states_never_stored(loss: Any, tensordict: TensorDictBase) -> None:
+    """Raise if the next view of a value network would start from zeros behind a first step."""
+    is_estimator = isinstance(loss, ValueEstimatorBase)
+    network: Any = loss.value_network if is_estimator else getattr(loss, "critic_network", None)
+    estimator = loss if is_estimator else getattr(loss, "_value_estimator", None)
+    value = next_key(unravel_key(loss.tensor_keys.value))
+    is_known = getattr(estimator, "skip_existing", None) and tensordict.get(value, None) is not None
+    if network is None or getattr(estimator, "shifted", False) or is_known:
+        return
+    for one in find_recurrent(network):
+        missing = [key for key in one.state_keys if tensordict.get(next_key(key), None) is None]
+        if missing:
+            raise KeyError(
+                f"The state {missing} is not in the batch, so {type(loss).__name__} would run the "
+                "next view of its value network from zeros, and not from the state behind the "
+                "first step. Collect with it, TensorDictSequential(actor, critic) as the "
+                "collector's policy, and append get_env_transforms_from_module(...) of the same "
+                "to the environment; or make the estimator with shifted=True."
             )
 
 

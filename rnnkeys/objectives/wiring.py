@@ -13,6 +13,7 @@ import torch
 from tensordict import TensorDictBase, unravel_key
 from tensordict.nn import TensorDictSequential, dispatch
 from tensordict.utils import NestedKey
+from torch import Tensor
 from torch.compiler import is_compiling
 from torchrl.objectives import (
     A2CLoss,
@@ -26,13 +27,21 @@ from torchrl.objectives import (
     TD3BCLoss,
     TD3Loss,
 )
+from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS
 from torchrl.objectives.value import ValueEstimatorBase
 
 from ..mode import set_recurrent_mode
 from ..starts import as_keys, mark_next, next_key
 from .masks import without_masked
 from .networks import Recurrent, find_outputs, find_recurrent
-from .refusals import MASK_KEY, refuse_batch, refuse_estimator, refuse_loss, refuse_values
+from .refusals import (
+    MASK_KEY,
+    refuse_batch,
+    refuse_estimator,
+    refuse_loss,
+    refuse_parts,
+    refuse_values,
+)
 
 Loss = TypeVar("Loss", LossModule, ValueEstimatorBase)
 
@@ -160,6 +169,17 @@ def _keep_cut_keys(loss: Any) -> None:
             loss._set_in_keys()
 
 
+def _keep_masks(loss: Any, tensordict: TensorDictBase) -> None:
+    """Keep the masks that IQL cuts away before its critic's loss looks for them."""
+    named = loss.loss_mask_key
+    keys = AUTO_LOSS_MASK_KEYS if named == "auto" else () if named is None else (named,)
+    network = loss.actor_network
+    there = [key for key in keys if tensordict.get(key, None) is not None]
+    lost = [key for key in map(unravel_key, there) if key not in network.in_keys]
+    if lost:
+        vars(loss)["actor_network"] = _with_in_keys(loss, "actor_network", network, lost)
+
+
 def _with_in_keys(loss: Any, name: str, network: Any, keys: list[NestedKey]) -> Any:
     """Return a view of a network (same submodules) whose ``in_keys`` name more entries to keep."""
     if not isinstance(network, TensorDictSequential):
@@ -249,8 +269,11 @@ def _prepare(loss: Any, wiring: _Wiring, tensordict: TensorDictBase) -> TensorDi
     look = not is_compiling() and (not wiring.checked or _on_cpu(tensordict, wiring))
     if look:
         refuse_values(loss, tensordict)
+        refuse_parts(loss, tensordict, wiring.init_keys)
     refuse_batch(loss, tensordict, wiring.recurrent)
     mask = tensordict.get(MASK_KEY, None)
+    if isinstance(loss, IQLLoss) and look:
+        _keep_masks(loss, tensordict)
     if mask is not None:
         # What is finite stays: torchrl's losses report ratios and values of masked steps too.
         mask = mask.reshape(tensordict.batch_size)
@@ -260,16 +283,19 @@ def _prepare(loss: Any, wiring: _Wiring, tensordict: TensorDictBase) -> TensorDi
         return tensordict.copy()
     marked = mark_next(tensordict, wiring.init_keys, check=look)
     wiring.checked = wiring.checked or look
-    _mark_ends(loss, marked, wiring.init_keys)
+    _mark_ends(loss, marked, wiring.init_keys, mask)
     _drop_lone_values(loss, marked)
     return marked
 
 
-def _mark_ends(loss: Any, marked: TensorDictBase, init_keys: list[NestedKey]) -> None:
-    """End the returns of a segment where the next one starts.
+def _mark_ends(
+    loss: Any, marked: TensorDictBase, init_keys: list[NestedKey], mask: Tensor | None
+) -> None:
+    """End the returns of a segment where the next one starts, or where masked steps do.
 
-    A sampler with ``truncated_key=None`` leaves no ``done`` at the end of a slice, and TD(lambda),
-    TD(1) and GAE would add the rewards of the slice that happens to lie behind it.
+    A sampler with ``truncated_key=None`` leaves no ``done`` at the end of a slice, and neither does
+    what pads one that was merely cut; TD(lambda), TD(1) and GAE would add the rewards of whatever
+    lies behind it.
     """
     time = marked.ndim - 1
     key = next_key(unravel_key(getattr(loss.tensor_keys, "done", "done")))
@@ -281,6 +307,8 @@ def _mark_ends(loss: Any, marked: TensorDictBase, init_keys: list[NestedKey]) ->
         marked.set(terminated, done)
     starts = [marked.get(one).flatten(marked.ndim).any(-1) for one in init_keys]
     ends = torch.stack(starts).any(0).narrow(time, 1, marked.shape[time] - 1)
+    if mask is not None:
+        ends = ends | (mask[..., :-1] & ~mask[..., 1:])
     ends = torch.cat([ends, torch.zeros_like(ends.narrow(time, 0, 1))], time)
     marked.set(key, done | ends.reshape(*ends.shape, *[1] * (done.ndim - ends.ndim)))
 

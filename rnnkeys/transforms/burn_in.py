@@ -12,7 +12,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from ..mode import set_recurrent_mode
-from ..starts import next_key, read_marks
+from ..starts import mark_starts, next_key, read_marks
 from .batches import BatchTransform
 
 
@@ -92,6 +92,7 @@ class BurnIn(BatchTransform):
             )
         if not self.burn_in:
             return tensordict
+        tensordict = mark_starts(tensordict, self._init_keys)
         if tensordict.ndim == 1 and self.slice_len is None:
             return self._cut_flat(tensordict)
         if tensordict.ndim == 1:

@@ -10,7 +10,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from ..starts import next_key, read_marks
+from ..starts import mark_starts, next_key
 from .burn_in import StateKeys, check_burn_in, split
 from .windows import EPISODE_KEY, FIRST_KEY, MASK_KEY
 
@@ -54,14 +54,15 @@ class RefreshStates:
             KeyError: if the marks or an input are missing.
             ValueError: if there is no time dimension.
         """
-        out = self._states.run(tensordict)
+        marked = mark_starts(tensordict, self._states.init_keys)
+        out = self._states.run(marked)
         time = tensordict.ndim - 1
         refreshed = tensordict.copy()
         for key, init_key in self._states.pairs:
             after = out.get(next_key(key))
             stored = tensordict.get(key, None)
             stored = torch.zeros_like(after) if stored is None else stored
-            marks = read_marks(tensordict, init_key)
+            marks = marked.get(init_key)
             marks = marks.reshape(*marks.shape[:-1], *[1] * (after.ndim - marks.ndim + 1)).clone()
             marks.select(time, 0).fill_(True)
             refreshed.set(key, torch.where(marks, stored, after.roll(1, time)))

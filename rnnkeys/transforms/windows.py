@@ -144,6 +144,14 @@ class Windows(BatchTransform):
         self._lost: int | None = 0
         self.clear()
 
+    def get_extra_state(self) -> dict[str, int]:
+        """How many episodes were numbered: those of a buffer that is loaded go on from there."""
+        return {"episodes": self._episodes}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Go on numbering behind the episodes of a checkpoint."""
+        self._episodes = state["episodes"]
+
     def clear(self) -> None:
         """Forget the steps that wait: the next batch starts new streams."""
         # For each row: the steps that wait, and how many of them stand in a window already.
@@ -251,6 +259,10 @@ class Windows(BatchTransform):
                 "are streams that go on from batch to batch. Call clear() where new ones start."
             )
         mask = rows.get(MASK_KEY, None)
+        if mask is not None and mask.dtype != torch.bool:
+            raise TypeError(
+                f"The mask {MASK_KEY!r} must be bool. Got {mask.dtype}: convert it with .bool()."
+            )
         streams = []
         for b, row in enumerate(rows.unbind(0)):
             real = None if mask is None else mask[b].reshape(-1)
