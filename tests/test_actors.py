@@ -330,6 +330,14 @@ def test_windows_join_only_what_one_actor_collected(actors: ModuleType) -> None:
     assert windows.waiting == sum(one.waiting for one in alone) > 0
 
 
+def test_episodes_are_numbered_behind_those_of_a_checkpoint(actors: ModuleType) -> None:
+    before, after = actors.ActorWindows(4, "null"), actors.ActorWindows(4, "null")
+    old = before.cut(steps(0, 0, starts=True))["window", "episode"]
+    after.number_behind(old)
+    new = torch.cat([after.cut(steps(k, 0, starts=True))["window", "episode"] for k in range(2)])
+    assert new.min() > old.max()
+
+
 def test_windows_of_a_replaced_actor_start_anew(actors: ModuleType) -> None:
     windows = actors.ActorWindows(4, "null")
     windows.cut(steps(0, 0, starts=True))

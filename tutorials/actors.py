@@ -308,6 +308,7 @@ class ActorWindows(Transform):
         self._make = partial(Windows, *args, **kwargs)
         self._layout = self._make()
         self._of_actor: dict[int, Windows] = {}
+        self._numbered = 0
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Lay a sample of stored windows out as ``[N, L]``."""
@@ -321,11 +322,18 @@ class ActorWindows(Transform):
     def cut(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Cut a batch ``[B, T]`` of one actor into windows ``[N]`` as they are stored."""
         actor = _read_actor(tensordict)
-        windows = self._of_actor.get(actor) or self._of_actor.setdefault(actor, self._make())
+        if actor not in self._of_actor:
+            self._of_actor[actor] = self._make()
+            self._of_actor[actor].set_extra_state({"episodes": self._numbered})
+        windows = self._of_actor[actor]
         stored = windows.cut(tensordict)
         # Every Windows counts its own episodes; in one buffer no two may have the same number.
         stored[EPISODE_KEY] = stored[EPISODE_KEY] * self.MOST_ACTORS + actor
         return stored
+
+    def number_behind(self, episodes: torch.Tensor) -> None:
+        """Number the episodes of new actors on behind those of a checkpoint."""
+        self._numbered = int(episodes.max()) // self.MOST_ACTORS
 
     @property
     def waiting(self) -> int:

@@ -120,6 +120,7 @@ class WindowReplay:
         for key, value in state["windows"].items():
             windows.set(tuple(key.split(".")), value)
         self.buffer.extend(windows[-self.settings.capacity :])
+        self.windows.number_behind(windows[EPISODE_KEY])
         priorities = state["priorities"][-self.settings.capacity :]
         self.buffer.update_priority(torch.arange(len(priorities)), priorities)
 
