@@ -340,5 +340,6 @@ def _missing_init(module: RecurrentModule, tensordict: TensorDictBase) -> str:
         return f"{message} It is at {elsewhere[0]!r}: pass init_key={elsewhere[0]!r}."
     return (
         message + " Environments write it with the InitTracker transform: "
-        "env.append_transform(get_env_transforms_from_module(policy)) appends it and the primers."
+        "env = env.append_transform(get_env_transforms_from_module(policy)) appends it and the "
+        "primers."
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -73,8 +75,27 @@ class set_recurrent_mode:
         return type(self)(self.mode)
 
     def __call__(self, function: _Function) -> _Function:
-        """Decorate a function (generators included: the mode holds while they run)."""
+        """Decorate a function (generators and coroutines included: the mode holds as they run).
+
+        Raises:
+            TypeError: if it is an asynchronous generator.
+        """
+        if inspect.isasyncgenfunction(function):
+            raise TypeError(
+                f"set_recurrent_mode cannot decorate {function.__name__}, an asynchronous "
+                "generator: write 'with set_recurrent_mode(...):' inside it."
+            )
+        if inspect.iscoroutinefunction(function):
+            return cast(_Function, self._around(function))
         return cast(_Function, context_decorator(self.clone, function))
+
+    def _around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        async def inside(*args: Any, **kwargs: Any) -> Any:
+            with self.clone():
+                return await function(*args, **kwargs)
+
+        return inside
 
     def __enter__(self) -> None:
         """Set the mode and remember the one before, for this thread."""

@@ -434,7 +434,7 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
                 f"{type(self).__name__} finds no state {list(self.state_keys)} in a step that "
                 "does not start an episode, and starts from zeros: memory is lost at every step. "
                 "Append the primer to the environment: "
-                "env.append_transform(get_primers_from_module(policy)).",
+                "env = env.append_transform(get_primers_from_module(policy)).",
                 stacklevel=4,
             )
 

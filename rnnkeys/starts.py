@@ -140,7 +140,7 @@ def read_marks(tensordict: TensorDictBase, init_key: NestedKey) -> Tensor:
         raise KeyError(
             f"There is no init key {init_key!r} in this batch, so nothing says where episodes "
             "and slices start. Append InitTracker() to the environment, or all that a policy "
-            "needs with env.append_transform(get_env_transforms_from_module(policy)); if the "
+            "needs with env = env.append_transform(get_env_transforms_from_module(policy)); if the "
             f"marks have another name, pass it as init_key=. Entries here: {_names(tensordict)}."
         )
     _check_marks(init_key, marks, tensordict)

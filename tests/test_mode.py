@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -279,3 +281,27 @@ def test_any_loss_module_enters_recurrent_mode():
 
     assert Loss()(TensorDict())["mode"]
     assert recurrent_mode() is None
+
+
+def test_coroutines_run_in_the_mode_they_are_decorated_with():
+    @set_recurrent_mode(True)
+    async def inside() -> bool | None:
+        await asyncio.sleep(0)
+        return recurrent_mode()
+
+    async def beside() -> bool | None:
+        await asyncio.sleep(0)
+        return recurrent_mode()
+
+    async def both() -> Any:
+        return await asyncio.gather(inside(), beside())
+
+    assert list(asyncio.run(both())) == [True, None]
+
+
+def test_asynchronous_generators_are_refused():
+    async def steps() -> AsyncIterator[int]:
+        yield 0
+
+    with pytest.raises(TypeError, match="steps, an asynchronous generator.*inside it"):
+        set_recurrent_mode(True)(steps)

@@ -255,6 +255,34 @@ def test_a_done_that_no_mark_follows_ends_an_episode():
     assert torch.equal(loss(bare)["loss"], loss(windows)["loss"])
 
 
+def test_a_reward_that_is_no_number_is_refused_unless_it_is_masked():
+    loss = make_loss(make_network(), make_network(1))
+    windows = make_windows()
+    masked = ~windows[MASK]
+    windows["next", "reward"][masked] = float("nan")
+    assert loss(windows)["loss"].isfinite()
+    windows["next", "reward"][0, 5] = float("nan")
+    windows[MASK][0, 5] = True
+    del windows["td_error"]
+    with pytest.raises(ValueError, match="reward.*not finite at 1 of 77 steps, first at"):
+        loss(windows)
+    assert "td_error" not in windows.keys()
+
+
+@pytest.mark.parametrize(("name", "value"), [("gamma", 7.0), ("n_steps", 0), ("n_steps", True)])
+def test_values_that_come_later_are_checked(name, value):
+    loss = make_loss(make_network(), make_network(1))
+    with pytest.raises(ValueError, match=f"{name} must be .*Got {value}"):
+        loss.make_value_estimator(**{name: value})
+
+
+def test_priorities_may_be_changed_in_place():
+    windows = make_windows()
+    make_loss(make_network(), make_network(1))(windows)
+    windows["td_error"][0, 0] = 5.0
+    assert windows["td_error"][0, 1] != 5.0
+
+
 def test_multi_step_transitions_are_refused():
     windows = make_windows()
     windows["steps_to_next_obs"] = torch.ones(B, T, 1)

@@ -68,9 +68,9 @@ def check_recurrent_policy(
         >>> print(check_recurrent_policy(policy, GymEnv("CartPole-v1")))  # doctest: +ELLIPSIS
         2 wrong with the policy, the env:
         1. init-tracker: the environment provides no 'is_init', ...
-            remedy: env.append_transform(get_env_transforms_from_module(policy))
+            remedy: env = env.append_transform(get_env_transforms_from_module(policy))
         2. primer: the environment creates no state ['recurrent_state'] for GRUModule, ...
-            remedy: env.append_transform(get_primers_from_module(policy))
+            remedy: env = env.append_transform(get_primers_from_module(policy))
     """
     given = {"policy": policy, "env": env, "batch": batch, "loss": loss}
     report = Report(looked_at=[name for name, thing in given.items() if thing is not None])

@@ -14,7 +14,7 @@ from ..objectives.networks import Recurrent
 from .report import Report
 from .runs import staleness_by_step
 
-_APPEND = "env.append_transform({}(policy))"
+_APPEND = "env = env.append_transform({}(policy))"
 TRANSFORMS = _APPEND.format("get_env_transforms_from_module")
 PRIMERS = _APPEND.format("get_primers_from_module")
 # Fresh states differ by rounding, in half precision too; lost ones by shares of the whole.

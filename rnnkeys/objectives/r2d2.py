@@ -18,7 +18,7 @@ from ..mode import set_recurrent_mode
 from ..starts import MULTI_STEP_KEY, mark_starts, next_key
 from ..transforms.burn_in import StateKeys, check_burn_in, split
 from .masks import without_masked
-from .refusals import refuse_multi_step
+from .refusals import refuse_multi_step, refuse_not_finite
 from .rescaling import value_rescale, value_rescale_inverse
 
 
@@ -122,11 +122,7 @@ class R2D2Loss(LossModule):
     ) -> None:
         super().__init__()
         check_burn_in(burn_in)
-        if not isinstance(n_steps, int) or n_steps < 1:
-            raise ValueError(f"n_steps must be an int, at least 1. Got {n_steps!r}.")
-        for name, value in (("gamma", gamma), ("eta", eta)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be from 0 to 1. Got {value}.")
+        _check(n_steps=n_steps, gamma=gamma, eta=eta)
         if double_dqn and not delay_value:
             raise ValueError(
                 "double_dqn=True chooses by one network and values by another, so it needs "
@@ -168,6 +164,7 @@ class R2D2Loss(LossModule):
 
         Raises:
             NotImplementedError: if another estimator is asked for.
+            ValueError: if a value does not fit.
         """
         unknown = hyperparams.keys() - {"gamma", "n_steps"}
         if value_type is not None or unknown:
@@ -176,6 +173,7 @@ class R2D2Loss(LossModule):
                 f"take its place. Got value_type={value_type} and {sorted(unknown)}; set gamma= or "
                 "n_steps=, or use DQNLoss with recurrent_loss for TD(lambda)."
             )
+        _check(**hyperparams)
         for name, value in hyperparams.items():
             setattr(self, name, value)
 
@@ -192,8 +190,8 @@ class R2D2Loss(LossModule):
 
         Raises:
             KeyError: if an entry is missing.
-            ValueError: if the batch is flat, windows are no longer than the burn-in, or the mask
-                is not bool, one for each step.
+            ValueError: if the batch is flat, windows are no longer than the burn-in, the mask is
+                not bool, one for each step, or a reward is not finite.
         """
         if tensordict.ndim < 2:
             raise ValueError(
@@ -204,6 +202,8 @@ class R2D2Loss(LossModule):
         windows = self._read(rows)
         split(windows, self.burn_in)  # raises before the mask is called empty
         mask = self._mask(windows)
+        if not is_compiling() and mask.device.type == "cpu":
+            refuse_not_finite(windows, next_key(self.tensor_keys.reward), mask)
         windows = without_masked(windows, mask, integers=True)
         mask = self._learned(windows, mask)
         learned = windows if self.learn_starts else split(windows, self.burn_in)[1]
@@ -216,9 +216,9 @@ class R2D2Loss(LossModule):
             returns = self._targets(learned, ends, online, target)
         chosen = self._chosen(online.q, learned.get(self.tensor_keys.action))
         priorities = self._priorities(returns - chosen, mask, tensordict)
-        tensordict.set(self.tensor_keys.priority, priorities)
         loss = distance_loss(chosen, returns, self.loss_function)
         weights = self._weights(tensordict, loss)
+        tensordict.set(self.tensor_keys.priority, priorities)
         # Selects, so that nothing of a masked step counts, and no gradient of one.
         loss = torch.where(mask, loss * torch.where(mask, weights, 0.0), 0.0).sum()
         loss = loss / mask.sum().clamp(min=1)
@@ -319,7 +319,7 @@ class R2D2Loss(LossModule):
         mean = size.sum(-1) / mask.sum(-1).clamp(min=1)
         priority = self.eta * size.amax(-1) + (1 - self.eta) * mean
         priority = priority.unsqueeze(-1).expand(-1, tensordict.shape[-1])
-        return priority.reshape(tensordict.shape)
+        return priority.reshape(tensordict.shape).contiguous()
 
     def _weights(self, tensordict: TensorDictBase, loss: Tensor) -> Tensor:
         """Return importance weights ``[B, 1]``: one for each window."""
@@ -336,6 +336,15 @@ class R2D2Loss(LossModule):
                 "leave importance_weights=None."
             )
         return loss.new_ones(1, 1)
+
+
+def _check(n_steps: Any = 1, **shares: Any) -> None:
+    """Raise ValueError unless ``n_steps`` is a positive int, and others are from 0 to 1."""
+    if not isinstance(n_steps, int) or isinstance(n_steps, bool) or n_steps < 1:
+        raise ValueError(f"n_steps must be an int, at least 1. Got {n_steps!r}.")
+    for name, value in shares.items():
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"{name} must be from 0 to 1. Got {value!r}.")
 
 
 def n_step_returns(

@@ -287,7 +287,7 @@ def split(rows: TensorDictBase, burn_in: int) -> tuple[TensorDictBase, TensorDic
 
 def check_burn_in(burn_in: int) -> None:
     """Raise unless it is an int of at least 0."""
-    if not isinstance(burn_in, int) or burn_in < 0:
+    if not isinstance(burn_in, int) or isinstance(burn_in, bool) or burn_in < 0:
         raise ValueError(f"burn_in must be an int, at least 0. Got {burn_in!r}.")
 
 
