@@ -128,7 +128,6 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
                 dtype=dtype,
             )
             self._name_states(layers)
-        check_choice("recurrent_backend", recurrent_backend, BACKENDS)
         check_choice("recurrent_recompute", recurrent_recompute, _RECOMPUTES)
         check_choice("store_states", store_states, _STORES)
         check_floating_dtype("recurrent_compute_dtype", recurrent_compute_dtype)
@@ -192,12 +191,14 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
     def _look_at(self, layers: Any) -> None:
         if self.rnn_attribute != "rnn":
             check_kind(self.rnn_attribute, layers, self.cell.name.upper())
-        elif not isinstance(layers, (CellStack, StepStack)):
+            self._layers = Layers(layers)
+        elif isinstance(layers, (CellStack, StepStack)):
+            self._layers = layers.view()
+        else:
             raise ValueError(
                 f"rnn must be layers as {type(self).__name__} makes them. Got "
                 f"{type(layers).__name__}; for other layers make another module."
             )
-        self._layers = Layers(layers) if isinstance(layers, nn.RNNBase) else layers.view()
         self._has_vendor_layers = isinstance(layers, self.vendor_class)
 
     def _look_again(self) -> None:

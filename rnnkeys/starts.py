@@ -122,6 +122,14 @@ def mark_starts(tensordict: TensorDictBase, init_keys: Iterable[NestedKey]) -> T
     return marked
 
 
+def check_mask(mask: Tensor | None) -> None:
+    """Raise TypeError if there is a mask that is not bool."""
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(
+            f"The mask {_MASK_KEY!r} must be bool. Got {mask.dtype}: convert it with .bool()."
+        )
+
+
 def read_marks(tensordict: TensorDictBase, init_key: NestedKey) -> Tensor:
     """Return the marks stored at ``init_key``, checked.
 

@@ -81,6 +81,5 @@ def _in_derivative() -> bool:
     """Whether ``torch.func.grad`` or its like is at work, for which operators have no rule."""
     if is_compiling() or not in_transform():
         return False
-    if forward_ad._current_level >= 0:
-        return True
-    return any(t.key() != TransformType.Vmap for t in get_interpreter_stack() or ())
+    kinds = (t.key() for t in get_interpreter_stack() or ())
+    return forward_ad._current_level >= 0 or any(kind != TransformType.Vmap for kind in kinds)

@@ -25,8 +25,8 @@ from torchrl.objectives import (
 from torchrl.objectives.value import ValueEstimatorBase, VTrace
 
 from ..modules import RecurrentModule
-from ..starts import MULTI_STEP_KEY, find_starts, next_key
-from .networks import Recurrent, find_recurrent
+from ..starts import MULTI_STEP_KEY, check_mask, find_starts, next_key
+from .networks import Recurrent
 
 # They take their next view from the batch that their own forward on the root has just written.
 READS_OWN_STATES = (DQNLoss, QMixerLoss)
@@ -136,8 +136,8 @@ def refuse_batch(
     if _reads_stored_states(loss, tensordict):
         for one in recurrent:
             _refuse_missing_states(loss, tensordict, one)
-        if isinstance(loss, ON_POLICY):
-            _refuse_states_never_stored(loss, tensordict)
+            if isinstance(loss, ON_POLICY):
+                _refuse_states_never_stored(loss, tensordict, one)
 
 
 def refuse_parts(
@@ -238,12 +238,9 @@ def read_mask(tensordict: TensorDictBase, reader: str) -> Tensor | None:
         ValueError: if it is False everywhere.
     """
     mask = tensordict.get(MASK_KEY, None)
+    check_mask(mask)
     if mask is None:
         return None
-    if mask.dtype != torch.bool:
-        raise TypeError(
-            f"The mask {MASK_KEY!r} must be bool. Got {mask.dtype}: convert it with .bool()."
-        )
     mask = mask.reshape(tensordict.batch_size)
     if not mask.any():
         raise ValueError(
@@ -310,8 +307,11 @@ def _refuse_missing_states(
             )
 
 
-def _refuse_states_never_stored(loss: Any, tensordict: TensorDictBase) -> None:
+def _refuse_states_never_stored(loss: Any, tensordict: TensorDictBase, one: Recurrent) -> None:
     """Raise if the next view of a value network would start from zeros behind a first step."""
+    missing = [key for key in one.state_keys if tensordict.get(next_key(key), None) is None]
+    if not missing:
+        return
     is_estimator = isinstance(loss, ValueEstimatorBase)
     network: Any = loss.value_network if is_estimator else getattr(loss, "critic_network", None)
     estimator = loss if is_estimator else getattr(loss, "_value_estimator", None)
@@ -319,16 +319,14 @@ def _refuse_states_never_stored(loss: Any, tensordict: TensorDictBase) -> None:
     is_known = getattr(estimator, "skip_existing", None) and tensordict.get(value, None) is not None
     if network is None or getattr(estimator, "shifted", False) or is_known:
         return
-    for one in find_recurrent(network):
-        missing = [key for key in one.state_keys if tensordict.get(next_key(key), None) is None]
-        if missing:
-            raise KeyError(
-                f"The state {missing} is not in the batch, so {type(loss).__name__} would run the "
-                "next view of its value network from zeros, and not from the state behind the "
-                "first step. Collect with it, TensorDictSequential(actor, critic) as the "
-                "collector's policy, and append get_env_transforms_from_module(...) of the same "
-                "to the environment; or make the estimator with shifted=True."
-            )
+    if any(module is one.module for module in network.modules()):
+        raise KeyError(
+            f"The state {missing} is not in the batch, so {type(loss).__name__} would run the next "
+            "view of its value network from zeros, and not from the state behind the first step. "
+            "Collect with it, TensorDictSequential(actor, critic) as the collector's policy, and "
+            "append get_env_transforms_from_module(...) of the same to the environment; or make "
+            "the estimator with shifted=True."
+        )
 
 
 def refuse_lost_memory(tensordict: TensorDictBase, recurrent: Recurrent, reader: str) -> None:

@@ -12,7 +12,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from ..entries import as_tuple
-from ..starts import next_key
+from ..starts import check_mask, next_key
 from .batches import BatchTransform
 
 MASK_KEY = ("collector", "mask")
@@ -259,10 +259,7 @@ class Windows(BatchTransform):
                 "are streams that go on from batch to batch. Call clear() where new ones start."
             )
         mask = rows.get(MASK_KEY, None)
-        if mask is not None and mask.dtype != torch.bool:
-            raise TypeError(
-                f"The mask {MASK_KEY!r} must be bool. Got {mask.dtype}: convert it with .bool()."
-            )
+        check_mask(mask)
         streams = []
         for b, row in enumerate(rows.unbind(0)):
             real = None if mask is None else mask[b].reshape(-1)
