@@ -272,7 +272,7 @@ def _prepare(loss: Any, wiring: _Wiring, tensordict: TensorDictBase) -> TensorDi
         refuse_parts(loss, tensordict, wiring.init_keys)
     refuse_batch(loss, tensordict, wiring.recurrent)
     mask = tensordict.get(MASK_KEY, None)
-    if isinstance(loss, IQLLoss) and look:
+    if isinstance(loss, IQLLoss) and not is_compiling():
         _keep_masks(loss, tensordict)
     if mask is not None:
         # What is finite stays: torchrl's losses report ratios and values of masked steps too.
