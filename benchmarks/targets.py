@@ -29,10 +29,10 @@ import rnnkeys
 from benchmarks.tables import table
 from rnnkeys import set_recurrent_mode
 from rnnkeys.objectives import recurrent_loss
-from tests import target_cases as cases
-from tests import target_oracle as oracle
-from tests.target_watch import perturbed, run
-from tests.tolerances import TOLERANCE
+from tests.support import target_cases as cases
+from tests.support import target_oracle as oracle
+from tests.support.target_watch import perturbed, run
+from tests.support.tolerances import TOLERANCE
 
 _RESULT = Path(__file__).parent / "results" / "targets.md"
 _CELLS = ("gru", "lstm")

@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Any, Literal, TypeVar, cast
 
 from torch.compiler import is_compiling
-from torch.utils._contextlib import context_decorator
-from torchrl.modules.tensordict_module.rnn import recurrent_mode_state_manager
+
+from ._compat import context_decorator, recurrent_mode_state_manager
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _NAMES: dict[str, bool] = {"recurrent": True, "sequential": False}

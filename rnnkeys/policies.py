@@ -13,8 +13,8 @@ from torchrl.data import TensorSpec
 from torchrl.modules import MLP, QValueModule
 
 from .cells import LAYER_NORM_LSTM_CELL
-from .modules import GRUModule, LSTMModule
-from .recurrent import RecurrentModule
+from .modules.lstm_gru import GRUModule, LSTMModule
+from .modules.recurrent import RecurrentModule
 
 _KINDS = ("lstm", "gru", "lstm_ln")
 

@@ -30,7 +30,7 @@ class Fault(NamedTuple):
 
 def _reference(way: str, marks: str = "random", shape: str = "plain") -> tuple[str, ...]:
     """One case of the contract test; ``way`` is a way to run time, a cell and a dtype."""
-    return (f"tests/test_contract.py::test_equals_the_reference[{way}-{shape}-{marks}]",)
+    return (f"tests/backends/test_contract.py::test_equals_the_reference[{way}-{shape}-{marks}]",)
 
 
 _CELLS = (
@@ -78,7 +78,7 @@ _OWN_CELLS = (
         "return weights(gates_x, *(s.clone() for s in state[1:]))",
         "return weights(gates_x, state[0][..., :4], *state[2:])",
         (
-            "tests/test_custom_cells.py::"
+            "tests/modules/test_custom_cells.py::"
             "test_sequences_equal_steps_with_every_gradient[step-loop-agents0]",
         ),
     ),
@@ -87,7 +87,7 @@ _OWN_CELLS = (
         "rnnkeys/stacks.py",
         "copy.deepcopy(self[layer]).eval()",
         "self[layer]",
-        ("tests/test_custom_cells.py::test_a_trial_of_a_step_module_leaves_no_trace",),
+        ("tests/modules/test_custom_cells.py::test_a_trial_of_a_step_module_leaves_no_trace",),
     ),
 )
 
@@ -125,7 +125,7 @@ _SEGMENTS = (
         "rnnkeys/segments.py",
         "return rows if self.is_dense else rows.index_fill_(0, self.padding, 0.0)",
         "return rows",
-        ("tests/test_vendor.py::test_shared_rows_need_no_workspace_that_is_known",),
+        ("tests/backends/test_native.py::test_shared_rows_need_no_workspace_that_is_known",),
     ),
     Fault(
         "vendor: outputs share memory with what the backward pass reads",
@@ -133,7 +133,7 @@ _SEGMENTS = (
         "return batches[0].clone(memory_format=torch.contiguous_format)",
         "return batches[0]",
         (
-            "tests/test_modules.py::test_an_activation_in_place_changes_no_state[False-True-1-pad-lstm]",
+            "tests/modules/test_modules.py::test_an_activation_in_place_changes_no_state[False-True-1-pad-lstm]",
         ),
     ),
     Fault(
@@ -148,28 +148,28 @@ _SEGMENTS = (
         "rnnkeys/layouts.py",
         "return max(rows, int(carried.sum()))",
         "return rows",
-        ("tests/test_segments.py::test_segments_that_share_rows_have_gaps_between_them",),
+        ("tests/backends/test_packing.py::test_segments_that_share_rows_have_gaps_between_them",),
     ),
     Fault(
         "segments that share a row have no gap between them",
         "rnnkeys/layouts.py",
         "bisect.insort(left, (free - length - 1, row))",
         "bisect.insort(left, (free - length, row))",
-        ("tests/test_segments.py::test_segments_that_share_rows_have_gaps_between_them",),
+        ("tests/backends/test_packing.py::test_segments_that_share_rows_have_gaps_between_them",),
     ),
     Fault(
         "segments go to the emptiest of the rows that hold them",
         "rnnkeys/layouts.py",
         "free, row = left.pop(k)",
         "free, row = left.pop()",
-        ("tests/test_segments.py::test_shared_rows_are_as_short_as_segments_allow",),
+        ("tests/backends/test_packing.py::test_shared_rows_are_as_short_as_segments_allow",),
     ),
     Fault(
         "a state that has a gradient counts as zeros",
         "rnnkeys/segments.py",
         "if torch.is_grad_enabled() and any(state.requires_grad for state in states):",
         "if False:",
-        ("tests/test_vendor.py::test_a_state_with_a_gradient_shares_no_row",),
+        ("tests/backends/test_native.py::test_a_state_with_a_gradient_shares_no_row",),
     ),
 )
 
@@ -245,14 +245,18 @@ _SCAN = (
         "rnnkeys/backends/fused.py",
         "return list(chunks(sizes, width))[::-1]",
         "return list(chunks(sizes, width))",
-        ("tests/test_ops.py::test_states_do_not_depend_on_what_is_kept[lstm-packed-False]",),
+        (
+            "tests/backends/test_ops.py::test_states_do_not_depend_on_what_is_kept[lstm-packed-False]",
+        ),
     ),
     Fault(
         "fused: a chunk of steps begins with the states of the step before",
         "rnnkeys/backends/fused.py",
         "return after[begin - rows : end - rows]",
         "return after[begin:end]",
-        ("tests/test_contract.py::test_equals_the_reference_where_time_is_long[scan-gru-none]",),
+        (
+            "tests/backends/test_contract.py::test_equals_the_reference_where_time_is_long[scan-gru-none]",
+        ),
     ),
 )
 
@@ -262,14 +266,14 @@ _PAD = (
         "rnnkeys/backends/vendor.py",
         "previous = c_now.addcmul_(f_now, previous[: c_now.shape[0]])",
         "previous = c_now",
-        ("tests/test_vendor.py::test_states_that_are_hidden_are_computed[False-random]",),
+        ("tests/backends/test_native.py::test_states_that_are_hidden_are_computed[False-random]",),
     ),
     Fault(
         "vendor: the recovery reads the output of the same step",
         "rnnkeys/backends/vendor.py",
         "return torch.cat([start, *(s[:n] for s, n in zip(steps[:-1], sizes[1:], strict=True))])",
         "return torch.cat(steps)",
-        ("tests/test_vendor.py::test_states_that_are_hidden_are_computed[False-random]",),
+        ("tests/backends/test_native.py::test_states_that_are_hidden_are_computed[False-random]",),
     ),
     Fault(
         "vendor: gradients are differentiated twice in silence",
@@ -277,7 +281,7 @@ _PAD = (
         "if torch.is_grad_enabled():\n        raise",
         "if False:\n        raise",
         (
-            "tests/test_ops.py::test_a_second_derivative_is_refused_by_name[random-episodes-vendor-lstm]",
+            "tests/backends/test_ops.py::test_a_second_derivative_is_refused_by_name[random-episodes-vendor-lstm]",
         ),
     ),
     Fault(
@@ -286,7 +290,7 @@ _PAD = (
         "h, c, last = ran.h, ran.c, ran.c.detach()",
         "h, c, last = ran.h, ran.c.detach(), ran.c.detach()",
         (
-            "tests/test_contract.py::test_equals_the_reference_where_time_is_long"
+            "tests/backends/test_contract.py::test_equals_the_reference_where_time_is_long"
             "[vendor-lstm-one long among short]",
         ),
     ),
@@ -295,7 +299,9 @@ _PAD = (
         "rnnkeys/backends/onednn.py",
         "Ran(*ran), (d_y_k, d_h, d_c)",
         "Ran(*ran), (d_y_k, d_h, None)",
-        ("tests/test_vendor.py::test_shared_rows_equal_the_reference[pieces-random-True]",),
+        (
+            "tests/backends/test_native.py::test_shared_rows_equal_the_reference[pieces-random-True]",
+        ),
     ),
     Fault(
         "vendor: torch refuses a second derivative without a remedy",
@@ -303,7 +309,7 @@ _PAD = (
         "y.register_hook(lambda _: refuse_second_order())",
         "pass",
         (
-            "tests/test_ops.py::test_a_second_derivative_is_refused_by_name[none-random-vendor-lstm]",
+            "tests/backends/test_ops.py::test_a_second_derivative_is_refused_by_name[none-random-vendor-lstm]",
         ),
     ),
     Fault(
@@ -311,49 +317,53 @@ _PAD = (
         "rnnkeys/backends/__init__.py",
         "        keep_freed_memory()\n",
         "",
-        ("tests/test_vendor.py::test_a_pass_takes_the_memory_that_the_last_one_freed",),
+        ("tests/backends/test_native.py::test_a_pass_takes_the_memory_that_the_last_one_freed",),
     ),
     Fault(
         "vendor: states in a wrong place are believed",
         "rnnkeys/backends/workspace.py",
         "error = np.abs(i * g + f * before - after)",
         "error = np.zeros(1)",
-        ("tests/test_vendor.py::test_a_wrong_place_of_hidden_states_is_noticed",),
+        ("tests/backends/test_native.py::test_a_wrong_place_of_hidden_states_is_noticed",),
     ),
     Fault(
         "oneDNN gets weights that it multiplies slowly",
         "rnnkeys/backends/products.py",
         "return weight if weight.is_contiguous() or weight.t().is_contiguous() else",
         "return weight if weight.ndim == 2 else",
-        ("tests/test_vendor.py::test_products_with_part_of_a_weight_are_those_with_a_copy",),
+        (
+            "tests/backends/test_native.py::test_products_with_part_of_a_weight_are_those_with_a_copy",
+        ),
     ),
     Fault(
         "vendor: a gap leaves the forget gate open",
         "rnnkeys/backends/onednn.py",
         "[_SHUT, _SHUT, 0, -_SHUT]",
         "[_SHUT, 0, 0, -_SHUT]",
-        ("tests/test_vendor.py::test_shared_rows_equal_the_reference[whole-random-True]",),
+        ("tests/backends/test_native.py::test_shared_rows_equal_the_reference[whole-random-True]",),
     ),
     Fault(
         "vendor: large weights open gaps",
         "rnnkeys/backends/onednn.py",
         "_SHUT = -3e38",
         "_SHUT = -1e4",
-        ("tests/test_vendor.py::test_large_weights_do_not_open_gaps[bias_ih_l0]",),
+        ("tests/backends/test_native.py::test_large_weights_do_not_open_gaps[bias_ih_l0]",),
     ),
     Fault(
         "vendor: a gap repeats the input before it",
         "rnnkeys/backends/onednn.py",
         "    wide.index_fill_(0, plan.padding, 0)\n",
         "",
-        ("tests/test_vendor.py::test_a_state_that_no_output_shows_stays_in_its_episode[3.4e+38]",),
+        (
+            "tests/backends/test_native.py::test_a_state_that_no_output_shows_stays_in_its_episode[3.4e+38]",
+        ),
     ),
     Fault(
         "vendor: a gap does not show the state that passes it",
         "rnnkeys/backends/onednn.py",
         "[_SHUT, _SHUT, 0, -_SHUT]",
         "[_SHUT, _SHUT, 0, 0]",
-        ("tests/test_vendor.py::test_biases_that_open_gaps_are_noticed",),
+        ("tests/backends/test_native.py::test_biases_that_open_gaps_are_noticed",),
     ),
     Fault(
         "vendor: several gradients at once fail without a remedy",
@@ -361,7 +371,7 @@ _PAD = (
         "        _refuse_several(grads[0])\n",
         "",
         (
-            "tests/test_ops.py::"
+            "tests/backends/test_ops.py::"
             "test_several_gradients_at_once_equal_those_one_by_one_or_are_refused[episodes]",
         ),
     ),
@@ -370,35 +380,39 @@ _PAD = (
         "rnnkeys/segments.py",
         'if hasattr(os, "register_at_fork"):',
         "if False:",
-        ("tests/test_segments.py::test_a_child_that_is_forked_while_a_thread_plans_can_plan",),
+        (
+            "tests/backends/test_packing.py::test_a_child_that_is_forked_while_a_thread_plans_can_plan",
+        ),
     ),
     Fault(
         "layers with a projection share rows, which only the vendor's kernel clears",
         "rnnkeys/backends/__init__.py",
         "if layers[0].w_hr is not None:",
         "if False:",
-        ("tests/test_vendor.py::test_layers_with_a_projection_share_no_rows[False]",),
+        ("tests/backends/test_native.py::test_layers_with_a_projection_share_no_rows[False]",),
     ),
     Fault(
         "vendor: what is not finite passes a gap",
         "rnnkeys/backends/onednn.py",
         "if not _all_zero(y, plan.gaps):",
         "if False:",
-        ("tests/test_vendor.py::test_what_is_not_finite_stays_in_its_episode[nan]",),
+        ("tests/backends/test_native.py::test_what_is_not_finite_stays_in_its_episode[nan]",),
     ),
     Fault(
         "vendor: a gradient that is not finite passes a gap",
         "rnnkeys/backends/onednn.py",
         "if _all_zero(grads[0], plan.gaps):",
         "if True:",
-        ("tests/test_vendor.py::test_a_gradient_that_is_not_finite_stays_in_its_episode[nan]",),
+        (
+            "tests/backends/test_native.py::test_a_gradient_that_is_not_finite_stays_in_its_episode[nan]",
+        ),
     ),
     Fault(
         "vendor: the last steps of pieces give their states to segments' starts",
         "rnnkeys/backends/onednn.py",
         "index - first if first else index",
         "index - begin if begin else index",
-        ("tests/test_vendor.py::test_shared_rows_tell_states_at_starts[pieces-True]",),
+        ("tests/backends/test_native.py::test_shared_rows_tell_states_at_starts[pieces-True]",),
     ),
 )
 
@@ -415,14 +429,16 @@ _LAYERS = (
         "rnnkeys/backends/__init__.py",
         "torch.is_grad_enabled() and options.state_grad",
         "torch.is_grad_enabled()",
-        ("tests/test_modules.py::test_written_states_are_detached_unless_asked_for[scan-gru]",),
+        (
+            "tests/modules/test_modules.py::test_written_states_are_detached_unless_asked_for[scan-gru]",
+        ),
     ),
     Fault(
         "a state that is not stored is a stale number, not NaN",
         "rnnkeys/backends/__init__.py",
         'return state.masked_fill(~starts[:, :, None, None], float("nan"))',
         "return state",
-        ("tests/test_modules.py::test_states_may_be_stored_at_starts_only[scan-gru]",),
+        ("tests/modules/test_modules.py::test_states_may_be_stored_at_starts_only[scan-gru]",),
     ),
 )
 
@@ -433,7 +449,7 @@ _LEAKS = (
         "torch.where(where, a, b) for a, b",
         "where * a + ~where * b for a, b",
         (
-            "tests/test_leaks.py::test_what_is_not_finite_stays_in_its_segment"
+            "tests/modules/test_leaks.py::test_what_is_not_finite_stays_in_its_segment"
             "[loop-gru-one step-nan]",
         ),
     ),
@@ -443,7 +459,7 @@ _LEAKS = (
         "grad.masked_fill_(where, 0)",
         "grad.mul_(~where)",
         (
-            "tests/test_leaks.py::test_an_incoming_gradient_that_is_not_finite_stays_in_its_segment"
+            "tests/modules/test_leaks.py::test_an_incoming_gradient_that_is_not_finite_stays_in_its_segment"
             "[scan-gru-one step-nan]",
         ),
     ),
@@ -453,7 +469,7 @@ _LEAKS = (
         ".masked_fill(fresh, 0) for s in data.states",
         ".mul(~fresh) for s in data.states",
         (
-            "tests/test_modules.py::test_a_stale_state_that_is_not_a_number_does_not_pass[False-gru]",
+            "tests/modules/test_modules.py::test_a_stale_state_that_is_not_a_number_does_not_pass[False-gru]",
         ),
     ),
 )
@@ -464,7 +480,7 @@ _MODULES = (
         "rnnkeys/entries.py",
         "return unfolded.movedim(time + agents, time) if agents else unfolded",
         "return unfolded.reshape(*shape, *entry.shape[2:])",
-        ("tests/test_modules.py::test_sequences_equal_steps[dtype0-[B, T, A]-scan-gru]",),
+        ("tests/modules/test_modules.py::test_sequences_equal_steps[dtype0-[B, T, A]-scan-gru]",),
     ),
     Fault(
         "a single step feeds every layer with the input",
@@ -472,7 +488,7 @@ _MODULES = (
         "        x = state[0]\n        after.append(state)",
         "        x = state[0] if layer == len(layers) - 1 else state[0] * 0\n"
         "        after.append(state)",
-        ("tests/test_modules.py::test_sequences_equal_steps[dtype0-[B, T]-scan-gru]",),
+        ("tests/modules/test_modules.py::test_sequences_equal_steps[dtype0-[B, T]-scan-gru]",),
     ),
     Fault(
         "the output of a single step shares memory with the state",
@@ -480,7 +496,7 @@ _MODULES = (
         "return x.clone(), tuple(",
         "return x, tuple(",
         (
-            "tests/test_modules.py::test_an_activation_in_place_changes_no_state[True-False-1-loop-gru]",
+            "tests/modules/test_modules.py::test_an_activation_in_place_changes_no_state[True-False-1-loop-gru]",
         ),
     ),
     Fault(
@@ -488,21 +504,23 @@ _MODULES = (
         "rnnkeys/stacks.py",
         "*(s.clone() for s in state[1:])",
         "*state[1:]",
-        ("tests/test_custom_cells.py::test_a_module_may_change_its_state_in_place[pad]",),
+        ("tests/modules/test_custom_cells.py::test_a_module_may_change_its_state_in_place[pad]",),
     ),
     Fault(
         "padding adds to the returns of the steps before it",
         "rnnkeys/objectives/wiring.py",
         "ends = ends | (mask[..., :-1] & ~mask[..., 1:])",
         "pass",
-        ("tests/test_targets.py::test_padding_changes_no_target[GAE]",),
+        ("tests/objectives/test_targets.py::test_padding_changes_no_target[GAE]",),
     ),
     Fault(
         "IQL learns from padding",
         "rnnkeys/objectives/wiring.py",
         "    if isinstance(loss, IQLLoss) and not is_compiling():\n",
         "    if False:\n",
-        ("tests/test_recurrent_loss.py::test_iql_learns_nothing_from_masked_steps[False]",),
+        (
+            "tests/objectives/test_recurrent_loss.py::test_iql_learns_nothing_from_masked_steps[False]",
+        ),
     ),
     Fault(
         "the next view of a critic starts from zeros in silence",
@@ -510,22 +528,22 @@ _MODULES = (
         "                _refuse_states_never_stored(loss, tensordict, one)\n",
         "                pass\n",
         (
-            "tests/test_policy_gradients.py::test_a_critic_whose_states_nobody_collected_is_refused[GAE]",
+            "tests/objectives/test_policy_gradients.py::test_a_critic_whose_states_nobody_collected_is_refused[GAE]",
         ),
     ),
     Fault(
         "a done that no mark follows ends no slice of a burn-in",
         "rnnkeys/transforms/burn_in.py",
-        "        tensordict = mark_starts(tensordict, self._init_keys)\n",
+        "        tensordict = set_segment_starts(tensordict, self._init_keys)\n",
         "",
-        ("tests/test_burn_in.py::test_a_done_that_no_mark_follows_ends_a_slice",),
+        ("tests/transforms/test_burn_in.py::test_a_done_that_no_mark_follows_ends_a_slice",),
     ),
     Fault(
         "episodes of a checkpoint and new ones have the same numbers",
         "rnnkeys/transforms/windows.py",
         'self._episodes = state["episodes"]',
         "pass",
-        ("tests/test_windows.py::test_episodes_of_a_checkpoint_are_numbered_on",),
+        ("tests/transforms/test_windows.py::test_episodes_of_a_checkpoint_are_numbered_on",),
     ),
     Fault(
         "states are written in autocast's dtype, not the primer's",
@@ -533,7 +551,7 @@ _MODULES = (
         "return tuple(entries.as_dtype(s, dtype) for s in states)",
         "return states",
         (
-            "tests/test_modules.py::"
+            "tests/modules/test_modules.py::"
             "test_autocast_computes_in_its_dtype_and_keeps_states_in_the_parameters[True-gru]",
         ),
     ),
@@ -543,7 +561,7 @@ _MODULES = (
         "if layers is not self._layers.module:",
         "if False:",
         (
-            "tests/test_modules.py::"
+            "tests/modules/test_modules.py::"
             "test_layers_that_replace_others_are_those_that_run[add_module-True-gru]",
         ),
     ),
@@ -552,21 +570,23 @@ _MODULES = (
         "rnnkeys/layers.py",
         'if self._attributes["training"] else 0.0',
         "",
-        ("tests/test_modules.py::test_dropout_follows_the_mode_of_the_layers[True-gru]",),
+        ("tests/modules/test_modules.py::test_dropout_follows_the_mode_of_the_layers[True-gru]",),
     ),
     Fault(
         "tangents are lost where nothing has a gradient",
         "rnnkeys/backends/scan.py",
         "return forward_ad._current_level >= 0 or any(",
         "return any(",
-        ("tests/test_modules.py::test_forward_derivatives_equal_backward_ones[True-scan-gru]",),
+        (
+            "tests/modules/test_modules.py::test_forward_derivatives_equal_backward_ones[True-scan-gru]",
+        ),
     ),
     Fault(
         "a copy reads the parameters of the original",
         "rnnkeys/recurrent.py",
         "        super().__setstate__(state)\n        self._look_at(self.layers)\n",
         "        super().__setstate__(state)\n",
-        ("tests/test_modules.py::test_a_copy_reads_its_own_parameters[gru]",),
+        ("tests/modules/test_modules.py::test_a_copy_reads_its_own_parameters[gru]",),
     ),
     Fault(
         "the mode is not restored",
@@ -583,28 +603,30 @@ _MISUSE = (
         "rnnkeys/arguments.py",
         "if wanted not in (default, has):",
         "if wanted is nn:",
-        ("tests/test_misuse.py::test_layers_that_contradict_another_argument[num_layers-gru]",),
+        (
+            "tests/modules/test_misuse.py::test_layers_that_contradict_another_argument[num_layers-gru]",
+        ),
     ),
     Fault(
         "a time dimension in another place is taken for a batch",
         "rnnkeys/entries.py",
         'if "time" in names[:-1]:',
         'if "time" in names[:-2]:',
-        ("tests/test_misuse.py::test_a_time_dimension_that_is_not_the_last_one[gru]",),
+        ("tests/modules/test_misuse.py::test_a_time_dimension_that_is_not_the_last_one[gru]",),
     ),
     Fault(
         "one state without the other counts as none",
         "rnnkeys/entries.py",
         "    if not present:\n        return None\n",
         "    if len(present) < len(keys):\n        return None\n",
-        ("tests/test_misuse.py::test_one_state_without_the_other[h-step]",),
+        ("tests/modules/test_misuse.py::test_one_state_without_the_other[h-step]",),
     ),
     Fault(
         "keys that are assigned later are not read",
         "rnnkeys/recurrent.py",
         "return tuple(self.in_keys[1 : 1 + len(self.cell.state_names)])",
         "return tuple(self.DEFAULT_IN_KEYS)",
-        ("tests/test_misuse.py::test_keys_may_be_assigned_later[gru]",),
+        ("tests/modules/test_misuse.py::test_keys_may_be_assigned_later[gru]",),
     ),
     Fault(
         "nested states do not follow the reset of their group",
@@ -612,7 +634,7 @@ _MISUSE = (
         "self.reset_key = _reset_key(parent._filtered_reset_keys, _groups(self.shapes))",
         "pass",
         (
-            "tests/test_primers.py::"
+            "tests/modules/test_primers.py::"
             "test_groups_that_end_in_other_places_follow_the_reset_that_counts[nested_1]",
         ),
     ),
@@ -621,14 +643,16 @@ _MISUSE = (
         "rnnkeys/transforms/primers.py",
         "if one != other:",
         "if not one:",
-        ("tests/test_primers.py::test_two_modules_that_overwrite_each_others_state_are_warned_of",),
+        (
+            "tests/modules/test_primers.py::test_two_modules_that_overwrite_each_others_state_are_warned_of",
+        ),
     ),
     Fault(
         "states are made before starts are marked",
         "rnnkeys/transforms/primers.py",
         "return _compose(*trackers, *([] if primers is None else [primers]))",
         "return _compose(*([] if primers is None else [primers]), *trackers)",
-        ("tests/test_primers.py::test_starts_are_marked_before_states_are_made[gru]",),
+        ("tests/modules/test_primers.py::test_starts_are_marked_before_states_are_made[gru]",),
     ),
 )
 
@@ -638,7 +662,7 @@ _TARGETS = (
         "rnnkeys/starts.py",
         "        marked.set(next_key(key), _next_marks(tensordict, key, starts))\n",
         "",
-        ("tests/test_targets.py::test_next_values[DQN double delayed TD0-flat]",),
+        ("tests/objectives/test_targets.py::test_next_values[DQN double delayed TD0-flat]",),
     ),
     Fault(
         "a step that follows a done starts nothing",
@@ -646,7 +670,7 @@ _TARGETS = (
         "return marks | torch.cat([torch.zeros_like(done.narrow(time, 0, 1)), follows], time)",
         "return marks",
         (
-            "tests/test_targets.py::"
+            "tests/objectives/test_targets.py::"
             "test_prioritized_slices_are_marked_although_their_sampler_marks_none[DDPG]",
         ),
     ),
@@ -655,14 +679,18 @@ _TARGETS = (
         "rnnkeys/objectives/wiring.py",
         "    _mark_ends(loss, marked, wiring.init_keys, mask)\n",
         "",
-        ("tests/test_targets.py::test_returns_stop_at_slices_that_nobody_truncated[GAE]",),
+        (
+            "tests/objectives/test_targets.py::test_returns_stop_at_slices_that_nobody_truncated[GAE]",
+        ),
     ),
     Fault(
         "TD3 cuts the critic's state away",
         "rnnkeys/objectives/wiring.py",
         "    _keep_cut_keys(loss)\n",
         "",
-        ("tests/test_targets.py::test_the_critic_keeps_its_state_in_the_actor_loss_too[TD3]",),
+        (
+            "tests/objectives/test_targets.py::test_the_critic_keeps_its_state_in_the_actor_loss_too[TD3]",
+        ),
     ),
 )
 
@@ -672,49 +700,49 @@ _DOCTOR = (
         "rnnkeys/starts.py",
         "first = torch.ones_like(starts.narrow(time, 0, 1))",
         "first = torch.zeros_like(starts.narrow(time, 0, 1))",
-        ("tests/test_next_init.py::test_marks_rows_of_a_batch",),
+        ("tests/transforms/test_next_init.py::test_marks_rows_of_a_batch",),
     ),
     Fault(
         "a sampler marks the next view of slices one step late",
         "rnnkeys/transforms/next_init.py",
         "starts = lengths.cumsum(0) - lengths",
         "starts = (lengths.cumsum(0) - lengths + 1).clamp_max(int(lengths.sum()) - 1)",
-        ("tests/test_next_init.py::test_samplers_of_slices_shorter_than_asked[slices]",),
+        ("tests/transforms/test_next_init.py::test_samplers_of_slices_shorter_than_asked[slices]",),
     ),
     Fault(
         "a wired loss leaves its marks in the batch",
         "rnnkeys/starts.py",
         "    marked = tensordict.copy()\n    if",
         "    marked = tensordict\n    if",
-        ("tests/test_recurrent_loss.py::test_the_batch_stays_as_it_was[DDPG]",),
+        ("tests/objectives/test_recurrent_loss.py::test_the_batch_stays_as_it_was[DDPG]",),
     ),
     Fault(
         "the doctor sees marks in the next view where there are none",
         "rnnkeys/doctor/batches.py",
         "return bool((ahead | ~starts).narrow(time, 1, steps).all())",
         "return True",
-        ("tests/test_doctor.py::test_finds[next view not marked]",),
+        ("tests/diagnostics/test_check_recurrent_policy.py::test_finds[next view not marked]",),
     ),
     Fault(
         "the doctor's single steps carry the state through starts",
         "rnnkeys/doctor/runs.py",
         "step.set(key, torch.where(wide, fallback, carried))",
         "step.set(key, carried)",
-        ("tests/test_doctor.py::test_each_part_alone",),
+        ("tests/diagnostics/test_check_recurrent_policy.py::test_each_part_alone",),
     ),
     Fault(
         "staleness is measured from the state that was just made",
         "rnnkeys/doctor/runs.py",
         "        single = run_from_stored(policy, batch, recurrent)\n        key =",
         "        single = whole\n        key =",
-        ("tests/test_doctor.py::test_finds[stale states]",),
+        ("tests/diagnostics/test_check_recurrent_policy.py::test_finds[stale states]",),
     ),
     Fault(
         "the picture of the memory's reach counts age from the start",
         "rnnkeys/plots.py",
         ".norm(dim=-1).flip(0).cpu()",
         ".norm(dim=-1).cpu()",
-        ("tests/test_plots.py::test_reach_is_the_gradient_by_age",),
+        ("tests/diagnostics/test_plots.py::test_reach_is_the_gradient_by_age",),
     ),
 )
 
@@ -725,7 +753,7 @@ _MINIBATCHES = (
         "            refuse_not_finite(tensordict, key, mask)\n",
         "            pass\n",
         (
-            "tests/test_lost_causes.py::test_what_is_not_finite_is_refused_where_it_counts[ClipPPOLoss-advantage-nan]",
+            "tests/objectives/test_lost_causes.py::test_what_is_not_finite_is_refused_where_it_counts[ClipPPOLoss-advantage-nan]",
         ),
     ),
     Fault(
@@ -733,35 +761,39 @@ _MINIBATCHES = (
         "rnnkeys/objectives/refusals.py",
         "        bad &= mask\n",
         "        pass\n",
-        ("tests/test_minibatches.py::test_what_is_not_finite_is_refused",),
+        ("tests/objectives/test_minibatches.py::test_what_is_not_finite_is_refused",),
     ),
     Fault(
         "a loss does not look at what it would learn from",
         "rnnkeys/objectives/wiring.py",
         "        refuse_values(loss, tensordict)\n",
         "        pass\n",
-        ("tests/test_lost_causes.py::test_nothing_to_learn_from_is_refused[ReinforceLoss]",),
+        (
+            "tests/objectives/test_lost_causes.py::test_nothing_to_learn_from_is_refused[ReinforceLoss]",
+        ),
     ),
     Fault(
         "sequences are cut one step late",
         "rnnkeys/objectives/minibatches.py",
         "cuts |= (where - origin) % self.seq_len == 0",
         "cuts |= (where - origin) % self.seq_len == 1",
-        ("tests/test_minibatches.py::test_minibatches_have_the_size_asked_for",),
+        ("tests/objectives/test_minibatches.py::test_minibatches_have_the_size_asked_for",),
     ),
     Fault(
         "advantages are normalised over masked steps too",
         "rnnkeys/objectives/minibatches.py",
         "chosen = advantage[valid]",
         "chosen = advantage.flatten()",
-        ("tests/test_minibatches.py::test_advantages_are_normalised_over_unmasked_steps",),
+        (
+            "tests/objectives/test_minibatches.py::test_advantages_are_normalised_over_unmasked_steps",
+        ),
     ),
     Fault(
         "refreshed states run on into the next episode",
         "rnnkeys/objectives/minibatches.py",
         "torch.where(keep, stored, before)",
         "before",
-        ("tests/test_minibatches.py::test_states_are_refreshed_between_epochs",),
+        ("tests/objectives/test_minibatches.py::test_states_are_refreshed_between_epochs",),
     ),
     Fault(
         "a copy that fills a sequence up runs on from the step before",
@@ -769,7 +801,7 @@ _MINIBATCHES = (
         "            _mark_filling(batch, self.init_key, chosen.length)\n",
         "",
         (
-            "tests/test_policy_gradients.py::"
+            "tests/objectives/test_policy_gradients.py::"
             "test_ratios_of_the_first_epoch_are_one[7-discrete-gru-shared]",
         ),
     ),
@@ -779,7 +811,7 @@ _MINIBATCHES = (
         "            refuse_lost_memory(tensordict, one, str(type(loss).__name__))\n",
         "            pass\n",
         (
-            "tests/test_policy_gradients.py::"
+            "tests/objectives/test_policy_gradients.py::"
             "test_a_critic_whose_states_nobody_collected_is_refused[GAE]",
         ),
     ),
@@ -791,21 +823,25 @@ _SEQUENCES = (
         "rnnkeys/transforms/windows.py",
         "return [(first + a, first + b) for a, b in spans], keep, covered - keep",
         "return [(first + a, first + b) for a, b in spans], keep, 0",
-        ("tests/test_windows.py::test_batches_that_cut_episodes_change_no_window[last]",),
+        (
+            "tests/transforms/test_windows.py::test_batches_that_cut_episodes_change_no_window[last]",
+        ),
     ),
     Fault(
         "windows: the state is the one after the first step",
         "rnnkeys/transforms/windows.py",
         "windows.set(key, value[steps[:, 0]])",
         "windows.set(key, value[steps[:, 1]])",
-        ("tests/test_windows.py::test_the_state_is_the_one_that_enters_the_first_step[last]",),
+        (
+            "tests/transforms/test_windows.py::test_the_state_is_the_one_that_enters_the_first_step[last]",
+        ),
     ),
     Fault(
         "windows: fillers are not done",
         "rnnkeys/transforms/windows.py",
         'filler = key[0] == "next" and key[-1] in _ENDS',
         "filler = False",
-        ("tests/test_windows.py::test_fillers_are_done_and_masked_and_nothing_else",),
+        ("tests/transforms/test_windows.py::test_fillers_are_done_and_masked_and_nothing_else",),
     ),
     Fault(
         "burn-in: a start at the cut is run over",
@@ -813,7 +849,7 @@ _SEQUENCES = (
         "torch.where(reset, first, entering)",
         "entering",
         (
-            "tests/test_burn_in.py::"
+            "tests/transforms/test_burn_in.py::"
             "test_what_is_left_of_rows_equals_the_whole_by_hand[gru-True-0.4]",
         ),
     ),
@@ -823,13 +859,15 @@ _SEQUENCES = (
         "entering = after.select(time, steps - 1)",
         "entering = after.select(time, steps)",
         (
-            "tests/test_burn_in.py::"
+            "tests/transforms/test_burn_in.py::"
             "test_what_is_left_of_rows_equals_the_whole_by_hand[gru-True-0.0]",
         ),
     ),
 )
 
-_AS_IN_NUMPY = ("tests/test_r2d2.py::test_loss_and_priorities_equal_numpys[as in the paper-True]",)
+_AS_IN_NUMPY = (
+    "tests/objectives/test_r2d2.py::test_loss_and_priorities_equal_numpys[as in the paper-True]",
+)
 _AGENTS = (
     Fault(
         "agents: one agent's steps are taken for another's",
@@ -837,17 +875,17 @@ _AGENTS = (
         "            entry = entry.movedim(time, time + agents)",
         "            pass",
         (
-            "tests/test_agents.py::"
+            "tests/modules/test_agents.py::"
             "test_what_happens_to_one_agent_reaches_no_other[gru-auto-observation]",
         ),
     ),
     Fault(
         "masks: a NaN at a masked step reaches the gradient of a wired loss",
         "rnnkeys/objectives/wiring.py",
-        "tensordict = without_masked(tensordict, mask, finite=False)",
+        "tensordict = zero_masked(tensordict, mask, finite=False)",
         "pass",
         (
-            "tests/test_bad_batches.py::"
+            "tests/objectives/test_bad_batches.py::"
             "test_what_is_masked_reaches_nothing_in_losses_of_torchrl[DDPG]",
         ),
     ),
@@ -857,7 +895,7 @@ _AGENTS = (
         "loss * torch.where(mask, weights, 0.0)",
         "loss * weights",
         (
-            "tests/test_bad_batches.py::"
+            "tests/objectives/test_bad_batches.py::"
             "test_whatever_stands_at_masked_steps_changes_nothing[weights-4]",
         ),
     ),
@@ -867,7 +905,7 @@ _AGENTS = (
         "-1).any(-1) if is_init.ndim > rank",
         "-1).all(-1) if is_init.ndim > rank",
         (
-            "tests/test_agents.py::"
+            "tests/modules/test_agents.py::"
             "test_agents_that_end_apart_remember_what_each_saw_in_its_own_episode[gru]",
         ),
     ),
@@ -878,7 +916,7 @@ _AGENTS = (
         "    if marks.shape == shape:\n"
         "        return marks.any(-1, True).expand(shape) if shape[len(lead):] else marks\n",
         (
-            "tests/test_agents.py::"
+            "tests/modules/test_agents.py::"
             "test_agents_that_end_apart_remember_what_each_saw_in_its_own_episode[gru]",
         ),
     ),
@@ -887,7 +925,9 @@ _AGENTS = (
         "rnnkeys/entries.py",
         "unfolded = entry.reshape(*lead[:-1]",
         "unfolded = entry.roll(1, 0).reshape(*lead[:-1]",
-        ("tests/test_agents.py::test_qmix_has_the_loss_and_gradients_of_single_steps[shared-gru]",),
+        (
+            "tests/modules/test_agents.py::test_qmix_has_the_loss_and_gradients_of_single_steps[shared-gru]",
+        ),
     ),
     Fault(
         "agents: a word is heard all the time",
@@ -912,7 +952,7 @@ _STATEFUL = (
         'over = self._ended.clone() if self.autoreset == "next_step" else done',
         "over = done",
         (
-            "tests/test_stateful.py::"
+            "tests/deploy/test_stateful_policy.py::"
             "test_vector_environments_restart_where_episodes_do[next_step-gru]",
         ),
     ),
@@ -921,7 +961,9 @@ _STATEFUL = (
         "rnnkeys/stateful.py",
         "held[index[written]] = after[written].to(held.dtype)",
         "held[: len(index)] = after.to(held.dtype)",
-        ("tests/test_stateful.py::test_environments_may_be_called_in_any_order_and_number",),
+        (
+            "tests/deploy/test_stateful_policy.py::test_environments_may_be_called_in_any_order_and_number",
+        ),
     ),
 )
 
@@ -932,7 +974,7 @@ _R2D2 = (
         "after[at, gap[index][leads] - 1]",
         "after[at, -1]",
         (
-            "tests/test_refresh.py::"
+            "tests/transforms/test_refresh.py::"
             "test_a_buffer_holds_what_a_fresh_collection_would[window2-LazyTensorStorage]",
         ),
     ),
@@ -960,16 +1002,19 @@ _R2D2 = (
     Fault(
         "R2D2: what is masked has a part in the gradient",
         "rnnkeys/objectives/r2d2.py",
-        "windows = without_masked(windows, mask, integers=True)",
+        "windows = zero_masked(windows, mask, integers=True)",
         "pass",
-        ("tests/test_r2d2.py::test_what_is_masked_reaches_nothing_not_even_a_nan",),
+        ("tests/objectives/test_r2d2.py::test_what_is_masked_reaches_nothing_not_even_a_nan",),
     ),
     Fault(
         "R2D2: a window that starts an episode is burned in, too",
         "rnnkeys/transforms/burn_in.py",
         "marks[:, steps] |= goes_on",
         "marks[:, steps] |= goes_on | True",
-        ("tests/test_r2d2.py::test_loss_and_priorities_equal_numpys[starts in the burn-in-True]",),
+        (
+            "tests/objectives/test_r2d2.py::test_loss_and_priorities_equal_numpys"
+            "[starts in the burn-in-True]",
+        ),
     ),
     Fault(
         "R2D2 tutorial: a resumed run has forgotten its priorities",
@@ -990,7 +1035,7 @@ _R2D2 = (
         "rnnkeys/objectives/rescaling.py",
         "return y.sign() * s * (s + 2)",
         "return y.sign() * ((s + 1) ** 2 - 1)",
-        ("tests/test_r2d2.py::test_rescaling_is_undone_without_cancellation[0.001]",),
+        ("tests/objectives/test_r2d2.py::test_rescaling_is_undone_without_cancellation[0.001]",),
     ),
 )
 
@@ -1000,7 +1045,9 @@ _EXPORT = (
         "rnnkeys/export.py",
         "data.set(key, torch.zeros(*batch, 1,",
         "data.set(key, torch.ones(*batch, 1,",
-        ("tests/test_export.py::test_the_batch_is_of_any_size_and_states_are_returned",),
+        (
+            "tests/deploy/test_export_step.py::test_the_batch_is_of_any_size_and_states_are_returned",
+        ),
     ),
 )
 
@@ -1062,7 +1109,7 @@ _SAC = (
 
 def _at_a_glance(form: str) -> tuple[str, ...]:
     """One interpreted problem in one form of the Triton kernels."""
-    return (f"tests/test_triton_interpreted.py::test_one_problem_at_a_glance[{form}]",)
+    return (f"tests/backends/test_triton_interpreted.py::test_one_problem_at_a_glance[{form}]",)
 
 
 _TRITON = (
@@ -1102,7 +1149,9 @@ _PRECISION = (
         "rnnkeys/precision.py",
         '"high": "high-prec", "medium": "fast"',
         '"high": "fast", "medium": "high-prec"',
-        ("tests/test_precision.py::test_every_order_of_precedence_resolves_as_in_torchrl[Hopper]",),
+        (
+            "tests/backends/test_precision.py::test_every_order_of_precedence_resolves_as_in_torchrl[Hopper]",
+        ),
     ),
     Fault(
         "precision: a block forgets what was set before",
@@ -1110,7 +1159,7 @@ _PRECISION = (
         "_torchrl._GLOBAL_OVERRIDE = self._saved.pop()",
         "_torchrl._GLOBAL_OVERRIDE = None",
         (
-            "tests/test_precision.py::"
+            "tests/backends/test_precision.py::"
             "test_a_block_puts_back_what_was_set_before_even_after_an_error",
         ),
     ),
@@ -1119,7 +1168,9 @@ _PRECISION = (
         "rnnkeys/precision.py",
         "            flags.fp32_precision = before\n",
         "            pass\n",
-        ("tests/test_precision.py::test_the_library_runs_at_the_mode_and_is_put_back[highest]",),
+        (
+            "tests/backends/test_precision.py::test_the_library_runs_at_the_mode_and_is_put_back[highest]",
+        ),
     ),
 )
 

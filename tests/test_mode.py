@@ -20,7 +20,7 @@ from torchrl.objectives import DQNLoss
 from torchrl.objectives.common import LossModule
 
 from rnnkeys import recurrent_mode, set_recurrent_mode
-from tests.recurrent import KINDS, THEIRS, batch, chain, make, make_theirs
+from tests.support.recurrent import KINDS, THEIRS, batch, chain, make, make_theirs
 
 in_both_kinds = pytest.mark.parametrize("kind", KINDS)
 

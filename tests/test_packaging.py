@@ -68,7 +68,13 @@ def test_the_wheel_holds_the_whole_package_its_types_and_its_licence_and_nothing
 def test_the_sdist_holds_what_a_contributor_needs(built):
     with tarfile.open(built.sdist) as archive:
         names = {str(Path(*Path(name).parts[1:])) for name in archive.getnames()}
-    for name in ("pyproject.toml", "constraints.txt", "Makefile", "LICENSE", "tests/reference.py"):
+    for name in (
+        "pyproject.toml",
+        "constraints.txt",
+        "Makefile",
+        "LICENSE",
+        "tests/support/reference.py",
+    ):
         assert name in names
     assert {str(p) for p in _linked_files(PROJECT / "README.md")} <= names
 

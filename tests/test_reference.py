@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests import reference
-from tests.tolerances import assert_equal
+from tests.support import reference
+from tests.support.tolerances import assert_equal
 
 B, T, I, H = 3, 7, 5, 4
 F64 = torch.float64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.tolerances import TOLERANCE, assert_equal, relative_error
+from tests.support.tolerances import TOLERANCE, assert_equal, relative_error
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 
+from .._compat import is_legacy_batchedtensor
 from ..cells import Weights
-from ..segments import Plan
 from . import ops
+from .packing import Plan
 from .workspace import Ran, hidden_cells, run_block, run_block_back, size_of
 
 # What shuts a gate in a gap, whatever biases and state add to it.

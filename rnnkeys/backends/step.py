@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._compat import gru_cell, lstm_cell
 from ..cells import Cell, Weights
 
 
@@ -41,5 +42,5 @@ def _vendor_step(
 ) -> tuple[Tensor, ...]:
     parameters = weights[:4]
     if cell.name == "lstm":
-        return torch._VF.lstm_cell(x, state, *parameters)  # pyright: ignore[reportAttributeAccessIssue]
-    return (torch._VF.gru_cell(x, state[0], *parameters),)  # pyright: ignore[reportAttributeAccessIssue]
+        return lstm_cell(x, state, *parameters)
+    return (gru_cell(x, state[0], *parameters),)

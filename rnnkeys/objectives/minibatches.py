@@ -10,17 +10,17 @@ from tensordict import TensorDictBase, unravel_key
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
-from ..mode import set_recurrent_mode
-from ..starts import check_time, find_starts, next_key
-from .networks import Recurrent, find_recurrent
-from .refusals import (
-    MASK_KEY,
+from ..checks.losses import (
     read_mask,
     refuse_emptiness,
     refuse_lost_memory,
     refuse_not_finite,
     refuse_unknown_states,
 )
+from ..keys import MASK_KEY, next_key
+from ..mode import set_recurrent_mode
+from ..modules.network import Recurrent, find_recurrent
+from ..sequences.segment_starts import check_contiguous_time, find_segment_starts
 
 
 class Sequences(NamedTuple):
@@ -152,8 +152,8 @@ class SequenceMinibatches:
 
     def _prepare(self, rollout: TensorDictBase) -> tuple[TensorDictBase, Tensor, Tensor | None]:
         refuse_emptiness(rollout, "SequenceMinibatches")
-        starts = find_starts(rollout, self.init_key)
-        check_time(rollout, self.init_key, starts)
+        starts = find_segment_starts(rollout, self.init_key)
+        check_contiguous_time(rollout, self.init_key, starts)
         mask = read_mask(rollout, "a loss")
         for one in self.recurrent:
             refuse_lost_memory(rollout, one, "the minibatches")
@@ -268,7 +268,7 @@ def normalize(advantage: Tensor, valid: Tensor) -> Tensor:
 
 def _store(fresh: TensorDictBase, out: TensorDictBase, recurrent: Recurrent) -> None:
     """Carry each state that was written after a step to the next step, where no segment starts."""
-    marks = find_starts(fresh, recurrent.init_key).squeeze(-1)
+    marks = find_segment_starts(fresh, recurrent.init_key).squeeze(-1)
     for key in recurrent.state_keys:
         after = out.get(next_key(key))
         stored = fresh.get(key, None)

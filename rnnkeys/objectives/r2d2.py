@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torchrl.objectives import LossModule, distance_loss
 
+from ..checks.losses import refuse_multi_step, refuse_not_finite
+from ..keys import MULTI_STEP_KEY, next_key
 from ..mode import set_recurrent_mode
-from ..starts import MULTI_STEP_KEY, mark_starts, next_key
+from ..sequences.masks import zero_masked
+from ..sequences.segment_starts import set_segment_starts
 from ..transforms.burn_in import StateKeys, check_burn_in, split
-from .masks import without_masked
-from .refusals import refuse_multi_step, refuse_not_finite
 from .rescaling import value_rescale, value_rescale_inverse
 
 
@@ -204,7 +205,7 @@ class R2D2Loss(LossModule):
         mask = self._mask(windows)
         if not is_compiling() and mask.device.type == "cpu":
             refuse_not_finite(windows, next_key(self.tensor_keys.reward), mask)
-        windows = without_masked(windows, mask, integers=True)
+        windows = zero_masked(windows, mask, integers=True)
         mask = self._learned(windows, mask)
         learned = windows if self.learn_starts else split(windows, self.burn_in)[1]
         ends = self._ends(learned, mask)
@@ -236,7 +237,7 @@ class R2D2Loss(LossModule):
                     f"another entry with set_keys(). Entries: {sorted(map(str, windows.keys()))}."
                 )
         refuse_multi_step(windows, MULTI_STEP_KEY, "n_steps=")
-        return mark_starts(windows.select(*wanted, strict=False), self._states[0].init_keys)
+        return set_segment_starts(windows.select(*wanted, strict=False), self._states[0].init_keys)
 
     def _mask(self, windows: TensorDictBase) -> Tensor:
         mask = windows.get(self.tensor_keys.mask, None)

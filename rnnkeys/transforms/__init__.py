@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from ..modules.primers import StatePrimer as StatePrimer
+from ..modules.primers import get_env_transforms_from_module as get_env_transforms_from_module
+from ..modules.primers import get_primers_from_module as get_primers_from_module
 from .burn_in import BurnIn as BurnIn
 from .next_init import NextInitPrioritizedSliceSampler as NextInitPrioritizedSliceSampler
 from .next_init import NextInitSliceSampler as NextInitSliceSampler
@@ -10,9 +13,6 @@ from .next_init import (
 )
 from .next_init import NextInitStreamingSliceSampler as NextInitStreamingSliceSampler
 from .next_init import NextInitTracker as NextInitTracker
-from .primers import StatePrimer as StatePrimer
-from .primers import get_env_transforms_from_module as get_env_transforms_from_module
-from .primers import get_primers_from_module as get_primers_from_module
 from .refresh import RefreshStates as RefreshStates
 from .refresh import state_staleness as state_staleness
 from .windows import Windows as Windows

@@ -11,8 +11,9 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from ..keys import next_key
 from ..mode import set_recurrent_mode
-from ..starts import mark_starts, next_key, read_marks
+from ..sequences.segment_starts import read_is_init, set_segment_starts
 from .batches import BatchTransform
 
 
@@ -92,7 +93,7 @@ class BurnIn(BatchTransform):
             )
         if not self.burn_in:
             return tensordict
-        tensordict = mark_starts(tensordict, self._init_keys)
+        tensordict = set_segment_starts(tensordict, self._init_keys)
         if tensordict.ndim == 1 and self.slice_len is None:
             return self._cut_flat(tensordict)
         if tensordict.ndim == 1:
@@ -125,7 +126,7 @@ class BurnIn(BatchTransform):
         """Burn in slices of any lengths, laid end to end."""
         starts = torch.zeros(flat.shape, dtype=torch.bool)
         for key in self._init_keys:
-            starts |= read_marks(flat, key).reshape(*flat.shape, -1).any(-1).cpu()
+            starts |= read_is_init(flat, key).reshape(*flat.shape, -1).any(-1).cpu()
         starts[:1] = True
         first = starts.nonzero().squeeze(-1)
         steps = torch.arange(flat.shape[0])
@@ -155,7 +156,7 @@ class StateKeys:
 
     def __init__(self, network: TensorDictModuleBase, in_sequences: bool = True) -> None:
         # Modules import the primers, which lie beside this file.
-        from ..objectives.networks import find_recurrent
+        from ..modules.network import find_recurrent
 
         self.network = network
         found = find_recurrent(network)
@@ -207,7 +208,7 @@ class StateKeys:
         """Tell which of the first ``steps`` ``[B, steps]`` follow an episode's start in the row."""
         fresh = torch.ones(1, dtype=torch.bool, device=rows.device)
         for key in self.init_keys:
-            marks = read_marks(rows, key)[:, :steps].flatten(2).cumsum(1) > 0
+            marks = read_is_init(rows, key)[:, :steps].flatten(2).cumsum(1) > 0
             fresh = fresh & marks.all(-1)
         return fresh
 
@@ -223,7 +224,7 @@ class StateKeys:
                 stored = state.new_zeros(*rows.shape, *state.shape[2:])
             joined.set(key, torch.cat([stored[:, :steps], state], 1))
         for key in self.init_keys:
-            marks = read_marks(rows, key).clone()
+            marks = read_is_init(rows, key).clone()
             marks[:, steps] |= goes_on.reshape(-1, *[1] * (marks.ndim - 2))
             joined.set(key, marks)
         return joined
@@ -264,7 +265,7 @@ class StateKeys:
 
     def _marks_like(self, rows: TensorDictBase, key: NestedKey, state: Tensor) -> Tensor:
         """Return the marks that reset a state, with dimensions to select it by."""
-        marks = read_marks(rows, dict(self.pairs)[key])
+        marks = read_is_init(rows, dict(self.pairs)[key])
         return marks.reshape(*marks.shape[:-1], *[1] * (state.ndim - marks.ndim + 1))
 
 

@@ -15,8 +15,9 @@ from torchrl.data.replay_buffers.samplers import (
 )
 from torchrl.data.replay_buffers.storages import Storage
 
+from ..keys import as_keys, next_key
 from ..replay import PrioritizedSliceSampler
-from ..starts import as_keys, mark_next, next_key
+from ..sequences.segment_starts import set_next_is_init
 from .batches import BatchTransform
 
 _TRUNCATED = ("next", "truncated")
@@ -75,7 +76,7 @@ class NextInitTracker(BatchTransform):
             RuntimeError: if it runs inside a replay buffer before its sampler's marks are there.
         """
         self._refuse_unmarked_slices(tensordict)
-        return mark_next(tensordict, self.init_keys)
+        return set_next_is_init(tensordict, self.init_keys)
 
     def _refuse_unmarked_slices(self, tensordict: TensorDictBase) -> None:
         # A replay buffer hands its transforms a flat batch only if its items are single steps, and

@@ -10,9 +10,10 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from ..starts import mark_starts, next_key
+from ..keys import MASK_KEY, next_key
+from ..sequences.segment_starts import set_segment_starts
 from .burn_in import StateKeys, check_burn_in, split
-from .windows import EPISODE_KEY, FIRST_KEY, MASK_KEY
+from .windows import EPISODE_KEY, FIRST_KEY
 
 
 class RefreshStates:
@@ -54,7 +55,7 @@ class RefreshStates:
             KeyError: if the marks or an input are missing.
             ValueError: if there is no time dimension.
         """
-        marked = mark_starts(tensordict, self._states.init_keys)
+        marked = set_segment_starts(tensordict, self._states.init_keys)
         out = self._states.run(marked)
         time = tensordict.ndim - 1
         refreshed = tensordict.copy()

@@ -11,11 +11,10 @@ from tensordict import TensorDict, TensorDictBase, unravel_key
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from ..entries import as_tuple
-from ..starts import check_mask, next_key
+from ..keys import MASK_KEY, as_tuple, next_key
+from ..sequences.segment_starts import check_mask
 from .batches import BatchTransform
 
-MASK_KEY = ("collector", "mask")
 RESIDUALS = ("drop", "last", "null", "repeat", "overlap")
 EPISODE_KEY, FIRST_KEY = ("window", "episode"), ("window", "first")
 _STATE_PREFIX = "recurrent_state"

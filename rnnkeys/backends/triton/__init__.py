@@ -13,9 +13,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.compiler import is_compiling
 
+from ..._compat import TransformType, get_interpreter_stack
 from ...cells import Cell, Weights
 from ...precision import resolve
 from .config import MAX_HIDDEN

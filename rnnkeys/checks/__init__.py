@@ -1,0 +1,1 @@
+"""Checks of wirings and batches, each with its message and remedy."""

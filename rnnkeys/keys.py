@@ -1,0 +1,62 @@
+"""Keys of entries that several parts of the package read: defined once."""
+
+from __future__ import annotations
+
+from tensordict import TensorDictBase, unravel_key
+from tensordict.utils import NestedKey
+
+INIT_KEY = "is_init"
+MASK_KEY = ("collector", "mask")
+TRAJECTORY_KEY = ("collector", "traj_ids")
+MULTI_STEP_KEY = "steps_to_next_obs"
+
+
+def as_tuple(key: NestedKey) -> tuple[str, ...]:
+    """Return a key as a tuple of strings.
+
+    Examples:
+        >>> as_tuple("is_init")
+        ('is_init',)
+    """
+    key = unravel_key(key)
+    return (key,) if isinstance(key, str) else tuple(str(part) for part in key)
+
+
+def next_key(key: NestedKey) -> tuple[str, ...]:
+    """Return where the ``next`` tensordict holds ``key``.
+
+    Examples:
+        >>> next_key(("agents", "is_init"))
+        ('next', 'agents', 'is_init')
+    """
+    return ("next", *as_tuple(key))
+
+
+def as_keys(key: NestedKey | list[NestedKey]) -> list[NestedKey]:
+    """Return a list of unravelled keys: a tuple is one nested key, a list is several keys.
+
+    Raises:
+        ValueError: if the list is empty.
+        TypeError: if an element is not a key.
+
+    Examples:
+        >>> as_keys(["is_init", ("agents", "is_init")])
+        ['is_init', ('agents', 'is_init')]
+    """
+    keys = key if isinstance(key, list) else [key]
+    if not keys:
+        raise ValueError(
+            "init_key=[] names no key: pass a key such as 'is_init', or a list of keys."
+        )
+    for one in keys:
+        if not isinstance(one, (str, tuple)):
+            raise TypeError(
+                "init_key must be a key (a string or a tuple of strings) or a list of keys. Got "
+                f"{one!r}."
+            )
+    return [unravel_key(one) for one in keys]
+
+
+def entry_names(tensordict: TensorDictBase) -> list[str]:
+    """Return the names of the root entries, sorted, for error messages."""
+    return sorted(map(str, tensordict.keys()))

@@ -1,0 +1,13 @@
+"""Recurrent modules: keys and shapes of the state that lives in a TensorDict."""
+
+from .canonical import canonicalize_rnn_subset as canonicalize_rnn_subset
+from .lstm_gru import GRUModule as GRUModule
+from .lstm_gru import LSTMModule as LSTMModule
+from .primers import StatePrimer as StatePrimer
+from .primers import get_env_transforms_from_module as get_env_transforms_from_module
+from .primers import get_primers_from_module as get_primers_from_module
+from .pure_pytorch import GRU as GRU
+from .pure_pytorch import LSTM as LSTM
+from .recurrent import RecurrentModule as RecurrentModule
+from .step_modules import GRUCell as GRUCell
+from .step_modules import LSTMCell as LSTMCell

@@ -1,0 +1,355 @@
+"""Layers of cells that torch has no class for: those of this package, and those of users."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..cells import Cell, Weights
+
+State = tuple[Tensor, ...]
+# Backends know kernels for these by name.
+_TAKEN = ("lstm", "gru", "step")
+
+
+class CellStack(nn.Module):
+    """The parameters of ``L`` layers of a cell, named as in ``nn.RNNBase``: ``weight_ih_l0``, ...
+
+    Args:
+        cell: the equation.
+        input_size: ``I``.
+        hidden_size: ``H``.
+        num_layers: ``L``.
+        bias: whether layers have biases.
+        dropout: probability of dropout between layers, in training.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: if a size is not a positive int, or the cell's name is one of torch's.
+
+    Examples:
+        >>> from rnnkeys.cells import LAYER_NORM_LSTM_CELL
+        >>> sorted(CellStack(LAYER_NORM_LSTM_CELL, 3, 5).state_dict())[:3]
+        ['bias_ih_l0', 'norm_h_bias_l0', 'norm_h_weight_l0']
+    """
+
+    proj_size = 0
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int | None,
+        hidden_size: int | None,
+        num_layers: int = 1,
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if cell.name in _TAKEN:
+            raise ValueError(
+                f"A cell cannot have name={cell.name!r}: backends run another equation under that "
+                f"name. Give {type(cell).__name__} a name of its own; for torch's LSTM and GRU use "
+                "LSTMModule and GRUModule."
+            )
+        self.cell, self.mode = cell, cell.name.upper()
+        self.input_size = _check_size("input_size", input_size)
+        self.hidden_size = _check_size("hidden_size", hidden_size)
+        self.num_layers = _check_size("num_layers", num_layers)
+        self.bias, self.dropout = bias, float(dropout)
+        for layer in range(num_layers):
+            width = self.hidden_size if layer else self.input_size
+            for name, shape in cell.parameter_shapes(width, self.hidden_size, bias).items():
+                values = torch.empty(shape, device=device, dtype=dtype)
+                self.register_parameter(f"{name}_l{layer}", nn.Parameter(values))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        for name, parameter in self.named_parameters():
+            self.cell.reset_parameter(name.rpartition("_l")[0], parameter, self.hidden_size)
+
+    def extra_repr(self) -> str:
+        """Show the sizes."""
+        return f"{self.cell.name}, {self.input_size}, {self.hidden_size}, layers={self.num_layers}"
+
+    def view(self) -> CellLayers:
+        """Return what modules read."""
+        return CellLayers(self)
+
+
+class _View:
+    """What a recurrent module reads of its layers, as in :class:`rnnkeys.layers.Layers`."""
+
+    proj_size = 0
+    num_layers: int
+    hidden_size: int
+    input_size: int
+
+    def __init__(self, stack: Any) -> None:
+        self.module = stack
+        self.input_size = stack.input_size
+        self.hidden_size = stack.hidden_size
+        self.num_layers = stack.num_layers
+        self.cell: Cell = stack.cell
+
+    @property
+    def dropout(self) -> float:
+        """Probability of dropout between layers now: 0 where the stack is in eval mode."""
+        return self.module.dropout if self.module.training else 0.0
+
+    def enter(self, states: State) -> State:
+        """Turn stored states into those that backends carry."""
+        return states
+
+    def leave(self, states: State) -> State:
+        """Turn states that backends carry into those that are stored."""
+        return states
+
+
+class CellLayers(_View):
+    """Sizes and present parameters of a :class:`CellStack`."""
+
+    @property
+    def sample(self) -> Tensor:
+        """A parameter, which tells dtype and device of all."""
+        return self.module.weight_hh_l0
+
+    @property
+    def state_sizes(self) -> tuple[int, ...]:
+        """Size of the last dimension of each state."""
+        return (self.hidden_size,) * len(self.cell.state_names)
+
+    def weights(self, layer: int) -> Weights:
+        """Return the parameters of one layer."""
+        shapes = self.cell.parameter_shapes(self.input_size, self.hidden_size, self.module.bias)
+        found = {name: getattr(self.module, f"{name}_l{layer}") for name in shapes}
+        fields = (found.pop(n, None) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        return Weights(*fields, extra=found)
+
+
+class StepWeights:
+    """A step module in place of parameters, and the values that stand for its own, if any."""
+
+    w_hr = None
+
+    def __init__(self, module: nn.Module, sample: Tensor, values: dict[str, Tensor] | None = None):
+        self.module, self.values = module, values
+        self.w_ih = self.w_hh = sample
+
+    def to(self, dtype: torch.dtype) -> StepWeights:
+        """Cast every parameter."""
+        values = {name: p.to(dtype) for name, p in self.module.named_parameters()}
+        return StepWeights(self.module, self.w_hh.to(dtype), values)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every parameter."""
+        return [*self.module.parameters(), self.w_hh]
+
+    def __call__(self, *arguments: Tensor) -> State:
+        """Run one step."""
+        if self.values is None:
+            return tuple(self.module(*arguments))
+        return tuple(functional_call(self.module, self.values, arguments))
+
+
+class StepCell(Cell):
+    """Runs a module that maps ``(input, *state)`` to ``(output, *state)``.
+
+    Backends carry the output in front of the states; nothing reads it back.
+    """
+
+    name = "step"
+    num_gates = 0
+
+    def __init__(self, state_names: tuple[str, ...]) -> None:
+        self.state_names = state_names
+
+    def input_gates(self, weights: Any, x: Tensor) -> Tensor:
+        """Leave the input to the step."""
+        return x
+
+    def step(self, weights: Any, gates_x: Tensor, state: State) -> State:
+        """See the base."""
+        # A module may change its states in place, and these are the caller's, or a step's before.
+        return weights(gates_x, *(s.clone() for s in state[1:]))
+
+    def pointwise(self, gates_x: Tensor, gates_h: Tensor, state: State) -> State:
+        """Raise: the module is the whole step."""
+        raise NotImplementedError("A step module is called by step().")
+
+
+class StepStack(nn.ModuleList):
+    """Layers that are users' modules of one step.
+
+    Args:
+        modules: one for each layer, ``(input [N, I], *state [N, H]) -> (output [N, O], *state)``.
+        input_size: ``I`` of the first; by default its attribute ``input_size``.
+        state_sizes: size of each state by name, in order; by default the attribute ``state_sizes``.
+        dropout: probability of dropout between layers, in training.
+
+    Raises:
+        ValueError: if sizes are missing, or if a trial step returns anything else; the message says
+            what.
+    """
+
+    proj_size = 0
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        input_size: int | None = None,
+        state_sizes: Mapping[str, int] | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(modules)
+        first, name = modules[0], type(modules[0]).__name__
+        given = input_size if input_size is not None else getattr(first, "input_size", None)
+        self.input_size = _check_size("input_size", given)
+        sizes = state_sizes if state_sizes is not None else getattr(first, "state_sizes", None)
+        if not isinstance(sizes, Mapping) or not sizes:
+            raise ValueError(
+                f"state_sizes of {name} must name at least one state with its size, such as "
+                f"{{'h': 64}}. Got {sizes!r}: pass state_sizes=, or make it an attribute of the "
+                "module."
+            )
+        for state, size in sizes.items():
+            _check_size(f"state_sizes[{state!r}]", size)
+        self.state_sizes = dict(sizes)
+        self.cell, self.num_layers, self.dropout = StepCell(tuple(sizes)), len(modules), dropout
+        self.hidden_size = next(iter(self.state_sizes.values()))
+        self.output_size = 0
+        width = self.input_size
+        for layer in range(self.num_layers):
+            width = self._try_layer(layer, width)
+
+    def _try_layer(self, layer: int, width: int) -> int:
+        """Run one step of a copy, and return the size of its output."""
+        # A trial must leave no trace: neither statistics of norms, nor random numbers.
+        module = copy.deepcopy(self[layer]).eval()
+        sample, rows = _sample(module), 2
+        x = sample.new_zeros(rows, width)
+        states = [sample.new_zeros(rows, size) for size in self.state_sizes.values()]
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            result = module(x, *states)
+        expected = ["output [2, O]", *(f"{n} [2, {s}]" for n, s in self.state_sizes.items())]
+        fits = (
+            isinstance(result, tuple)
+            and len(result) == len(expected)
+            and all(isinstance(r, Tensor) for r in result)
+            and result[0].shape[:-1] == (rows,)
+            and all(r.shape == s.shape for r, s in zip(result[1:], states, strict=True))
+        )
+        if not fits:
+            parts = result if isinstance(result, tuple) else [result]
+            got = [tuple(r.shape) if isinstance(r, Tensor) else type(r).__name__ for r in parts]
+            raise ValueError(
+                f"{type(module).__name__} (layer {layer}) must map (input, "
+                f"{', '.join(self.state_sizes)}) to the tuple ({', '.join(expected)}). For an "
+                f"input [2, {width}] it returned {got}."
+            )
+        if layer and result[0].shape[-1] != self.output_size:
+            raise ValueError(
+                f"Outputs of all layers must have one size: layer {layer} has "
+                f"{result[0].shape[-1]}, those before {self.output_size}."
+            )
+        self.output_size = result[0].shape[-1]
+        return self.output_size
+
+    def view(self) -> StepLayers:
+        """Return what modules read."""
+        return StepLayers(self)
+
+
+class StepLayers(_View):
+    """Sizes and modules of a :class:`StepStack`."""
+
+    @property
+    def sample(self) -> Tensor:
+        """A parameter, which tells dtype and device of all."""
+        return _sample(self.module)
+
+    @property
+    def state_sizes(self) -> tuple[int, ...]:
+        """Size of the last dimension of each state."""
+        return tuple(self.module.state_sizes.values())
+
+    def enter(self, states: State) -> State:
+        """Put an output, which is not read, in front of the states."""
+        first = states[0]
+        output = first.new_zeros(()).expand(*first.shape[:-1], self.module.output_size)
+        return (output, *states)
+
+    def leave(self, states: State) -> State:
+        """Drop the output."""
+        return states[1:]
+
+    def weights(self, layer: int) -> Any:
+        """Return the module of one layer, in the place of parameters."""
+        module = self.module[layer]
+        return StepWeights(module, _sample(module))
+
+
+def _sample(module: nn.Module) -> Tensor:
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            return parameter
+    return torch.empty(0)
+
+
+def _check_size(name: str, size: Any) -> int:
+    if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
+        raise ValueError(f"{name} must be passed, a positive int. Got {name}={size!r}.")
+    return size
+
+
+def make_stack(
+    cell: Any,
+    input_size: int | None,
+    hidden_size: int | None,
+    state_sizes: Mapping[str, int] | None,
+    **arguments: Any,
+) -> nn.Module:
+    """Return layers from what a user gave: a cell, a module of one step, or a list of modules.
+
+    Raises:
+        TypeError: if it is anything else.
+        ValueError: if arguments do not fit what is given.
+    """
+    if isinstance(cell, Cell):
+        if state_sizes is not None:
+            raise ValueError(
+                f"state_sizes is for step modules. Got state_sizes={state_sizes!r} with the cell "
+                f"{cell.name!r}, whose states have hidden_size."
+            )
+        return CellStack(cell, input_size, hidden_size, **arguments)
+    modules = [cell] if isinstance(cell, nn.Module) else cell
+    if (
+        not isinstance(modules, (list, tuple))
+        or not modules
+        or not all(isinstance(m, nn.Module) for m in modules)
+        or any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in modules)
+    ):
+        raise TypeError(
+            "RecurrentModule runs a rnnkeys.cells.Cell, or an nn.Module (or a list of them, one "
+            "for each layer) that maps (input, *state) of one step to (output, *state). Got "
+            f"{cell!r}; torch's LSTM and GRU are LSTMModule and GRUModule."
+        )
+    dropout = arguments.pop("dropout", 0.0)
+    given = {"hidden_size": hidden_size, **arguments}
+    defaults = {"num_layers": 1, "bias": True}
+    for name, value in given.items():
+        if value != defaults.get(name):
+            raise ValueError(
+                f"{name}={value!r} is for cells: a step module has its own sizes, biases, device "
+                "and dtype, and several layers are a list of modules."
+            )
+    return StepStack(modules, input_size, state_sizes, dropout)

@@ -1,0 +1,1 @@
+"""Batches of sequences: segment starts and masks. No network and no kernel."""

@@ -1,0 +1,147 @@
+"""The exported single step plays an episode as the policy itself does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.envs import GymEnv, TransformedEnv
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import OneHotCategorical, ProbabilisticActor, QValueModule, TanhNormal
+
+from rnnkeys import GRUModule, LSTMModule, export_step, get_env_transforms_from_module
+from tests.support.target_cases import Mod, Seq
+
+KINDS: dict[str, Any] = {"lstm": LSTMModule, "gru": GRUModule}
+
+
+def make(cell: str, kind: str, layers: int = 2) -> tuple[Any, Any]:
+    """Return a policy with weights that do not always choose the same, and its environment."""
+    name, size, actions = ("Pendulum-v1", 3, 1) if kind == "normal" else ("CartPole-v1", 4, 2)
+    env = GymEnv(name)
+    memory = KINDS[cell](size, 8, num_layers=layers, in_key="observation", out_key="embed")
+    if kind == "normal":
+        head = torch.nn.Linear(8, 2 * actions)
+        bell = Mod(Spread(head), ["embed"], ["loc", "scale"])
+        policy: Any = ProbabilisticActor(
+            Seq(memory, bell), in_keys=["loc", "scale"], distribution_class=TanhNormal
+        )
+    else:
+        key = "action_value" if kind == "values" else "logits"
+        body = Seq(memory, Mod(torch.nn.Linear(8, actions, bias=False), ["embed"], [key]))
+        policy = (
+            Seq(body, QValueModule(spec=env.action_spec))
+            if kind == "values"
+            else ProbabilisticActor(body, in_keys=["logits"], distribution_class=OneHotCategorical)
+        )
+    with torch.no_grad():
+        for key, value in policy.named_parameters():
+            # Without biases what is seen decides; with this sign it is answered by its opposite,
+            # so that actions differ.
+            value.mul_(0.0 if "bias" in key else -3.0 if value.shape == (actions, 8) else 3.0)
+    transforms: Any = get_env_transforms_from_module(policy)
+    return policy, TransformedEnv(env, transforms)
+
+
+class Spread(torch.nn.Module):
+    def __init__(self, head: torch.nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, embed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loc, scale = self.head(embed).chunk(2, -1)
+        return loc, scale.exp()
+
+
+def play(env: Any, policy: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    env.set_seed(3)
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        episode = env.rollout(60, policy)
+    return episode["observation"], episode["action"]
+
+
+def replay(
+    step: Callable[..., Any], observations: torch.Tensor, cell: str, layers: int = 2
+) -> torch.Tensor:
+    """Let an exported step act on what was seen, carrying its states by hand."""
+    states = [torch.zeros(1, layers, 8) for _ in range(2 if cell == "lstm" else 1)]
+    actions = []
+    for observation in observations:
+        action, *states = step(observation.unsqueeze(0), *states)
+        actions.append(torch.as_tensor(action)[0])
+    return torch.stack(actions)
+
+
+def make_and_play(cell: str, kind: str) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
+    """Draw policies until one is found that does not always act the same."""
+    while True:
+        policy, env = make(cell, kind)
+        observations, actions = play(env, policy)
+        if len(observations) > 5 and len(actions.unique(dim=0)) > 1:
+            return policy, env, observations, actions
+
+
+in_all_kinds = pytest.mark.parametrize("kind", ["categories", "values", "normal"])
+
+
+@in_all_kinds
+@pytest.mark.parametrize("cell", KINDS)
+def test_the_program_plays_as_the_policy(cell: str, kind: str) -> None:
+    policy, env, observations, actions = make_and_play(cell, kind)
+    example = TensorDict(observation=observations[:1], batch_size=[1])
+    program = export_step(policy, example)
+    assert policy.training
+    with torch.no_grad():
+        again = replay(program.module(), observations, cell)
+    torch.testing.assert_close(again.to(actions.dtype), actions, rtol=1e-5, atol=1e-5)
+
+
+@in_all_kinds
+@pytest.mark.parametrize("cell", KINDS)
+def test_onnx_plays_as_the_policy(cell: str, kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    policy, _, observations, actions = make_and_play(cell, kind)
+    example = TensorDict(observation=observations[:1], batch_size=[1])
+    export_step(policy, example, onnx=tmp_path / "step.onnx")
+    session = runtime.InferenceSession(tmp_path / "step.onnx")
+    names = [one.name for one in session.get_inputs()]
+    assert names[0] == "observation" and len(names) == (3 if cell == "lstm" else 2)
+
+    def step(*tensors: Any) -> Any:
+        feed = {n: np.asarray(t) for n, t in zip(names, tensors, strict=True)}
+        return session.run(None, feed)
+
+    again = replay(step, observations, cell)
+    torch.testing.assert_close(again.to(actions.dtype), actions, rtol=1e-5, atol=1e-5)
+
+
+def test_the_batch_is_of_any_size_and_states_are_returned() -> None:
+    gru = GRUModule(3, 5, in_key="observation", out_key="embed")
+    example = TensorDict(observation=torch.zeros(1, 3), batch_size=[1])
+    program = export_step(gru, example, outputs=["embed"]).module()
+    x, h = torch.randn(7, 3), torch.randn(7, 1, 5)
+    marks = torch.zeros(7, 1, dtype=torch.bool)
+    data = TensorDict(observation=x, recurrent_state=h, is_init=marks, batch_size=[7])
+    truth = gru(data)
+    embed, state = program(x, h)
+    torch.testing.assert_close(embed, truth["embed"])
+    torch.testing.assert_close(state, truth["next", "recurrent_state"])
+
+
+def test_bad_examples() -> None:
+    gru = GRUModule(3, 5, in_key="observation", out_key="embed")
+    with pytest.raises(ValueError, match=r"one batch dimension, \[N\]. Got batch size \[\]"):
+        export_step(gru, TensorDict(observation=torch.zeros(3)))
+    example = TensorDict(observation=torch.zeros(2, 3), batch_size=[2])
+    with pytest.raises(KeyError, match="writes no .*action.*Pass outputs=.*embed"):
+        export_step(gru, example)
+    with pytest.raises(TypeError, match=r"list of keys. Got 'embed': pass \['embed'\]"):
+        export_step(gru, example, outputs="embed")
+    with pytest.raises(KeyError, match="The example misses 'observation'"):
+        export_step(gru, TensorDict(seen=torch.zeros(1, 3), batch_size=[1]))

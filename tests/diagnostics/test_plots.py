@@ -1,0 +1,133 @@
+"""Pictures: what they draw is right, and what cannot be drawn is said."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+import rnnkeys
+from rnnkeys import plot_episode_states, plot_state_staleness
+from rnnkeys.diagnostics import plots, staleness_by_step
+from rnnkeys.modules.network import find_recurrent
+from tests.support import target_cases as cases
+from tests.support import target_oracle as oracle
+
+DQN = next(case for case in cases.CASES if case.name == "DQN double delayed TD0")
+
+
+def rollout(cell: str = "gru") -> tuple[Any, Any]:
+    policy = DQN.make(rnnkeys, cell).policy
+    return policy, cases.collect(DQN, policy, 60)
+
+
+def line(panel: Any, label: str) -> Any:
+    [found] = [one for one in panel.get_lines() if one.get_label() == label]
+    return torch.as_tensor(found.get_ydata())
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_norms_and_starts(cell: str) -> None:
+    policy, data = rollout(cell)
+    figure = plot_episode_states(data, policy)
+    norms, gates, reach = figure.axes
+    for key in ("actor_h", "actor_c")[: 2 if cell == "lstm" else 1]:
+        torch.testing.assert_close(line(norms, key), data[key].flatten(1).norm(dim=-1))
+    marked = [
+        torch.as_tensor(one.get_xdata())[0].item()
+        for one in norms.get_lines()
+        if one.get_linestyle() == ":"
+    ]
+    assert marked == data["is_init"].flatten().nonzero().flatten().tolist()
+    drawn = [str(one.get_label()) for one in gates.get_lines()]
+    assert drawn[:2] == (["i", "f"] if cell == "lstm" else ["r", "z"])
+    assert "age" in reach.get_xlabel()
+
+
+def test_rows_and_states_are_found_without_a_policy() -> None:
+    policy, _ = rollout("lstm")
+    data = cases.collect(DQN, policy, 40, (2,))
+    [panel] = plot_episode_states(data, row=1).axes
+    torch.testing.assert_close(line(panel, "actor_c"), data["actor_c"][1].flatten(1).norm(dim=-1))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_saturation_is_that_of_the_equations(cell: str) -> None:
+    policy, data = rollout(cell)
+    [one] = find_recurrent(policy)
+    rnn: Any = one.module.layers  # pyright: ignore[reportAttributeAccessIssue]
+    with torch.no_grad():
+        for parameter in rnn.parameters():
+            parameter.mul_(12)
+    # Stored states belong to these weights too: what enters each step is what was collected.
+    data = cases.collect(DQN, policy, 60)
+    x, h = data["observation"], data["actor_h"].squeeze(-2)
+    gates = x @ rnn.weight_ih_l0.T + rnn.bias_ih_l0 + h @ rnn.weight_hh_l0.T + rnn.bias_hh_l0
+    parts = gates.sigmoid().chunk(4 if cell == "lstm" else 3, -1)
+    shares = plots.gate_saturation(policy, data, one)
+    assert list(shares) == (["i", "f", "o"] if cell == "lstm" else ["r", "z"])
+    for name, part in zip(shares, (parts[0], parts[1], parts[-1]), strict=False):
+        expected = ((part < 0.05) | (part > 0.95)).float().mean(-1)
+        assert 0.1 < expected.mean() < 0.95
+        torch.testing.assert_close(shares[name], expected.detach())
+
+
+def test_reach_is_the_gradient_by_age() -> None:
+    policy, data = rollout()
+    [one] = find_recurrent(policy)
+    starts = data["is_init"].flatten()
+    key, reach = plots.memory_reach(policy, data, one, starts)
+    assert key == "chosen_action_value"
+    age = plots.ages(starts)
+    anchors = (age == age.max()).nonzero().flatten()
+    total = torch.zeros(len(reach))
+    for anchor in anchors.tolist():
+        first = anchor - int(age.max())
+        x = data["observation"][first : anchor + 1].clone().requires_grad_()
+        h = torch.zeros(cases.HIDDEN)
+        rnn: Any = one.module.layers  # pyright: ignore[reportAttributeAccessIssue]
+        for step in x:
+            h = oracle.step(rnn, 0, step, (h,))[0]
+        q = policy.module[1].module(h).max()
+        total += torch.autograd.grad(q, x)[0].norm(dim=-1).flip(0)
+    torch.testing.assert_close(reach, total / total[0])
+
+
+def test_staleness_is_drawn_by_age() -> None:
+    policy, _ = rollout()
+    old = cases.windows(DQN, policy)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.5)
+    new = cases.windows(DQN, policy)
+    [panel] = plot_state_staleness(policy, {"new": new, "old": old}).axes
+    assert line(panel, "new").max() < 1e-5 < 0.01 < line(panel, "old").max()
+    found = staleness_by_step(policy, old)
+    for age, value in enumerate(line(panel, "old").tolist()):
+        assert value == pytest.approx(found.difference[found.age == age].mean().item(), abs=1e-6)
+    [panel] = plot_state_staleness(policy, old).axes
+    assert line(panel, "stored states").max() > 0.01
+
+
+def test_what_cannot_be_drawn_is_said() -> None:
+    policy, data = rollout()
+    with pytest.raises(ValueError, match="no state to draw.*Pass the policy"):
+        plot_episode_states(data.exclude("actor_h"))
+    with pytest.raises(ValueError, match="row=1.*has 1 rows"):
+        plot_episode_states(data, policy, row=1)
+    with pytest.raises(ValueError, match="needs a time dimension"):
+        plot_episode_states(data[0], policy)
+    with pytest.raises(ValueError, match="holds nothing to draw"):
+        plot_state_staleness(policy, {})
+    with pytest.raises(KeyError, match="no state 'actor_h'"):
+        plot_state_staleness(policy, data.exclude("actor_h"))
+
+
+def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    states = TensorDict({"h": torch.zeros(3, 1, 2), "next": {"h": torch.zeros(3, 1, 2)}}, [3])
+    with pytest.raises(ImportError, match=r"pip install 'rnnkeys\[plot\]'"):
+        plot_episode_states(states.set("is_init", torch.zeros(3, 1).bool()))

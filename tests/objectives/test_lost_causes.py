@@ -1,0 +1,98 @@
+"""Policy gradients refuse collected data from which nothing can be learned, before they do."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDictBase
+from torchrl.objectives import A2CLoss, ClipPPOLoss, ReinforceLoss
+from torchrl.objectives.value import GAE, TD0Estimator, TD1Estimator, TDLambdaEstimator
+
+from rnnkeys.objectives import recurrent_loss
+from tests.support.policy_gradients import Agent, collect, make_agent
+
+MASK = ("collector", "mask")
+LOSSES = {"ClipPPOLoss": ClipPPOLoss, "A2CLoss": A2CLoss, "ReinforceLoss": ReinforceLoss}
+ESTIMATORS: dict[str, Any] = {
+    "GAE": partial(GAE, lmbda=0.8),
+    "TD(lambda)": partial(TDLambdaEstimator, lmbda=0.8),
+    "TD(0)": TD0Estimator,
+    "TD(1)": TD1Estimator,
+}
+READERS = [*ESTIMATORS, *LOSSES]
+
+
+def make_reader(name: str, agent: Agent) -> Any:
+    if name in LOSSES:
+        return recurrent_loss(LOSSES[name](agent.actor, agent.critic))
+    return recurrent_loss(ESTIMATORS[name](gamma=0.9, value_network=agent.critic))
+
+
+def refuses(reader: Any, data: TensorDictBase, error: type[Exception], message: str) -> None:
+    """Check that a call raises and leaves the data as it was."""
+    before = data.clone()
+    with pytest.raises(error, match=message):
+        reader(data)
+    assert set(data.keys(True, True)) == set(before.keys(True, True))
+    for key, value in before.items(True, True):
+        torch.testing.assert_close(data.get(key), value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_nothing_to_learn_from_is_refused(name: str) -> None:
+    agent = make_agent()
+    reader, data = make_reader(name, agent), advantages_of(agent)
+    empties: list[Any] = [data[:, :0], data[:0]]
+    for empty in empties:
+        refuses(reader, empty, ValueError, r"at least one step is expected. Got batch size \[")
+    data[MASK] = torch.zeros(data.shape, dtype=torch.bool)
+    refuses(reader, data, ValueError, "is False everywhere, so there is nothing")
+    data[MASK] = torch.ones(data.shape)
+    refuses(reader, data, TypeError, "must be bool. Got torch.float32")
+
+
+def advantages_of(agent: Agent) -> TensorDictBase:
+    data = collect(agent, steps=12)
+    return make_reader("GAE", agent)(data)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        *((name, ("next", "reward")) for name in READERS),
+        *((name, "advantage") for name in LOSSES),
+        *((name, "value_target") for name in LOSSES),
+    ],
+)
+def test_what_is_not_finite_is_refused_where_it_counts(name: str, key: Any, bad: float) -> None:
+    agent = make_agent()
+    reader, data = make_reader(name, agent), advantages_of(agent)
+    data.get(key)[1, 4] = bad
+    refuses(reader, data, ValueError, r"is not finite at 1 of 36 steps, first at \[1, 4\]")
+    flat: Any = data.reshape(-1)
+    refuses(reader, flat, ValueError, r"is not finite at 1 of 36 steps, first at \[16\]")
+    data[MASK] = torch.ones(data.shape, dtype=torch.bool)
+    data[MASK][1, 4] = False
+    reader(data)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_advantages_that_are_worked_out_anew_may_be_anything(name: str) -> None:
+    agent = make_agent()
+    data = advantages_of(agent)
+    data["advantage"].fill_(float("nan"))
+    assert make_reader(name, agent)(data)["advantage"].isfinite().all()
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_minibatches_of_shuffled_steps_are_refused(name: str) -> None:
+    """What cuts through a sequence, as a buffer without slices would."""
+    agent = make_agent()
+    reader, data = make_reader(name, agent), advantages_of(agent)
+    shuffled: Any = data.reshape(-1)[torch.randperm(data.numel())]
+    for batch in (shuffled, shuffled.reshape(6, -1)):
+        refuses(reader, batch, ValueError, "Time is not contiguous in this batch")

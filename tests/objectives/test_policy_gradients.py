@@ -1,0 +1,190 @@
+"""Advantages and ratios of recurrent actors and critics on what they collected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.objectives import ClipPPOLoss, ReinforceLoss, ValueEstimators
+from torchrl.objectives.value import GAE, TD0Estimator, TD1Estimator, TDLambdaEstimator
+
+from rnnkeys import set_recurrent_mode
+from rnnkeys.objectives import SequenceMinibatches, recurrent_loss
+from tests.support.policy_gradients import SHAPES, Agent, collect, make_agent
+from tests.support.tolerances import assert_equal
+
+GAMMA, LAMBDA = 0.9, 0.8
+ESTIMATORS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "GAE": (GAE, {"lmbda": LAMBDA}),
+    "GAE without vmap": (GAE, {"lmbda": LAMBDA, "deactivate_vmap": True}),
+    "TD(lambda)": (TDLambdaEstimator, {"lmbda": LAMBDA}),
+    "TD(0)": (TD0Estimator, {}),
+    "TD(1)": (TD1Estimator, {}),
+}
+in_every_shape = pytest.mark.parametrize("shared", SHAPES.values(), ids=SHAPES)
+for_both_cells = pytest.mark.parametrize("cell", ["lstm", "gru"])
+
+
+def single_step_values(agent: Agent, data: TensorDictBase) -> tuple[Tensor, Tensor]:
+    """Values that the critic gives one step at a time, before and after each step."""
+    after: Any = data.get("next").select(*agent.critic.in_keys, strict=False)
+    after.set("is_init", torch.zeros_like(data.get("is_init")))
+    with torch.no_grad(), set_recurrent_mode(False):
+        after = agent.critic(after.reshape(-1)).reshape(data.shape)
+    return data.get("state_value"), after.get("state_value")
+
+
+def expected_advantage(data: TensorDictBase, value: Tensor, after: Tensor, lmbda: float) -> Tensor:
+    """GAE as the paper's sum, backwards, episode by episode."""
+    reward, done, terminated = (data["next", k] for k in ("reward", "done", "terminated"))
+    error = reward + GAMMA * after * ~terminated - value
+    advantage = torch.zeros_like(error)
+    ahead = torch.zeros_like(error[:, 0])
+    for t in reversed(range(data.shape[1])):
+        ahead = error[:, t] + GAMMA * lmbda * ahead * ~done[:, t]
+        advantage[:, t] = ahead
+    return advantage
+
+
+@in_every_shape
+@for_both_cells
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_values_and_advantages_are_the_single_step_ones(name: str, cell: str, shared: bool) -> None:
+    agent = make_agent("discrete", cell, shared)
+    data = collect(agent)
+    check_every_kind_of_end(data)
+    value, after = single_step_values(agent, data)
+    lmbda = {"TD(0)": 0.0, "TD(1)": 1.0}.get(name, LAMBDA)
+    truth = expected_advantage(data, value, after, lmbda)
+    kind, options = ESTIMATORS[name]
+    estimate = recurrent_loss(kind(gamma=GAMMA, value_network=agent.critic, **options))
+    result = estimate(data.clone())
+    assert_equal(result["state_value"], value, torch.float32, "values")
+    assert_equal(result["next", "state_value"], after, torch.float32, "next values")
+    assert_equal(result["advantage"], truth, torch.float32, "advantages")
+    assert_equal(result["value_target"], truth + value, torch.float32, "returns")
+
+
+def check_every_kind_of_end(data: TensorDictBase) -> None:
+    """Episodes terminate and are truncated inside, come in from before and go on behind."""
+    terminated, done = (data["next", key][:, :-1] for key in ("terminated", "done"))
+    assert terminated.any() and (done & ~terminated).any()
+    assert not data["next", "done"][:, -1].all() and not data["is_init"][:, 0].all()
+
+
+@in_every_shape
+@for_both_cells
+@pytest.mark.parametrize(
+    ("kind", "double"),
+    [("discrete", False), ("continuous", True)],
+    ids=["discrete", "continuous"],
+)
+@pytest.mark.parametrize("seq_len", [None, 4, 7])
+def test_ratios_of_the_first_epoch_are_one(
+    kind: str,
+    double: bool,
+    cell: str,
+    shared: bool,
+    seq_len: int | None,
+    request: pytest.FixtureRequest,
+) -> None:
+    """In float64 where the tanh's inverse enlarges rounding without bound."""
+    if double:
+        request.getfixturevalue("float64")
+    atol = 1e-9 if double else 1e-5
+    agent = make_agent(kind, cell, shared)
+    data = collect(agent)
+    recurrent_loss(GAE(gamma=GAMMA, lmbda=LAMBDA, value_network=agent.critic))(data)
+    loss = recurrent_loss(ClipPPOLoss(agent.actor, agent.critic))
+    steps = 0
+    for batch in SequenceMinibatches(None if seq_len is None else 2 * seq_len, seq_len)(data):
+        with set_recurrent_mode(True):
+            log_prob = agent.actor.get_dist(batch.clone()).log_prob(batch["action"])
+        torch.testing.assert_close(log_prob, batch["action_log_prob"], rtol=0, atol=atol)
+        out = loss(batch)
+        for name in ("max_ratio", "mean_ratio"):
+            torch.testing.assert_close(out[name], torch.ones(()), rtol=0, atol=atol)
+        steps += int(batch.get(("collector", "mask"), torch.ones(batch.shape)).sum())
+    assert steps == data.numel()
+
+
+def test_log_probs_are_wrong_where_states_are_forgotten() -> None:
+    """What the checks above would see in an update from zero states."""
+    agent = make_agent()
+    data = collect(agent)
+    data["actor_h"].zero_()
+    with set_recurrent_mode(False):
+        log_prob = agent.actor.get_dist(data.reshape(-1)).log_prob(data["action"].reshape(-1))
+    assert (log_prob - data["action_log_prob"].reshape(-1)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", [ClipPPOLoss, ReinforceLoss], ids=lambda k: k.__name__)
+def test_padding_changes_no_loss_and_no_gradient(kind: Any) -> None:
+    agent = make_agent()
+    data = collect(agent, steps=20)
+    recurrent_loss(GAE(gamma=GAMMA, lmbda=LAMBDA, value_network=agent.critic))(data)
+    loss = recurrent_loss(kind(agent.actor, agent.critic))
+    [whole] = SequenceMinibatches()(data)
+    [padded] = SequenceMinibatches(by_episode=True)(data)
+    mask = padded["collector", "mask"]
+    assert ("collector", "mask") not in whole and not mask.all()
+    padded["action_log_prob"][~mask] = 5.0
+    assert_same_loss(loss, whole, padded)
+
+
+def assert_same_loss(loss: Any, one: TensorDictBase, other: TensorDictBase) -> None:
+    results = []
+    for batch in (one, other):
+        out = loss(batch)
+        terms = {k: v for k, v in out.items() if k.startswith("loss_")}
+        gradient = torch.autograd.grad(sum(terms.values()), list(loss.parameters()))  # pyright: ignore[reportArgumentType, reportCallIssue]
+        results.append((terms, gradient))
+    (terms, gradient), (others, other_gradient) = results
+    assert len(terms) >= 2
+    for key, value in terms.items():
+        torch.testing.assert_close(others[key], value, rtol=1e-5, atol=1e-6)
+    for mine, true in zip(other_gradient, gradient, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reader", ["GAE", "ClipPPOLoss"])
+def test_a_critic_whose_states_nobody_collected_is_refused(reader: str) -> None:
+    agent = make_agent()
+    data = collect(agent)
+    bare = data.exclude("value_h", ("next", "value_h"))
+    assert not data["is_init"][:, 0].all()
+    gae: Any = GAE(gamma=GAMMA, lmbda=LAMBDA, value_network=agent.critic)
+    loss = ClipPPOLoss(agent.actor, agent.critic)
+    loss.make_value_estimator(ValueEstimators.GAE, gamma=GAMMA, lmbda=LAMBDA)
+    wired: Any = recurrent_loss(gae if reader == "GAE" else loss)
+    with pytest.raises(KeyError, match=f"{reader} would run GRUModule from zeros.*value_h"):
+        wired(bare)
+    # Rows that start with their episode need none at the root, but behind their first step.
+    bare["is_init"][:, 0] = True
+    with pytest.raises(KeyError, match="next view of its value network from zeros.*shifted=True"):
+        wired(bare)
+
+
+def test_one_call_for_both_views_needs_no_states_of_the_critic() -> None:
+    """Of an episode, values and targets are those of one run over all its observations."""
+    critic, steps = make_agent().critic, 6
+    memory: Any = critic[0]
+    x = torch.randn(steps + 1, memory.layers.input_size)
+    marks = torch.zeros(steps + 1, 1, dtype=torch.bool)
+    marks[0] = True
+    whole = TensorDict({memory.in_keys[0]: x, memory.init_key: marks}, [steps + 1])
+    batch: Any = whole[:-1].clone()
+    ahead: Any = whole[1:].clone()
+    batch["next"] = ahead.set("reward", torch.zeros(steps, 1))
+    for key in ("done", "terminated", "truncated"):
+        batch["next", key] = marks[1:].clone()
+    batch["next", "done"][-1] = batch["next", "truncated"][-1] = True
+    gae: Any = GAE(gamma=1.0, lmbda=0.0, value_network=critic, shifted=True)
+    recurrent_loss(gae)(batch)
+    with torch.no_grad(), set_recurrent_mode(True):
+        values = critic(whole)["state_value"]
+    torch.testing.assert_close(batch["state_value"], values[:-1])
+    torch.testing.assert_close(batch["value_target"], values[1:])

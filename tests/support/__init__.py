@@ -1,0 +1,1 @@
+"""Oracles, problems, tolerances and strategies that the tests share."""

@@ -1,0 +1,111 @@
+"""Recurrent modules and batches for tests, and runs of them step by step by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torchrl.modules
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import Tensor, nn
+
+from rnnkeys import GRUModule, LSTMModule, RecurrentModule, set_recurrent_mode
+from rnnkeys.keys import as_tuple
+
+KINDS: dict[str, type[RecurrentModule]] = {"lstm": LSTMModule, "gru": GRUModule}
+THEIRS: dict[str, Any] = {"lstm": torchrl.modules.LSTMModule, "gru": torchrl.modules.GRUModule}
+BACKENDS = ("loop", "pad", "scan", "auto")
+F64 = torch.float64
+
+
+def make(kind: str, **arguments: Any) -> Any:
+    """Return a module of 3 inputs and 5 hidden units that reads "observation", writes "embed"."""
+    return KINDS[kind](**_defaults(arguments))
+
+
+def make_theirs(kind: str, **arguments: Any) -> Any:
+    """Return TorchRL's module with the same sizes and keys."""
+    return THEIRS[kind](**_defaults(arguments))
+
+
+def _defaults(arguments: dict[str, Any]) -> dict[str, Any]:
+    if not {"lstm", "gru"} & arguments.keys():
+        arguments = {"input_size": 3, "hidden_size": 5, **arguments}
+    if "in_keys" not in arguments:
+        arguments = {"in_key": "observation", **arguments}
+    if "out_keys" not in arguments:
+        arguments = {"out_key": "embed", **arguments}
+    return arguments
+
+
+def batch(
+    module: Any,
+    shape: tuple[int, ...] = (2, 7),
+    agents: tuple[int, ...] = (),
+    *,
+    states: bool = True,
+    marks: float = 0.3,
+    shared_marks: bool = True,
+) -> TensorDict:
+    """Return random sequences ``[*shape]`` (time last) for a module, stored states included."""
+    dtype = next(module.parameters()).dtype
+    data = TensorDict({}, batch_size=shape)
+    data.set(module.in_keys[0], torch.randn(*shape, *agents, module.layers.input_size, dtype=dtype))
+    mark_shape = (*shape, 1) if shared_marks else (*shape, *agents, 1)
+    data.set(module.in_keys[-1], torch.rand(mark_shape) < marks)
+    if states:
+        for key, size in zip(module.state_keys, module.state_sizes, strict=True):
+            layers = module.layers.num_layers
+            data.set(key, torch.randn(*shape, *agents, layers, size, dtype=dtype))
+    return data
+
+
+def by_hand(module: Any, data: TensorDictBase) -> TensorDictBase:
+    """Run sequences one step at a time, segments from the state stored at their first step."""
+    time = data.ndim - 1
+    marks = data.get(module.in_keys[-1])
+    read = data.select(*module.in_keys, strict=False)
+    steps: list[TensorDictBase] = []
+    with set_recurrent_mode(False):
+        for t in range(data.shape[-1]):
+            step = read[(..., t)].clone()
+            if t:
+                _carry(module, step, steps[-1], marks.select(time, t))
+            # The state is chosen here, so that single-step mode must not reset it to zero.
+            step.set(module.in_keys[-1], torch.zeros_like(step.get(module.in_keys[-1])))
+            steps.append(module(step))
+    return torch.stack(steps, time)  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+def _carry(module: Any, step: TensorDictBase, before: TensorDictBase, starts: Tensor) -> None:
+    for key in module.state_keys:
+        carried = before.get(("next", *as_tuple(key)))
+        stored = step.get(key, torch.zeros_like(carried))
+        fresh = starts.squeeze(-1)
+        fresh = fresh[(..., *(None,) * (carried.ndim - fresh.ndim))]
+        step.set(key, torch.where(fresh, stored, carried))
+
+
+def outputs(module: Any, data: TensorDictBase) -> dict[str, Tensor]:
+    """Return what a module has written, by name."""
+    return {str(key): data.get(key) for key in module.out_keys}
+
+
+def recurrently(module: Any, data: TensorDictBase) -> TensorDictBase:
+    """Run whole sequences on a copy of the data."""
+    with set_recurrent_mode(True):
+        return module(data.clone())
+
+
+def chain(*modules: nn.Module) -> TensorDictSequential:
+    """Return modules run one after the other (their constructor's types admit only lists)."""
+    return TensorDictSequential(*modules)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def discrete_policy(module: Any, num_actions: int = 2) -> TensorDictSequential:
+    """Return a greedy policy: the recurrent module, a linear head, the best action."""
+    width = next(m for m in module.modules() if isinstance(m, nn.RNNBase)).hidden_size
+    head = TensorDictModule(nn.Linear(width, num_actions), ["embed"], ["logits"])
+    best = TensorDictModule(lambda logits: logits.argmax(-1), ["logits"], ["action"])
+    return chain(module, head, best)
