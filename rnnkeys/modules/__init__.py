@@ -3,6 +3,8 @@
 from .canonical import canonicalize_rnn_subset as canonicalize_rnn_subset
 from .lstm_gru import GRUModule as GRUModule
 from .lstm_gru import LSTMModule as LSTMModule
+from .network import RecurrentLayer as RecurrentLayer
+from .network import RecurrentNetwork as RecurrentNetwork
 from .primers import StatePrimer as StatePrimer
 from .primers import get_env_transforms_from_module as get_env_transforms_from_module
 from .primers import get_primers_from_module as get_primers_from_module

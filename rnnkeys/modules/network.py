@@ -1,11 +1,12 @@
-"""What a loss runs: the networks inside it, the recurrent modules among them, and their keys."""
+"""A network with recurrent modules inside: their keys, and ways to run it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from tensordict import unravel_key
+import torch
+from tensordict import TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import nn
@@ -13,11 +14,18 @@ from torchrl.objectives import LossModule
 from torchrl.objectives.value import ValueEstimatorBase
 
 from ..keys import next_key
-from .lstm_gru import RecurrentModule
+from ..mode import set_recurrent_mode
+from .recurrent import RecurrentModule
 
 
-class Recurrent(NamedTuple):
-    """A recurrent module and the keys it works with."""
+class RecurrentLayer(NamedTuple):
+    """A recurrent module inside a network, and the keys that it works with.
+
+    Attributes:
+        module: the module, of this package or of TorchRL.
+        init_key: key of the ``is_init`` flags that it reads.
+        state_keys: keys of its recurrent states; the next states are at ``("next", key)``.
+    """
 
     module: TensorDictModuleBase
     init_key: NestedKey
@@ -25,8 +33,146 @@ class Recurrent(NamedTuple):
 
     @property
     def writes_states(self) -> bool:
-        """Whether it writes the state after every step (TorchRL's modules write zeros)."""
+        """Whether recurrent mode writes the state after every step; TorchRL's writes zeros."""
         return isinstance(self.module, RecurrentModule)
+
+
+class RecurrentNetwork:
+    """A network, the recurrent modules inside it, and their keys.
+
+    Modules of this package and TorchRL's ``LSTMModule`` and ``GRUModule`` are found, each once,
+    also inside losses and value estimators. Keys are read when the object is made.
+
+    Args:
+        network: a policy, a value network, a loss or any module that contains them.
+
+    Attributes:
+        network: the network that the methods run.
+        layers: the recurrent modules inside, each with its keys.
+        state_keys: keys of all recurrent states, each once.
+        init_keys: keys of all ``is_init`` flags, each once.
+        pairs: ``(state key, init key)`` for every recurrent state.
+
+    Examples:
+        >>> from rnnkeys import GRUModule
+        >>> network = RecurrentNetwork(GRUModule(3, 5, in_key="observation", out_key="embed"))
+        >>> network.pairs
+        (('recurrent_state', 'is_init'),)
+        >>> network.input_keys, network.output_keys
+        (('observation',), ('embed', ('next', 'recurrent_state')))
+        >>> network.initial_states([2])["recurrent_state"].shape
+        torch.Size([2, 1, 5])
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.layers = tuple(_find_layers(network))
+        self.pairs = tuple(
+            dict.fromkeys((key, one.init_key) for one in self.layers for key in one.state_keys)
+        )
+        self.state_keys = tuple(dict.fromkeys(key for key, _ in self.pairs))
+        self.init_keys = tuple(dict.fromkeys(one.init_key for one in self.layers))
+
+    @property
+    def modules(self) -> tuple[TensorDictModuleBase, ...]:
+        """The recurrent modules inside."""
+        return tuple(one.module for one in self.layers)
+
+    @property
+    def input_keys(self) -> tuple[NestedKey, ...]:
+        """Keys that the network reads, without recurrent states and ``is_init`` flags."""
+        network: Any = self.network
+        recurrent = {*self.state_keys, *self.init_keys}
+        keys = map(unravel_key, network.in_keys)
+        return tuple(dict.fromkeys(key for key in keys if key not in recurrent))
+
+    @property
+    def output_keys(self) -> tuple[NestedKey, ...]:
+        """Keys that any module inside writes, next states included."""
+        written: dict[Any, None] = {}
+        for one in find_networks(self.network):
+            holds_networks = isinstance(one, (LossModule, ValueEstimatorBase))
+            if isinstance(one, TensorDictModuleBase) and not holds_networks:
+                written |= dict.fromkeys(map(unravel_key, one.out_keys))
+        return tuple(written)
+
+    def check_is_recurrent(self) -> None:
+        """Raise if there is no recurrent module inside.
+
+        Raises:
+            ValueError: names the network.
+        """
+        if not self.layers:
+            raise ValueError(
+                f"There is no recurrent module inside {type(self.network).__name__}. Pass the "
+                "network that contains an rnnkeys.LSTMModule, a GRUModule or another recurrent "
+                "module."
+            )
+
+    def run_sequences(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Run the network over whole sequences, on a shallow copy of the entries that it reads.
+
+        Args:
+            tensordict: sequences ``[*, T]``; it stays as it is.
+
+        Returns:
+            A TensorDict ``[*, T]`` with the entries that were read and those that were written.
+        """
+        return self._run(tensordict, recurrent_mode=True)
+
+    def run_step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Run the network for one time step, on a shallow copy of the entries that it reads.
+
+        Args:
+            tensordict: one step of a batch ``[*]``; it stays as it is.
+
+        Returns:
+            A TensorDict ``[*]`` with the entries that were read and those that were written.
+        """
+        return self._run(tensordict, recurrent_mode=False)
+
+    def _run(self, tensordict: TensorDictBase, recurrent_mode: bool) -> TensorDictBase:
+        keys = (*self.input_keys, *self.state_keys, *self.init_keys)
+        with set_recurrent_mode(recurrent_mode):
+            return self.network(tensordict.select(*keys, strict=False))
+
+    def initial_states(
+        self, batch_size: Any = (), example: TensorDictBase | None = None
+    ) -> TensorDict:
+        """Make the states that episodes start from.
+
+        Args:
+            batch_size: batch size of the result.
+            example: one step with the entries of ``input_keys``, of any batch size. It is needed
+                where states have dimensions of agents, which no module knows: the network runs
+                once on it, without gradient.
+
+        Returns:
+            A TensorDict of zeros ``[*batch_size, *agents, L, H]``, one for each of ``state_keys``,
+            in the dtype and on the device of the parameters.
+        """
+        states = TensorDict({}, batch_size)
+        for key, zero in self._zeros(example).items():
+            states.set(key, zero.expand(*states.batch_size, *zero.shape).clone())
+        return states
+
+    def _zeros(self, example: TensorDictBase | None) -> dict[Any, torch.Tensor]:
+        """Return a zero for each state, without batch dimensions."""
+        zeros: dict[Any, torch.Tensor] = {}
+        if example is None:
+            for module in self.modules:
+                primers: Any = module.make_tensordict_primer().primers  # pyright: ignore[reportCallIssue]
+                zeros |= {unravel_key(k): v.zero() for k, v in primers.items(True, True)}
+            return {key: zeros[key] for key in self.state_keys}
+        step = example.exclude(*self.state_keys)
+        for key in self.init_keys:
+            step.set(key, torch.ones(*step.batch_size, 1, dtype=torch.bool, device=step.device))
+        with torch.no_grad():
+            written = self.run_step(step)
+        for key in self.state_keys:
+            shape = written.get(next_key(key)).shape[step.ndim :]
+            zeros[key] = written.get(next_key(key)).new_zeros(shape)
+        return zeros
 
 
 def find_networks(module: nn.Module) -> Iterator[nn.Module]:
@@ -50,36 +196,31 @@ def find_networks(module: nn.Module) -> Iterator[nn.Module]:
                 waiting += [v for v in vars(one).values() if isinstance(v, nn.Module)]
 
 
-def find_recurrent(module: nn.Module) -> list[Recurrent]:
-    """Return the recurrent modules inside, of this package and of TorchRL.
-
-    Examples:
-        >>> from rnnkeys import GRUModule
-        >>> [found] = find_recurrent(nn.Sequential(GRUModule(3, 5, in_key="o", out_key="e")))
-        >>> found.init_key, found.state_keys
-        ('is_init', ('recurrent_state',))
-    """
-    return [
-        Recurrent(one, getattr(one, "init_key", "is_init"), _state_keys(one))
-        for one in find_networks(module)
-        if isinstance(one, TensorDictModuleBase) and hasattr(one, "recurrent_mode")
-    ]
+def _find_layers(module: nn.Module) -> Iterator[RecurrentLayer]:
+    for one in find_networks(module):
+        # TorchRL's recurrent modules share no base class, but all have this property.
+        if isinstance(one, TensorDictModuleBase) and hasattr(one, "recurrent_mode"):
+            init_key = unravel_key(getattr(one, "init_key", "is_init"))
+            yield RecurrentLayer(one, init_key, _state_keys(one))
 
 
 def _state_keys(module: TensorDictModuleBase) -> tuple[NestedKey, ...]:
-    """Keys that are read and whose ``("next", key)`` is written."""
+    """Return the keys that are read and whose ``("next", key)`` is written."""
     if isinstance(module, RecurrentModule):
         return module.state_keys
     written = set(map(unravel_key, module.out_keys))
     return tuple(key for key in map(unravel_key, module.in_keys) if next_key(key) in written)
 
 
+# The former names, until their callers use RecurrentNetwork.
+Recurrent = RecurrentLayer
+
+
+def find_recurrent(module: nn.Module) -> list[RecurrentLayer]:
+    """Return the recurrent modules inside; use :class:`RecurrentNetwork`."""
+    return list(RecurrentNetwork(module).layers)
+
+
 def find_outputs(module: nn.Module) -> set[Any]:
-    """Return every key that a network inside writes."""
-    return {
-        unravel_key(key)
-        for one in find_networks(module)
-        if isinstance(one, TensorDictModuleBase)
-        and not isinstance(one, (LossModule, ValueEstimatorBase))
-        for key in one.out_keys
-    }
+    """Return every key that a network inside writes; use :class:`RecurrentNetwork`."""
+    return set(RecurrentNetwork(module).output_keys)
