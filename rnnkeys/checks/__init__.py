@@ -1,1 +1,23 @@
-"""Checks of wirings and batches, each with its message and remedy."""
+"""Checks of batches, networks and losses: one check and one text for each mistake.
+
+A check yields :class:`Problem`; :func:`raise_first` raises the first one. The call
+``set_value_checks(False)`` switches off the checks that read values. ``docs/what_is_checked.md``
+lists all checks by name.
+"""
+
+from __future__ import annotations
+
+from .arguments import as_float as as_float
+from .arguments import as_int as as_int
+from .entries import find_done_problems as find_done_problems
+from .entries import find_empty_mask_problems as find_empty_mask_problems
+from .entries import find_finite_problems as find_finite_problems
+from .entries import find_init_problems as find_init_problems
+from .entries import find_mask_problems as find_mask_problems
+from .entries import find_multi_step_problems as find_multi_step_problems
+from .entries import find_step_problems as find_step_problems
+from .problem import Problem as Problem
+from .problem import raise_first as raise_first
+from .switch import can_read_values as can_read_values
+from .switch import set_value_checks as set_value_checks
+from .switch import value_checks_enabled as value_checks_enabled

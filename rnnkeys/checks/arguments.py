@@ -1,0 +1,54 @@
+"""Checks of numbers passed as arguments; NumPy's numbers are as good as Python's."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any
+
+
+def as_int(name: str, value: Any, minimum: int = 1) -> int:
+    """Return an integer argument as an int.
+
+    Args:
+        name: of the argument, for the message.
+        value: a Python or NumPy integer; bool is none.
+        minimum: least value.
+
+    Raises:
+        ValueError: if it is not an integer, or less than ``minimum``.
+
+    Examples:
+        >>> import numpy
+        >>> as_int("burn_in", numpy.int64(4), minimum=0)
+        4
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
+        raise ValueError(
+            f"{name} must be an int of at least {minimum}. Got {name}={value!r}. [argument]"
+        )
+    return int(value)
+
+
+def as_float(name: str, value: Any, minimum: float = 0.0, maximum: float = 1.0) -> float:
+    """Return a real argument as a float.
+
+    Args:
+        name: of the argument, for the message.
+        value: a Python or NumPy number; bool is none.
+        minimum: least value.
+        maximum: greatest value.
+
+    Raises:
+        ValueError: if it is not a number, or out of range.
+
+    Examples:
+        >>> import numpy
+        >>> as_float("gamma", numpy.float64(0.99))
+        0.99
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not minimum <= value <= maximum:
+        raise ValueError(
+            f"{name} must be a number from {minimum} to {maximum}. Got {name}={value!r}. [argument]"
+        )
+    return float(value)

@@ -1,0 +1,58 @@
+"""The result of a check: a problem with its remedy and the exception that reports it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in a wiring or a batch.
+
+    Functions named ``find_..._problems`` yield problems. A forward raises the first one
+    (:func:`raise_first`); ``check_recurrent_policy`` collects all of them.
+
+    Attributes:
+        check: stable name of the check, such as ``"init-key"``; ``docs/what_is_checked.md`` lists
+            the names.
+        message: the key or argument, its value, and what was expected.
+        remedy: what to change.
+        error: exception type to raise.
+
+    Examples:
+        >>> print(Problem("mask-dtype", "The mask must be bool. Got float32.", "Use .bool()."))
+        The mask must be bool. Got float32. Use .bool(). [mask-dtype]
+    """
+
+    check: str
+    message: str
+    remedy: str
+    error: type[Exception] = ValueError
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.remedy} [{self.check}]"
+
+    def as_error(self) -> Exception:
+        """Return the exception whose text is this problem."""
+        return self.error(str(self))
+
+
+def raise_first(problems: Iterable[Problem]) -> None:
+    """Raise the first problem, if there is one.
+
+    Args:
+        problems: what a ``find_..._problems`` function yields; the ones after the first are never
+            computed.
+
+    Raises:
+        Exception: of the type that the problem names.
+
+    Examples:
+        >>> raise_first([])
+        >>> raise_first([Problem("no-steps", "The batch is empty.", "Skip it.")])
+        Traceback (most recent call last):
+        ValueError: The batch is empty. Skip it. [no-steps]
+    """
+    for problem in problems:
+        raise problem.as_error()
