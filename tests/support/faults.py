@@ -1,0 +1,416 @@
+"""The seeded faults: mistakes against the invariants of the package, and the tests that catch them.
+
+A fault wraps a function with a stable meaning and spoils its arguments or its result. Where a
+function or a test gets another name, its name is changed here; a fault without a test to catch it
+is an invariant that nobody checks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rnnkeys.objectives
+import rnnkeys.transforms  # noqa: F401  (imported here once, before processes are forked)
+from tests.support.planting import seen_by
+
+CELLS = "rnnkeys.cells:"
+BACKENDS = "rnnkeys.backends:"
+LOOP = "rnnkeys.backends.loop:"
+FUSED = "rnnkeys.backends.fused:"
+FUSED_LSTM = "rnnkeys.backends.fused_lstm:"
+FUSED_GRU = "rnnkeys.backends.fused_gru:"
+NATIVE = "rnnkeys.backends.vendor:"
+SEGMENTS = "rnnkeys.segments:"
+TRITON = "rnnkeys.backends.triton:"
+ENTRIES = "rnnkeys.entries:"
+MODE = "rnnkeys.mode:"
+PRIMERS = "rnnkeys.transforms.primers:"
+STARTS = "rnnkeys.starts:"
+WIRING = "rnnkeys.objectives.wiring:"
+MASKS = "rnnkeys.objectives.masks:"
+R2D2 = "rnnkeys.objectives.r2d2:"
+MINIBATCHES = "rnnkeys.objectives.minibatches:"
+BURN_IN = "rnnkeys.transforms.burn_in:"
+WINDOWS = "rnnkeys.transforms.windows:"
+REFRESH = "rnnkeys.transforms.refresh:"
+STATEFUL = "rnnkeys.stateful:"
+
+
+def contract(way: str, flags: str = "random") -> str:
+    """One case of the contract test; ``way`` is a way to run time, a cell and a dtype."""
+    return f"tests/test_contract.py::test_equals_the_reference[{way}-plain-{flags}]"
+
+
+R2D2_IN_NUMPY = "tests/test_r2d2.py::test_loss_and_priorities_equal_numpys[as in the paper-True]"
+
+
+def exchange(gates: Tensor, first: int, second: int, count: int) -> Tensor:
+    """Exchange two of ``count`` gates ``[..., count * H]``."""
+    chunks = list(gates.chunk(count, -1))
+    chunks[first], chunks[second] = chunks[second], chunks[first]
+    return torch.cat(chunks, -1)
+
+
+# Cells.
+
+
+@seen_by(contract("loop-lstm-float64"), target=CELLS + "LongShortTermMemory.pointwise")
+def lstm_gates_exchanged(original: Any, self: Any, gates_x: Tensor, gates_h: Tensor, state: Any):
+    """LSTM: input and forget gate are exchanged."""
+    return original(self, exchange(gates_x, 0, 1, 4), exchange(gates_h, 0, 1, 4), state)
+
+
+@seen_by(contract("loop-gru-float64"), target=CELLS + "GatedRecurrentUnit.pointwise")
+def gru_update_gate_inverted(
+    original: Any, self: Any, gates_x: Tensor, gates_h: Tensor, state: Any
+):
+    """GRU: the update gate keeps the candidate in place of the state."""
+    sign = torch.tensor([1.0, -1.0, 1.0]).repeat_interleave(state[0].shape[-1]).to(gates_x)
+    return original(self, gates_x * sign, gates_h * sign, state)
+
+
+@seen_by(contract("loop-gru-float64"), target=CELLS + "GatedRecurrentUnit.pointwise")
+def gru_reset_gate_too_wide(original: Any, self: Any, gates_x: Tensor, gates_h: Tensor, state: Any):
+    """GRU: the reset gate scales the input's part of the candidate, too."""
+    r = (gates_x + gates_h).chunk(3, -1)[0].sigmoid()
+    x_r, x_z, x_n = gates_x.chunk(3, -1)
+    return original(self, torch.cat([x_r, x_z, r * x_n], -1), gates_h, state)
+
+
+@seen_by(contract("loop-lstm_ln-float64"), target=CELLS + "LayerNormLongShortTermMemory.pointwise")
+def lstm_ln_gates_exchanged(original: Any, self: Any, gates_x: Tensor, gates_h: Tensor, state: Any):
+    """LayerNorm-LSTM: output gate and candidate stand in torch's order."""
+    return original(self, exchange(gates_x, 2, 3, 4), exchange(gates_h, 2, 3, 4), state)
+
+
+# Backends.
+
+
+@seen_by(contract("loop-gru-float64", "everywhere"), target=LOOP + "run_dense")
+def loop_drops_a_reset(
+    original: Any, cell: Any, weights: Any, x: Tensor, reset: Tensor, state: Any
+):
+    """loop: a reset at the second step is dropped."""
+    reset = reset.clone()
+    reset[1:2] = False
+    return original(cell, weights, x, reset, state)
+
+
+@seen_by(contract("loop-gru-float64"), target=LOOP + "run_dense")
+def loop_starts_rows_from_zeros(
+    original: Any, cell: Any, weights: Any, x: Tensor, reset: Tensor, state: Any
+):
+    """loop: a row starts from zeros, not from its stored state."""
+    later = torch.arange(len(x)).reshape(-1, 1, 1) > 0
+    return original(cell, weights, x, reset, tuple(s * later for s in state))
+
+
+@seen_by(
+    "tests/test_leaks.py::test_what_is_not_finite_stays_in_its_segment[loop-gru-one step-nan]",
+    target=LOOP + "select",
+)
+def loop_multiplies_by_zero(original: Any, where: Tensor, chosen: Any, other: Any):
+    """loop: a reset multiplies the old state by zero, so that a NaN passes."""
+    where = where.unsqueeze(-1)
+    return tuple(where * a + ~where * b for a, b in zip(chosen, other, strict=True))
+
+
+@seen_by(contract("scan-lstm-float64", "everywhere"), target=FUSED + "enter")
+def scan_drops_a_reset(original: Any, state: Any, t: int, rows: int, resets: Any):
+    """scan: a reset at the second step is dropped."""
+    return original(state, t, rows, None if t == 1 else resets)
+
+
+@seen_by(contract("scan-gru-float64", "two in a row"), target=FUSED + "leave")
+def scan_gradient_passes_a_reset(original: Any, grads: Any, *rest: Any):
+    """scan: the gradient passes a reset into the segment before."""
+    original(tuple(grad.clone() for grad in grads), *rest)
+
+
+@seen_by(contract("scan-lstm-float64"), target=FUSED_LSTM + "lstm_backward")
+def lstm_cell_gradient_ignored(original: Any, grads: Any, *rest: Any):
+    """scan: the LSTM's backward pass ignores the gradient that arrives at cell states."""
+    return original((grads[0], None), *rest)
+
+
+@seen_by(contract("scan-lstm-float64", "none"), target=FUSED_LSTM + "lstm_backward")
+def lstm_weight_gradient_zeroed(original: Any, *args: Any):
+    """scan: the LSTM's recurrent weights get a gradient of zero."""
+    grads = original(*args)
+    return grads._replace(w_hh=torch.zeros_like(grads.w_hh))
+
+
+@seen_by(contract("scan-gru-float64"), target=FUSED_GRU + "gru_backward")
+def gru_bias_gradients_equal(original: Any, *args: Any):
+    """scan: the GRU's recurrent bias gets the gradient of the input's bias."""
+    grads = original(*args)
+    return grads._replace(b_hh=grads.b_ih.clone())
+
+
+@seen_by(contract("scan-gru-float64", "everywhere"), target=FUSED_GRU + "gru_backward")
+def gru_reset_gradient_zeroed(original: Any, *args: Any):
+    """scan: the stored states of a GRU get a gradient of zero."""
+    grads = original(*args)
+    return grads._replace(reset_h=None if grads.reset_h is None else grads.reset_h * 0)
+
+
+@seen_by(contract("pad-gru-float64"), target=SEGMENTS + "read_segments")
+def segments_start_late(original: Any, is_init: Tensor):
+    """pad: segments start one step late."""
+    return original(is_init.roll(1, 1))
+
+
+@seen_by(
+    contract("pad-gru-float64", "none"),
+    contract("pad-gru-float64", "at the last step"),
+    target=SEGMENTS + "read_segments",
+)
+def segments_remembered_by_shape(original: Any, is_init: Tensor):
+    """pad: segments that are kept from an earlier batch are found by its shape alone."""
+    if is_init.shape not in _SEGMENTS:
+        _SEGMENTS[is_init.shape] = original(is_init)
+    return _SEGMENTS[is_init.shape]
+
+
+_SEGMENTS: dict[Any, Any] = {}
+
+
+@seen_by(
+    "tests/test_vendor.py::test_states_that_are_hidden_are_computed[False-random]",
+    target=NATIVE + "_before",
+)
+def native_cells_read_the_same_step(original: Any, start: Tensor, after: Tensor, sizes: Any):
+    """native: cell states are computed from the output of the same step, not of the step before."""
+    return after[: sum(sizes)]
+
+
+@seen_by(contract("loop-gru-float64").replace("plain", "three layers"), target=BACKENDS + "_stack")
+def layers_share_the_top_state(original: Any, rows: Any, unpack: Any, top: Any):
+    """The states of lower layers are those of the top layer."""
+    return original((rows[-1],) * len(rows), unpack, top)
+
+
+@seen_by(
+    "tests/test_modules.py::test_written_states_are_detached_unless_asked_for[scan-gru]",
+    target=BACKENDS + "unroll_layers",
+)
+def states_not_detached(original: Any, *args: Any):
+    """Written states carry a gradient although nobody asked for it."""
+    return original(*args[:5], args[5]._replace(state_grad=True), *args[6:])
+
+
+@seen_by(
+    "tests/triton_kernels.py::test_every_form_equals_the_reference[split-lstm-random]",
+    target=TRITON + "unroll",
+)
+def triton_drops_resets(
+    original: Any, cell: Any, weights: Any, x: Tensor, start: Any, is_init: Any, *rest: Any
+):
+    """triton: every reset is dropped."""
+    return original(cell, weights, x, start, torch.zeros_like(is_init), *rest)
+
+
+# Modules.
+
+
+@seen_by(
+    "tests/test_modules.py::test_a_stale_state_that_is_not_a_number_does_not_pass[False-gru]",
+    target=ENTRIES + "flat_step",
+)
+def step_keeps_the_old_state(original: Any, data: Any, *rest: Any):
+    """A single step at an episode start reads the state of the last episode."""
+    return original(data._replace(is_init=torch.zeros_like(data.is_init)), *rest)
+
+
+@seen_by(
+    "tests/test_agents.py::test_qmix_has_the_loss_and_gradients_of_single_steps[shared-gru]",
+    target=ENTRIES + "time_last",
+)
+def agents_exchanged(original: Any, entry: Tensor, lead: Any, shape: Any):
+    """Agents: what one agent computes is written to another."""
+    return original(entry.roll(1, 0) if len(shape) > len(lead) else entry, lead, shape)
+
+
+@seen_by(
+    "tests/test_mode.py::test_an_exception_puts_the_mode_back",
+    target=MODE + "set_recurrent_mode.__exit__",
+)
+def mode_left_after_an_exception(original: Any, self: Any, kind: Any, *rest: Any):
+    """The mode stays set when a block ends by an exception."""
+    return original(self, kind, *rest) if kind is None else None
+
+
+@seen_by(
+    "tests/test_primers.py::test_states_are_zeros_of_the_environments_batch",
+    target=PRIMERS + "make_primer",
+)
+def primer_of_another_dtype(original: Any, shapes: Any, dtype: Any = None, device: Any = None):
+    """The primer makes float32 states whatever the parameters' dtype is."""
+    return original(shapes, torch.float32, device)
+
+
+# Sequences and losses.
+
+
+@seen_by(
+    "tests/test_targets.py::test_next_values[DQN double delayed TD0-flat]",
+    target=STARTS + "mark_next",
+)
+def next_flags_not_set(original: Any, tensordict: Any, init_keys: Any, **options: Any):
+    """The next tensordict has no is_init flags, so it runs on from one segment to another."""
+    marked = original(tensordict, init_keys, **options)
+    return marked.update({"next": tensordict.get("next").copy()})
+
+
+@seen_by(
+    "tests/test_next_init.py::test_a_step_behind_done_becomes_a_start",
+    target=STARTS + "find_starts",
+)
+def done_starts_no_segment(original: Any, tensordict: Any, init_key: Any):
+    """A step after a done starts no segment unless its is_init flag is set."""
+    return tensordict.get(init_key)
+
+
+@seen_by(
+    "tests/test_targets.py::test_returns_stop_at_slices_that_nobody_truncated[GAE]",
+    target=WIRING + "_mark_ends",
+)
+def returns_not_cut(original: Any, *args: Any):
+    """Returns are summed over the start of the next segment."""
+
+
+@seen_by(
+    "tests/test_targets.py::test_the_critic_keeps_its_state_in_the_actor_loss_too[TD3]",
+    target=WIRING + "_keep_cut_keys",
+)
+def critic_state_cut(original: Any, loss: Any):
+    """TD3 cuts the critic's state out of the batch."""
+
+
+@seen_by(
+    "tests/test_bad_batches.py::test_what_is_masked_reaches_nothing_in_losses_of_torchrl[DDPG]",
+    target=MASKS + "without_masked",
+)
+def recurrent_loss_reads_padding(original: Any, batch: Any, mask: Tensor, **options: Any):
+    """recurrent_loss: a NaN in padding reaches the gradient."""
+    return batch
+
+
+@seen_by(
+    "tests/test_r2d2.py::test_what_is_masked_reaches_nothing_not_even_a_nan",
+    target=MASKS + "without_masked",
+)
+def r2d2_reads_padding(original: Any, batch: Any, mask: Tensor, **options: Any):
+    """R2D2Loss: a NaN in padding reaches the gradient."""
+    return batch
+
+
+@seen_by(R2D2_IN_NUMPY, target=R2D2 + "R2D2Loss._priorities")
+def priorities_over_padding(original: Any, self: Any, error: Tensor, mask: Tensor, *rest: Any):
+    """R2D2Loss: priorities include the errors of padding."""
+    return original(self, error, torch.ones_like(mask), *rest)
+
+
+@seen_by(R2D2_IN_NUMPY, target=R2D2 + "R2D2Loss._unroll")
+def target_burned_in_online(original: Any, self: Any, parameters: Any, *rest: Any):
+    """R2D2Loss: the target network runs with the online network's weights."""
+    return original(self, self.value_network_params, *rest)
+
+
+@seen_by(R2D2_IN_NUMPY, target=BURN_IN + "StateKeys.burn_in")
+def burned_in_state_unused(original: Any, self: Any, rows: Any, left: Any, steps: int):
+    """R2D2Loss: the steps after the burn-in start from the stored state."""
+
+
+@seen_by(R2D2_IN_NUMPY, target=R2D2 + "n_step_returns")
+def returns_over_episodes(original: Any, rewards: Any, value: Any, ends: Tensor, *rest: Any):
+    """R2D2Loss: rewards are summed over the end of an episode."""
+    return original(rewards, value, torch.zeros_like(ends), *rest)
+
+
+@seen_by(
+    "tests/test_minibatches.py::test_minibatches_have_the_size_asked_for",
+    target=MINIBATCHES + "SequenceMinibatches._cut",
+)
+def sequences_cut_early(original: Any, self: Any, starts: Tensor, mask: Any):
+    """SequenceMinibatches: sequences lack their last step."""
+    cut = original(self, starts, mask)
+    return cut._replace(length=cut.length - 1)
+
+
+@seen_by(
+    "tests/test_minibatches.py::test_advantages_are_normalised_over_unmasked_steps",
+    target=MINIBATCHES + "normalize",
+)
+def advantages_over_padding(original: Any, advantage: Tensor, valid: Tensor):
+    """SequenceMinibatches: advantages are normalised over padding, too."""
+    return original(advantage, torch.ones_like(valid))
+
+
+# Transforms and policies outside TorchRL.
+
+
+@seen_by(
+    "tests/test_burn_in.py::test_what_is_left_of_rows_equals_the_whole_by_hand[gru-True-0.0]",
+    target=BURN_IN + "StateKeys.burn_in",
+)
+def burn_in_starts_late(original: Any, self: Any, rows: Any, left: Any, steps: int):
+    """BurnIn: the burn-in skips the first step."""
+    return original(self, rows[:, 1:], left, steps - 1)
+
+
+@seen_by(
+    "tests/test_windows.py::test_the_state_is_the_one_that_enters_the_first_step[last]",
+    target=WINDOWS + "Windows._gather",
+)
+def windows_store_the_next_state(original: Any, self: Any, flat: Any, spans: Any):
+    """Windows: the stored state is the one after the first step."""
+    moved = {key: flat.get(key).roll(-1, 0) for key in self._states(flat) if key[0] != "next"}
+    return original(self, flat.copy().update(moved), spans)
+
+
+@seen_by(
+    "tests/test_windows.py::test_batches_that_cut_episodes_change_no_window[last]",
+    target=WINDOWS + "Windows._cut_episode",
+)
+def windows_off_by_one(original: Any, self: Any, *args: Any):
+    """Windows: the first window of every episode starts one step late."""
+    spans, keep, covered = original(self, *args)
+    return [(first + (first == args[0]), end) for first, end in spans], keep, covered
+
+
+@seen_by(
+    "tests/test_refresh.py::"
+    "test_a_buffer_holds_what_a_fresh_collection_would[window2-LazyTensorStorage]",
+    target=REFRESH + "RefreshStates._advance",
+)
+def refresh_writes_the_wrong_step(
+    original: Any, self: Any, stored: Any, index: Any, follower: Any, gap: Tensor
+):
+    """RefreshStates: a window starts from the state one step before its first step."""
+    return original(self, stored, index, follower, (gap - 1).clamp(min=1))
+
+
+@seen_by(
+    "tests/test_stateful.py::test_vector_environments_restart_where_episodes_do[next_step-gru]",
+    target=STATEFUL + "StatefulPolicy.episode_over",
+)
+def stateful_policy_restarts_early(original: Any, self: Any, done: Any):
+    """StatefulPolicy: next-step environments restart one step early."""
+    given, self.autoreset = self.autoreset, "same_step"
+    original(self, done)
+    self.autoreset = given
+
+
+@seen_by(
+    "tests/test_stateful.py::test_environments_may_be_called_in_any_order_and_number",
+    target=STATEFUL + "StatefulPolicy._remember",
+)
+def stateful_policy_shares_a_state(
+    original: Any, self: Any, out: Any, index: Tensor, valid_ids: Any
+):
+    """StatefulPolicy: states are written to environments that were not asked."""
+    return original(self, out, torch.arange(len(index)), valid_ids)
