@@ -17,34 +17,36 @@ import rnnkeys.transforms  # noqa: F401  (imported here once, before processes a
 from tests.support.planting import seen_by
 
 CELLS = "rnnkeys.cells:"
-BACKENDS = "rnnkeys.backends:"
+BACKENDS = "rnnkeys.backends.contract:"
 LOOP = "rnnkeys.backends.loop:"
 FUSED = "rnnkeys.backends.fused:"
 FUSED_LSTM = "rnnkeys.backends.fused_lstm:"
 FUSED_GRU = "rnnkeys.backends.fused_gru:"
-NATIVE = "rnnkeys.backends.vendor:"
-SEGMENTS = "rnnkeys.segments:"
+NATIVE = "rnnkeys.backends.native:"
+SEGMENTS = "rnnkeys.backends.packing:"
 TRITON = "rnnkeys.backends.triton:"
-ENTRIES = "rnnkeys.entries:"
+ENTRIES = "rnnkeys.modules.entries:"
 MODE = "rnnkeys.mode:"
-PRIMERS = "rnnkeys.transforms.primers:"
-STARTS = "rnnkeys.starts:"
-WIRING = "rnnkeys.objectives.wiring:"
-MASKS = "rnnkeys.objectives.masks:"
+PRIMERS = "rnnkeys.modules.primers:"
+STARTS = "rnnkeys.sequences.segment_starts:"
+WIRING = "rnnkeys.objectives.recurrent_loss:"
+MASKS = "rnnkeys.sequences.masks:"
 R2D2 = "rnnkeys.objectives.r2d2:"
 MINIBATCHES = "rnnkeys.objectives.minibatches:"
 BURN_IN = "rnnkeys.transforms.burn_in:"
 WINDOWS = "rnnkeys.transforms.windows:"
 REFRESH = "rnnkeys.transforms.refresh:"
-STATEFUL = "rnnkeys.stateful:"
+STATEFUL = "rnnkeys.deploy.stateful:"
 
 
 def contract(way: str, flags: str = "random") -> str:
     """One case of the contract test; ``way`` is a way to run time, a cell and a dtype."""
-    return f"tests/test_contract.py::test_equals_the_reference[{way}-plain-{flags}]"
+    return f"tests/backends/test_contract.py::test_equals_the_reference[{way}-plain-{flags}]"
 
 
-R2D2_IN_NUMPY = "tests/test_r2d2.py::test_loss_and_priorities_equal_numpys[as in the paper-True]"
+R2D2_IN_NUMPY = (
+    "tests/objectives/test_r2d2.py::test_loss_and_priorities_equal_numpys[as in the paper-True]"
+)
 
 
 def exchange(gates: Tensor, first: int, second: int, count: int) -> Tensor:
@@ -52,9 +54,6 @@ def exchange(gates: Tensor, first: int, second: int, count: int) -> Tensor:
     chunks = list(gates.chunk(count, -1))
     chunks[first], chunks[second] = chunks[second], chunks[first]
     return torch.cat(chunks, -1)
-
-
-# Cells.
 
 
 @seen_by(contract("loop-lstm-float64"), target=CELLS + "LongShortTermMemory.pointwise")
@@ -86,9 +85,6 @@ def lstm_ln_gates_exchanged(original: Any, self: Any, gates_x: Tensor, gates_h: 
     return original(self, exchange(gates_x, 2, 3, 4), exchange(gates_h, 2, 3, 4), state)
 
 
-# Backends.
-
-
 @seen_by(contract("loop-gru-float64", "everywhere"), target=LOOP + "run_dense")
 def loop_drops_a_reset(
     original: Any, cell: Any, weights: Any, x: Tensor, reset: Tensor, state: Any
@@ -109,7 +105,8 @@ def loop_starts_rows_from_zeros(
 
 
 @seen_by(
-    "tests/test_leaks.py::test_what_is_not_finite_stays_in_its_segment[loop-gru-one step-nan]",
+    "tests/modules/test_leaks.py::"
+    "test_what_is_not_finite_stays_in_its_segment[loop-gru-one step-nan]",
     target=LOOP + "select",
 )
 def loop_multiplies_by_zero(original: Any, where: Tensor, chosen: Any, other: Any):
@@ -179,7 +176,7 @@ _SEGMENTS: dict[Any, Any] = {}
 
 
 @seen_by(
-    "tests/test_vendor.py::test_states_that_are_hidden_are_computed[False-random]",
+    "tests/backends/test_native.py::test_states_that_are_hidden_are_computed[False-random]",
     target=NATIVE + "_before",
 )
 def native_cells_read_the_same_step(original: Any, start: Tensor, after: Tensor, sizes: Any):
@@ -194,7 +191,7 @@ def layers_share_the_top_state(original: Any, rows: Any, unpack: Any, top: Any):
 
 
 @seen_by(
-    "tests/test_modules.py::test_written_states_are_detached_unless_asked_for[scan-gru]",
+    "tests/modules/test_modules.py::test_written_states_are_detached_unless_asked_for[scan-gru]",
     target=BACKENDS + "unroll_layers",
 )
 def states_not_detached(original: Any, *args: Any):
@@ -203,7 +200,7 @@ def states_not_detached(original: Any, *args: Any):
 
 
 @seen_by(
-    "tests/triton_kernels.py::test_every_form_equals_the_reference[split-lstm-random]",
+    "tests/support/triton_kernels.py::test_every_form_equals_the_reference[split-lstm-random]",
     target=TRITON + "unroll",
 )
 def triton_drops_resets(
@@ -213,11 +210,8 @@ def triton_drops_resets(
     return original(cell, weights, x, start, torch.zeros_like(is_init), *rest)
 
 
-# Modules.
-
-
 @seen_by(
-    "tests/test_modules.py::test_a_stale_state_that_is_not_a_number_does_not_pass[False-gru]",
+    "tests/modules/test_modules.py::test_a_stale_state_that_is_not_a_number_does_not_pass[False-gru]",
     target=ENTRIES + "flat_step",
 )
 def step_keeps_the_old_state(original: Any, data: Any, *rest: Any):
@@ -226,7 +220,7 @@ def step_keeps_the_old_state(original: Any, data: Any, *rest: Any):
 
 
 @seen_by(
-    "tests/test_agents.py::test_qmix_has_the_loss_and_gradients_of_single_steps[shared-gru]",
+    "tests/modules/test_agents.py::test_qmix_has_the_loss_and_gradients_of_single_steps[shared-gru]",
     target=ENTRIES + "time_last",
 )
 def agents_exchanged(original: Any, entry: Tensor, lead: Any, shape: Any):
@@ -244,7 +238,7 @@ def mode_left_after_an_exception(original: Any, self: Any, kind: Any, *rest: Any
 
 
 @seen_by(
-    "tests/test_primers.py::test_states_are_zeros_of_the_environments_batch",
+    "tests/modules/test_primers.py::test_states_are_zeros_of_the_environments_batch",
     target=PRIMERS + "make_primer",
 )
 def primer_of_another_dtype(original: Any, shapes: Any, dtype: Any = None, device: Any = None):
@@ -252,12 +246,9 @@ def primer_of_another_dtype(original: Any, shapes: Any, dtype: Any = None, devic
     return original(shapes, torch.float32, device)
 
 
-# Sequences and losses.
-
-
 @seen_by(
-    "tests/test_targets.py::test_next_values[DQN double delayed TD0-flat]",
-    target=STARTS + "mark_next",
+    "tests/objectives/test_targets.py::test_next_values[DQN double delayed TD0-flat]",
+    target=STARTS + "set_next_is_init",
 )
 def next_flags_not_set(original: Any, tensordict: Any, init_keys: Any, **options: Any):
     """The next tensordict has no is_init flags, so it runs on from one segment to another."""
@@ -266,8 +257,8 @@ def next_flags_not_set(original: Any, tensordict: Any, init_keys: Any, **options
 
 
 @seen_by(
-    "tests/test_next_init.py::test_a_step_behind_done_becomes_a_start",
-    target=STARTS + "find_starts",
+    "tests/transforms/test_next_init.py::test_a_step_behind_done_becomes_a_start",
+    target=STARTS + "find_segment_starts",
 )
 def done_starts_no_segment(original: Any, tensordict: Any, init_key: Any):
     """A step after a done starts no segment unless its is_init flag is set."""
@@ -275,7 +266,7 @@ def done_starts_no_segment(original: Any, tensordict: Any, init_key: Any):
 
 
 @seen_by(
-    "tests/test_targets.py::test_returns_stop_at_slices_that_nobody_truncated[GAE]",
+    "tests/objectives/test_targets.py::test_returns_stop_at_slices_that_nobody_truncated[GAE]",
     target=WIRING + "_mark_ends",
 )
 def returns_not_cut(original: Any, *args: Any):
@@ -283,7 +274,7 @@ def returns_not_cut(original: Any, *args: Any):
 
 
 @seen_by(
-    "tests/test_targets.py::test_the_critic_keeps_its_state_in_the_actor_loss_too[TD3]",
+    "tests/objectives/test_targets.py::test_the_critic_keeps_its_state_in_the_actor_loss_too[TD3]",
     target=WIRING + "_keep_cut_keys",
 )
 def critic_state_cut(original: Any, loss: Any):
@@ -291,8 +282,8 @@ def critic_state_cut(original: Any, loss: Any):
 
 
 @seen_by(
-    "tests/test_bad_batches.py::test_what_is_masked_reaches_nothing_in_losses_of_torchrl[DDPG]",
-    target=MASKS + "without_masked",
+    "tests/objectives/test_bad_batches.py::test_what_is_masked_reaches_nothing_in_losses_of_torchrl[DDPG]",
+    target=MASKS + "zero_masked",
 )
 def recurrent_loss_reads_padding(original: Any, batch: Any, mask: Tensor, **options: Any):
     """recurrent_loss: a NaN in padding reaches the gradient."""
@@ -300,8 +291,8 @@ def recurrent_loss_reads_padding(original: Any, batch: Any, mask: Tensor, **opti
 
 
 @seen_by(
-    "tests/test_r2d2.py::test_what_is_masked_reaches_nothing_not_even_a_nan",
-    target=MASKS + "without_masked",
+    "tests/objectives/test_r2d2.py::test_what_is_masked_reaches_nothing_not_even_a_nan",
+    target=MASKS + "zero_masked",
 )
 def r2d2_reads_padding(original: Any, batch: Any, mask: Tensor, **options: Any):
     """R2D2Loss: a NaN in padding reaches the gradient."""
@@ -332,7 +323,7 @@ def returns_over_episodes(original: Any, rewards: Any, value: Any, ends: Tensor,
 
 
 @seen_by(
-    "tests/test_minibatches.py::test_minibatches_have_the_size_asked_for",
+    "tests/objectives/test_minibatches.py::test_minibatches_have_the_size_asked_for",
     target=MINIBATCHES + "SequenceMinibatches._cut",
 )
 def sequences_cut_early(original: Any, self: Any, starts: Tensor, mask: Any):
@@ -342,7 +333,7 @@ def sequences_cut_early(original: Any, self: Any, starts: Tensor, mask: Any):
 
 
 @seen_by(
-    "tests/test_minibatches.py::test_advantages_are_normalised_over_unmasked_steps",
+    "tests/objectives/test_minibatches.py::test_advantages_are_normalised_over_unmasked_steps",
     target=MINIBATCHES + "normalize",
 )
 def advantages_over_padding(original: Any, advantage: Tensor, valid: Tensor):
@@ -350,11 +341,8 @@ def advantages_over_padding(original: Any, advantage: Tensor, valid: Tensor):
     return original(advantage, torch.ones_like(valid))
 
 
-# Transforms and policies outside TorchRL.
-
-
 @seen_by(
-    "tests/test_burn_in.py::test_what_is_left_of_rows_equals_the_whole_by_hand[gru-True-0.0]",
+    "tests/transforms/test_burn_in.py::test_what_is_left_of_rows_equals_the_whole_by_hand[gru-True-0.0]",
     target=BURN_IN + "StateKeys.burn_in",
 )
 def burn_in_starts_late(original: Any, self: Any, rows: Any, left: Any, steps: int):
@@ -363,7 +351,7 @@ def burn_in_starts_late(original: Any, self: Any, rows: Any, left: Any, steps: i
 
 
 @seen_by(
-    "tests/test_windows.py::test_the_state_is_the_one_that_enters_the_first_step[last]",
+    "tests/transforms/test_windows.py::test_the_state_is_the_one_that_enters_the_first_step[last]",
     target=WINDOWS + "Windows._gather",
 )
 def windows_store_the_next_state(original: Any, self: Any, flat: Any, spans: Any):
@@ -373,7 +361,7 @@ def windows_store_the_next_state(original: Any, self: Any, flat: Any, spans: Any
 
 
 @seen_by(
-    "tests/test_windows.py::test_batches_that_cut_episodes_change_no_window[last]",
+    "tests/transforms/test_windows.py::test_batches_that_cut_episodes_change_no_window[last]",
     target=WINDOWS + "Windows._cut_episode",
 )
 def windows_off_by_one(original: Any, self: Any, *args: Any):
@@ -383,7 +371,7 @@ def windows_off_by_one(original: Any, self: Any, *args: Any):
 
 
 @seen_by(
-    "tests/test_refresh.py::"
+    "tests/transforms/test_refresh.py::"
     "test_a_buffer_holds_what_a_fresh_collection_would[window2-LazyTensorStorage]",
     target=REFRESH + "RefreshStates._advance",
 )
@@ -395,7 +383,7 @@ def refresh_writes_the_wrong_step(
 
 
 @seen_by(
-    "tests/test_stateful.py::test_vector_environments_restart_where_episodes_do[next_step-gru]",
+    "tests/deploy/test_stateful_policy.py::test_vector_environments_restart_where_episodes_do[next_step-gru]",
     target=STATEFUL + "StatefulPolicy.episode_over",
 )
 def stateful_policy_restarts_early(original: Any, self: Any, done: Any):
@@ -406,7 +394,7 @@ def stateful_policy_restarts_early(original: Any, self: Any, done: Any):
 
 
 @seen_by(
-    "tests/test_stateful.py::test_environments_may_be_called_in_any_order_and_number",
+    "tests/deploy/test_stateful_policy.py::test_environments_may_be_called_in_any_order_and_number",
     target=STATEFUL + "StatefulPolicy._remember",
 )
 def stateful_policy_shares_a_state(
