@@ -1,6 +1,7 @@
 """Recurrent policies for TorchRL: exact at every position, fast across episode boundaries."""
 
 from .cells import Cell as Cell
+from .cells import GatedCell as GatedCell
 from .deploy import StatefulPolicy as StatefulPolicy
 from .deploy import export_step as export_step
 from .diagnostics import check_recurrent_policy as check_recurrent_policy

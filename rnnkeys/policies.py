@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.data import TensorSpec
 from torchrl.modules import MLP, QValueModule
 
-from .cells import LAYER_NORM_LSTM_CELL
+from .cells import FEED_FORWARD_CELL, LAYER_NORM_LSTM_CELL, Cell
 from .modules.lstm_gru import GRUModule, LSTMModule
 from .modules.recurrent import RecurrentModule
 
-_KINDS = ("lstm", "gru", "lstm_ln")
+_KINDS = ("lstm", "gru", "lstm_ln", "feed_forward")
+_CELLS: dict[str, Cell] = {"lstm_ln": LAYER_NORM_LSTM_CELL, "feed_forward": FEED_FORWARD_CELL}
 
 
 def recurrent_module(
@@ -30,8 +31,9 @@ def recurrent_module(
     """Make a recurrent module by the name of its cell.
 
     Args:
-        kind: ``"lstm"``, ``"gru"`` or ``"lstm_ln"`` (an LSTM with layer normalisation; see
-            :class:`rnnkeys.cells.LayerNormLongShortTermMemory`).
+        kind: ``"lstm"``, ``"gru"``, ``"lstm_ln"`` (an LSTM with layer normalization; see
+            :class:`rnnkeys.cells.LayerNormLongShortTermMemory`) or ``"feed_forward"`` (a layer
+            without state, the baseline; see :class:`rnnkeys.cells.FeedForward`).
         input_size: size ``I`` of the input.
         hidden_size: size ``H`` of the states.
         num_layers: number ``L`` of layers.
@@ -55,7 +57,7 @@ def recurrent_module(
         return LSTMModule(input_size, hidden_size, **arguments)
     if kind == "gru":
         return GRUModule(input_size, hidden_size, **arguments)
-    return RecurrentModule(LAYER_NORM_LSTM_CELL, input_size, hidden_size, **arguments)
+    return RecurrentModule(_CELLS[kind], input_size, hidden_size, **arguments)
 
 
 class DuelingHead(nn.Module):
@@ -163,9 +165,9 @@ def drqn_policy(
     Args:
         action_spec: of discrete actions, one-hot or categorical.
         observation_shape: ``(F,)`` takes linear layers, ``(C, Y, X)`` convolutions.
-        cell: ``"lstm"``, ``"gru"`` or ``"lstm_ln"``; or ``"none"`` for a linear layer in its place,
-            a memoryless network to compare with.
-        hidden_size: of the memory.
+        cell: ``"lstm"``, ``"gru"``, ``"lstm_ln"`` or, for the feed-forward baseline,
+            ``"feed_forward"``.
+        hidden_size: of the recurrent layer.
         encoder: in place of the one made from the shape; its output's last size must be that of
             ``encoder_sizes``.
         encoder_sizes: of the linear layers before the memory (of frames: only the last one counts).
@@ -191,20 +193,15 @@ def drqn_policy(
     """
     num_actions = _count_actions(action_spec)
     see, width = _make_encoder(encoder, observation_shape, encoder_sizes, device)
-    memory: TensorDictModuleBase
-    if cell == "none":
-        layer = nn.Sequential(nn.Linear(width, hidden_size, device=device), nn.Tanh())
-        memory = TensorDictModule(layer, in_keys=["features"], out_keys=["memory"])
-    else:
-        keys = {"in_key": "features", "out_key": "memory", "device": device}
-        memory = recurrent_module(cell, width, hidden_size, **{**keys, **arguments})
+    keys = {"in_key": "features", "out_key": "memory", "device": device}
+    recurrent = recurrent_module(cell, width, hidden_size, **{**keys, **arguments})
     if dueling:
         head: nn.Module = DuelingHead(hidden_size, num_actions, head_sizes, device)
     else:
         head = _mlp(hidden_size, head_sizes, num_actions, device)
     modules: Any = (
         TensorDictModule(see, in_keys=[in_key], out_keys=["features"]),
-        memory,
+        recurrent,
         TensorDictModule(head, in_keys=["memory"], out_keys=["action_value"]),
         QValueModule(spec=action_spec),
     )

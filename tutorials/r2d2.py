@@ -45,7 +45,7 @@ from training import Trainer as BaseTrainer
 from training import run_tutorial
 from window_replay import WindowReplay
 
-from rnnkeys import Cell, RecurrentModule, drqn_policy, get_env_transforms_from_module
+from rnnkeys import GatedCell, RecurrentModule, drqn_policy, get_env_transforms_from_module
 from rnnkeys.objectives import R2D2Loss
 
 
@@ -67,7 +67,7 @@ def make_actor_envs(settings: Settings, policy: TensorDictModuleBase) -> Transfo
     return env
 
 
-class Forgetful(Cell):
+class Forgetful(GatedCell):
     """A layer in place of the recurrent one: its state is there, and nothing reads it."""
 
     name = "forgetful"

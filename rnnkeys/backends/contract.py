@@ -15,14 +15,14 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from .._compat import in_transform
-from ..cells import Cell, Weights
+from ..cells import Cell, State
 from . import dense as scan
 from . import loop, triton
 from . import packed as pad
 from .allocator import keep_freed_memory
 from .packing import read_segments
+from .step import run_step
 
-State = tuple[Tensor, ...]
 BACKENDS = ("auto", "loop", "pad", "scan", "triton")
 
 
@@ -54,7 +54,7 @@ class Options(NamedTuple):
 def why_not(
     name: str,
     cell: Cell,
-    weights: Weights,
+    weights: Any,
     recompute: str = "none",
     compute_dtype: torch.dtype = torch.float32,
 ) -> Exception | None:
@@ -70,11 +70,11 @@ def why_not(
         compute_dtype: ``recurrent_compute_dtype``.
 
     Examples:
-        >>> from rnnkeys.cells import GRU_CELL
+        >>> from rnnkeys.cells import GRU_CELL, Weights
         >>> why_not("loop", GRU_CELL, Weights(torch.zeros(3, 1), torch.zeros(3, 1))) is None
         True
     """
-    if recompute != "none" and not isinstance(weights, Weights):
+    if recompute != "none" and not cell.is_pure:
         return ValueError(
             f"recurrent_recompute={recompute!r} is not for a step module, whose parameters a loss "
             "may swap before the backward pass. Leave it 'none', or write a rnnkeys.cells.Cell."
@@ -86,7 +86,7 @@ def why_not(
             "recurrent_recompute='none'."
         )
     if name == "triton":
-        reason = triton.why_not(cell, weights, weights.w_hh.device, compute_dtype)
+        reason = triton.why_not(cell, weights, compute_dtype=compute_dtype)
         return None if reason is None else RuntimeError(reason)
     return None
 
@@ -120,7 +120,7 @@ def choose(name: str, options: Options) -> str:
 
 def unroll(
     cell: Cell,
-    weights: Weights,
+    weights: Any,
     x: Tensor,
     reset_state: State,
     is_init: Tensor,
@@ -142,7 +142,7 @@ def unroll(
         Outputs ``[B, T, H]`` and, per state name, the states after every step, ``[B, T, H]``.
 
     Examples:
-        >>> from rnnkeys.cells import GRU_CELL
+        >>> from rnnkeys.cells import GRU_CELL, Weights
         >>> weights = Weights(torch.zeros(3, 1), torch.zeros(3, 1))
         >>> ones = torch.ones(1, 2, 1)
         >>> y, (h,) = unroll(GRU_CELL, weights, ones, (ones,), torch.tensor([[True, False]]))
@@ -156,7 +156,7 @@ def unroll(
 
 def unroll_layers(
     cell: Cell,
-    layers: list[Weights],
+    layers: list[Any],
     x: Tensor,
     reset_state: State,
     is_init: Tensor,
@@ -164,6 +164,8 @@ def unroll_layers(
     backend: str,
 ) -> tuple[Tensor, State]:
     """Run a stack of layers: as :func:`unroll`, with states ``[B, T, L, H]``."""
+    if not cell.state_names:
+        return run_step(cell, layers, x, (), options.dropout, vendor=False)
     # "triton" recomputes by itself, without running time again. Transforms allow no checkpoint.
     recomputes = options.recompute == "full" and backend != "triton" and not in_transform()
     if recomputes and torch.is_grad_enabled():
@@ -171,26 +173,23 @@ def unroll_layers(
     if is_init.numel() == 0:
         return _empty(cell, layers, x, reset_state)
     name = choose(backend, options)
-    if layers[0].w_hr is not None:
-        options = options._replace(vendor=False)  # whose kernels have no projection
-    batch = _BATCHES[name](cell, x, reset_state, is_init, options)
+    batch = _BATCHES[name](cell, layers[0], x, reset_state, is_init, options)
     rows = batch.pack(x)
     history: list[State] = []
+    states: State = ()
     for layer, weights in enumerate(layers):
         if layer and options.dropout:
             rows = F.dropout(rows, options.dropout)
-        history.append(batch.run(weights, rows, layer))
-        rows = history[-1][0]
-    return _collect(batch, history, options)
+        rows, states = batch.run(weights, rows, layer)
+        history.append(states)
+    return _collect(batch, rows, history, options)
 
 
-def _empty(
-    cell: Cell, layers: list[Weights], x: Tensor, reset_state: State
-) -> tuple[Tensor, State]:
-    """No step to run; outputs of the right shape that still hang on the parameters."""
-    parameters = torch.stack([w.sum() for layer in layers for w in layer.tensors])
-    y = x.sum(-1, keepdim=True).expand(*x.shape[:2], reset_state[0].shape[-1]) * parameters.sum()
-    return y, tuple(s.detach().clone() for s in reset_state)
+def _empty(cell: Cell, layers: list[Any], x: Tensor, reset_state: State) -> tuple[Tensor, State]:
+    """Return empty outputs of the right shape, connected to inputs and parameters for autograd."""
+    zeros = tuple(s.new_zeros(2, *s.shape[2:]) for s in reset_state)
+    y, _ = run_step(cell, layers, x.new_zeros(2, x.shape[-1]) + x.sum(), zeros, 0.0, vendor=False)
+    return y[:0].reshape(*x.shape[:2], y.shape[-1]), tuple(s.detach().clone() for s in reset_state)
 
 
 def _recomputed(cell, layers, x, reset_state, is_init, options, backend):
@@ -198,22 +197,24 @@ def _recomputed(cell, layers, x, reset_state, is_init, options, backend):
 
     once = options._replace(recompute="none")
 
-    def run(x: Tensor, layers: list[Weights], reset_state: State):
+    def run(x: Tensor, layers: list[Any], reset_state: State):
         return unroll_layers(cell, layers, x, reset_state, is_init, once, backend)
 
     return checkpoint(run, x, layers, reset_state, use_reentrant=False)
 
 
-def _collect(batch: Any, history: list[State], options: Options) -> tuple[Tensor, State]:
+def _collect(
+    batch: Any, rows: Tensor, history: list[State], options: Options
+) -> tuple[Tensor, State]:
     """Bring outputs and states back to ``[B, T, ...]``, states apart from outputs in memory."""
-    y = batch.unpack(history[-1][0])
+    y = batch.unpack(rows)
     if batch.keeps_output and y.requires_grad:
         # An activation in place must not spoil what the operator reads in its backward pass.
         y = y.clone(memory_format=torch.contiguous_format)
     with torch.set_grad_enabled(torch.is_grad_enabled() and options.state_grad):
         states = tuple(
-            batch.store(entry, y if name == 0 else None)
-            for name, entry in enumerate(zip(*history, strict=True))
+            batch.store(entry, y if entry[-1] is rows else None)
+            for entry in zip(*history, strict=True)
         )
     return y, states
 
@@ -236,7 +237,13 @@ class _Dense:
     keeps_output = False
 
     def __init__(
-        self, cell: Cell, x: Tensor, reset_state: State, is_init: Tensor, options: Options
+        self,
+        cell: Cell,
+        first: Any,
+        x: Tensor,
+        reset_state: State,
+        is_init: Tensor,
+        options: Options,
     ):
         self.cell, self.is_init, self.only_starts = cell, is_init, options.only_starts
         self.reset = is_init.transpose(0, 1)
@@ -257,14 +264,14 @@ class _Dense:
 
 
 class _Loop(_Dense):
-    def run(self, weights: Weights, rows: Tensor, layer: int) -> State:
+    def run(self, weights: Any, rows: Tensor, layer: int) -> tuple[Tensor, State]:
         return loop.run_dense(self.cell, weights, rows, self.reset, self.of_layer(layer))
 
 
 class _Scan(_Dense):
     keeps_output = True
 
-    def run(self, weights: Weights, rows: Tensor, layer: int) -> State:
+    def run(self, weights: Any, rows: Tensor, layer: int) -> tuple[Tensor, State]:
         return scan.run(self.cell, weights, rows, self.reset, self.of_layer(layer))
 
 
@@ -272,11 +279,17 @@ class _Pad:
     """A batch packed segment by segment."""
 
     def __init__(
-        self, cell: Cell, x: Tensor, reset_state: State, is_init: Tensor, options: Options
+        self,
+        cell: Cell,
+        first: Any,
+        x: Tensor,
+        reset_state: State,
+        is_init: Tensor,
+        options: Options,
     ):
         keep_freed_memory()
         self.cell, self.only_starts = cell, options.only_starts
-        self.vendor = pad.wants_vendor(cell, x.dtype, options.vendor, options.state_grad)
+        self.vendor = pad.wants_vendor(cell, first, x.dtype, options.vendor, options.state_grad)
         rows = pad.block_rows(x.shape[-1], reset_state[0].shape[-1]) if self.vendor else 0
         # Its kernel packs and unpacks by itself, and can clear the state between segments.
         self.whole = self.vendor and pad.shares_rows(x)
@@ -294,7 +307,7 @@ class _Pad:
     def unpack(self, rows: Tensor) -> Tensor:
         return rows if rows.ndim == 3 else self.plan.unpack(rows)
 
-    def run(self, weights: Weights, rows: Tensor, layer: int) -> State:
+    def run(self, weights: Any, rows: Tensor, layer: int) -> tuple[Tensor, State]:
         start = tuple(s[:, layer] for s in self.start)
         return pad.run(
             self.cell,
@@ -324,7 +337,13 @@ class _Triton:
     keeps_output = True
 
     def __init__(
-        self, cell: Cell, x: Tensor, reset_state: State, is_init: Tensor, options: Options
+        self,
+        cell: Cell,
+        first: Any,
+        x: Tensor,
+        reset_state: State,
+        is_init: Tensor,
+        options: Options,
     ):
         self.cell, self.options = cell, options
         self.reset_state, self.is_init = reset_state, is_init
@@ -337,12 +356,11 @@ class _Triton:
     def unpack(self, rows: Tensor) -> Tensor:
         return rows
 
-    def run(self, weights: Weights, rows: Tensor, layer: int) -> State:
+    def run(self, weights: Any, rows: Tensor, layer: int) -> tuple[Tensor, State]:
         start = tuple(s[:, :, layer] for s in self.reset_state)
-        _, states = triton.unroll(
+        return triton.unroll(
             self.cell, weights, rows, start, self.is_init, self.options, self.order
         )
-        return states
 
     def store(self, rows: State, top: Tensor | None) -> Tensor:
         states = _stack(rows, self.unpack, top)

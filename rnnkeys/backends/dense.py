@@ -7,6 +7,8 @@ derivatives taken by ``torch.func``, run the plain loop.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -17,29 +19,32 @@ from .._compat import (
     in_forward_derivative,
     in_transform,
 )
-from ..cells import Cell, Weights
+from ..cells import Cell, State
 from . import ops
-from .loop import State, run_dense
+from .loop import run_dense
 
 
-def has_kernel(cell: Cell, weights: Weights) -> bool:
+def has_kernel(cell: Cell, weights: Any) -> bool:
     """Whether the fused loops know this cell with these parameters."""
     return cell.name in ("lstm", "gru") and weights.w_hr is None
 
 
-def run(cell: Cell, weights: Weights, x: Tensor, reset: Tensor, reset_state: State) -> State:
+def run(
+    cell: Cell, weights: Any, x: Tensor, reset: Tensor, reset_state: State
+) -> tuple[Tensor, State]:
     """Run one layer over ``x [T, B, I]``; see ``loop.run_dense``."""
     if not has_kernel(cell, weights) or _in_derivative():
         return run_dense(cell, weights, x, reset, reset_state)
     steps, batch = x.shape[:2]
     start = tuple(s[0] for s in reset_state)
     states = run_rows(cell, weights, x.reshape(steps * batch, -1), start, (), reset, reset_state)
-    return tuple(s.view(steps, batch, -1) for s in states)
+    states = tuple(s.view(steps, batch, -1) for s in states)
+    return states[0], states
 
 
 def run_rows(
     cell: Cell,
-    weights: Weights,
+    weights: Any,
     x: Tensor,
     start: State,
     sizes: tuple[int, ...] | list[int],

@@ -1,32 +1,34 @@
-"""``"loop"``: the reference way to run time, plain torch operations, one step at a time.
+"""``"loop"``: the reference way to run time, one time step after the other in plain PyTorch.
 
-Every order of autograd, vmap and compile see through it. Other backends are tested against it.
+Autograd of any order, ``torch.func`` transforms and ``torch.compile`` work through it. The other
+backends are tested against it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..cells import Cell, Weights
-
-State = tuple[Tensor, ...]
+from ..cells import Cell, State
 
 
 def run_steps(
     cell: Cell,
-    weights: Weights,
+    weights: Any,
     x: Tensor,
     state: State,
     *,
     reset: Tensor | None = None,
     reset_state: State = (),
     active: Tensor | None = None,
-) -> tuple[list[State], State]:
+) -> tuple[list[Tensor], list[State]]:
     """Run one layer over time-major inputs.
 
     Args:
-        cell: the equation.
+        cell: the equations.
         weights: of the layer.
         x: ``[T, B, I]``.
         state: before the first step, each ``[B, H]``.
@@ -36,17 +38,18 @@ def run_steps(
         active: bool ``[T, B]``: where False, the state stays as it was.
 
     Returns:
-        The states after every step, and the last one.
+        The outputs ``[B, O]`` and the states of every step.
     """
-    gates = cell.input_gates(weights, x)
-    steps = []
-    for t, gates_t in enumerate(gates.unbind(0)):
+    projected = cell.project_input(weights, x)
+    outputs, states = [], []
+    for t, input_t in enumerate(projected.unbind(0)):
         if reset is not None and t:
             state = select(reset[t], tuple(s[t] for s in reset_state), state)
-        new = cell.step(weights, gates_t, state)
-        state = new if active is None else select(active[t], new, state)
-        steps.append(state)
-    return steps, state
+        output, after = cell.step(weights, input_t, state)
+        state = after if active is None else select(active[t], after, state)
+        outputs.append(output)
+        states.append(state)
+    return outputs, states
 
 
 def select(where: Tensor, chosen: State, other: State) -> State:
@@ -55,8 +58,25 @@ def select(where: Tensor, chosen: State, other: State) -> State:
     return tuple(torch.where(where, a, b) for a, b in zip(chosen, other, strict=True))
 
 
-def run_dense(cell: Cell, weights: Weights, x: Tensor, reset: Tensor, reset_state: State) -> State:
-    """Run one layer over ``x [T, B, I]`` with resets; returns states, each ``[T, B, H]``."""
+def join_steps(
+    outputs: list[Tensor],
+    states: list[State],
+    join: Callable[[Sequence[Tensor]], Tensor] = torch.stack,
+) -> tuple[Tensor, State]:
+    """Join the outputs and states of all steps, once where the output is the first state."""
+    joined = tuple(join(entry) for entry in zip(*states, strict=True))
+    if all(state and output is state[0] for output, state in zip(outputs, states, strict=True)):
+        return joined[0], joined
+    return join(outputs), joined
+
+
+def run_dense(
+    cell: Cell, weights: Any, x: Tensor, reset: Tensor, reset_state: State
+) -> tuple[Tensor, State]:
+    """Run one layer over ``x [T, B, I]`` with resets.
+
+    Returns:
+        Outputs ``[T, B, O]`` and states, each ``[T, B, H]``.
+    """
     start = tuple(s[0] for s in reset_state)
-    steps, _ = run_steps(cell, weights, x, start, reset=reset, reset_state=reset_state)
-    return tuple(torch.stack(entry) for entry in zip(*steps, strict=True))
+    return join_steps(*run_steps(cell, weights, x, start, reset=reset, reset_state=reset_state))

@@ -71,12 +71,13 @@ def _run_vendor(weights: Weights, x: Tensor, start: tuple[Tensor, Tensor], plan:
     """Run the blocks by whatever kernel torch has for the device."""
     outputs, state = [], tuple(s.unsqueeze(0) for s in start)
     has_biases = weights.b_ih is not None
+    parameters = [w for w in weights[:4] if w is not None]
     for block, (_, steps, rows) in zip(x.split(_rows_of(plan.blocks)), plan.blocks, strict=True):
         state = tuple(s[:, :rows].contiguous() for s in state)
         y, *state = lstm_layers(
             block.view(steps, rows, -1),
             state,
-            weights.tensors,
+            parameters,
             *(has_biases, 1, 0.0, False, False, False),
         )
         outputs.append(y.flatten(0, 1))

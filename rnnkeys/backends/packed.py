@@ -7,27 +7,28 @@ through cell states take the fused loop; any other cell takes the plain one.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cells import Cell, Weights
+from ..cells import Cell, State
 from . import native as vendor_lstm
 from . import onednn
 from .dense import has_kernel, run_rows
-from .loop import State, run_steps
+from .loop import join_steps
 from .packing import Plan
 
 _CALL_ROWS = 64
 _CALL_SIZE = 2e6
 
 
-def wants_vendor(cell: Cell, dtype: torch.dtype, vendor: bool, state_grad: bool) -> bool:
-    """Whether the vendor's kernel serves: fast for these dtypes, no gradient through ``c``.
-
-    Of layers without a projection.
-    """
-    return vendor and not state_grad and cell.name == "lstm" and vendor_lstm.serves(dtype)
+def wants_vendor(
+    cell: Cell, weights: Any, dtype: torch.dtype, vendor: bool, state_grad: bool
+) -> bool:
+    """Whether the vendor's kernel runs layers: fast for the dtype, no gradient through ``c``."""
+    is_fit = vendor and not state_grad and cell.name == "lstm"
+    return is_fit and weights.w_hr is None and vendor_lstm.serves(dtype)
 
 
 def shares_rows(x: Tensor) -> bool:
@@ -51,7 +52,7 @@ def block_rows(inputs: int, hidden: int) -> int:
 
 def run(
     cell: Cell,
-    weights: Weights,
+    weights: Any,
     x: Tensor,
     start: State,
     plan: Plan,
@@ -59,7 +60,7 @@ def run(
     vendor: bool,
     only_starts: bool,
     unpacks: bool,
-) -> State:
+) -> tuple[Tensor, State]:
     """Run one layer over packed rows.
 
     Args:
@@ -75,21 +76,27 @@ def run(
             ``[B, T, H]``.
 
     Returns:
-        The states after every step, each ``[N, H]``. With ``vendor``, those besides ``h`` are
-        detached and, with ``only_starts``, those of segments' first steps, ``[S, H]``.
+        Outputs ``[N, O]`` and the states after every step, each ``[N, H]``. With ``vendor``, those
+        besides ``h`` are detached and, with ``only_starts``, those of segments' first steps,
+        ``[S, H]``.
     """
     if vendor:
-        return vendor_lstm.run(weights, x, start, plan, only_starts, unpacks)
+        states = vendor_lstm.run(weights, x, start, plan, only_starts, unpacks)
+        return states[0], states
     if has_kernel(cell, weights):
-        return run_rows(cell, weights, x, start, plan.sizes)
+        states = run_rows(cell, weights, x, start, plan.sizes)
+        return states[0], states
     return _run_plain(cell, weights, x, start, plan)
 
 
-def _run_plain(cell: Cell, weights: Weights, x: Tensor, start: State, plan: Plan) -> State:
-    """Cells without a kernel: the plain loop over the packed steps."""
-    steps, state = [], start
-    for x_t in x.split(plan.sizes):
-        state = tuple(s[: x_t.shape[0]] for s in state)
-        _, state = run_steps(cell, weights, x_t.unsqueeze(0), state)
-        steps.append(state)
-    return tuple(torch.cat(entry) for entry in zip(*steps, strict=True))
+def _run_plain(
+    cell: Cell, weights: Any, x: Tensor, start: State, plan: Plan
+) -> tuple[Tensor, State]:
+    """Run a cell without a kernel, one packed step after the other."""
+    outputs, states, state = [], [], start
+    for input_t in cell.project_input(weights, x).split(plan.sizes):
+        state = tuple(s[: input_t.shape[0]] for s in state)
+        output, state = cell.step(weights, input_t, state)
+        outputs.append(output)
+        states.append(state)
+    return join_steps(outputs, states, torch.cat)

@@ -1,24 +1,38 @@
-"""One step of a stack of layers, as a collector runs it."""
+"""One time step of a stack of layers, as collectors run it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .._compat import gru_cell, lstm_cell
-from ..cells import Cell, Weights
+from ..cells import Cell, State
 
 
 def run_step(
     cell: Cell,
-    layers: list[Weights],
+    layers: list[Any],
     x: Tensor,
-    states: tuple[Tensor, ...],
+    states: State,
     dropout: float,
     vendor: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Run one step of a stack: ``x [N, I]``, states ``[N, L, H]``."""
+) -> tuple[Tensor, State]:
+    """Run one time step of a stack.
+
+    Args:
+        cell: the equations.
+        layers: the weights of every layer.
+        x: ``[N, I]``.
+        states: each ``[N, L, H]``.
+        dropout: probability of dropout between layers.
+        vendor: whether to run torch's native kernels.
+
+    Returns:
+        Outputs ``[N, O]`` and the next states ``[N, L, H]``.
+    """
     after = []
     for layer, weights in enumerate(layers):
         if layer and dropout:
@@ -26,20 +40,18 @@ def run_step(
         state = tuple(s[:, layer] for s in states)
         if vendor and weights.w_hr is None:
             state = _vendor_step(cell, weights, x, state)
+            x = state[0]
         else:
-            state = cell.step(weights, cell.input_gates(weights, x), state)
-        x = state[0]
+            x, state = cell(weights, x, state)
         after.append(state)
-    # An in-place activation on the output must not change the state: one layer's state would share
-    # its memory.
-    if len(after) == 1:
-        return x.clone(), tuple(s.unsqueeze(1) for s in after[0])
-    return x, tuple(torch.stack(entry, 1) for entry in zip(*after, strict=True))
+    if len(after) > 1:
+        return x, tuple(torch.stack(entry, 1) for entry in zip(*after, strict=True))
+    # The state of one layer is not copied, and an in-place activation on the output must not
+    # change it.
+    return x.clone(), tuple(s.unsqueeze(1) for s in after[0])
 
 
-def _vendor_step(
-    cell: Cell, weights: Weights, x: Tensor, state: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
+def _vendor_step(cell: Cell, weights: Any, x: Tensor, state: State) -> State:
     parameters = weights[:4]
     if cell.name == "lstm":
         return lstm_cell(x, state, *parameters)

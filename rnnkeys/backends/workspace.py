@@ -164,7 +164,7 @@ def _is_known(inputs: int, hidden: int) -> bool:
     with torch.no_grad():
         expected, state = [], (h, c)
         for x_t in x:
-            state = LSTM_CELL.step(weights, LSTM_CELL.input_gates(weights, x_t), state)
+            _, state = LSTM_CELL(weights, x_t, state)
             expected.append(state[1])
         found = _find_cells(ran, inputs)
     if found is None:

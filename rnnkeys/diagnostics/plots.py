@@ -180,8 +180,8 @@ def gate_saturation(
         before = _states_before(data, whole, recurrent)
         weights = module._layers.weights(0)
         x = whole.get(module.in_keys[0])
-        from_x = module.cell.input_gates(weights, x)
-        summed = from_x + module.cell.state_gates(weights, before)
+        from_x = module.cell.project_input(weights, x)
+        summed = from_x + module.cell.project_state(weights, before)
         parts = summed.sigmoid().chunk(module.cell.num_gates, -1)
     off = {gate: (parts[i] < _SATURATED) | (parts[i] > 1 - _SATURATED) for gate, i in gates.items()}
     return {gate: share.float().flatten(1).mean(-1) for gate, share in off.items()}

@@ -129,6 +129,8 @@ def read(module: RecurrentModule, tensordict: TensorDictBase) -> Entries:
             f"{_dims(lead)}, optionally agents, and input_size={module._layers.input_size} last."
         )
     shape = x.shape[:-1]
+    if not module.state_keys:
+        return Entries(x, None, x.new_zeros(shape, dtype=torch.bool), shape)
     marks = tensordict.get(module.init_key, None)
     if marks is None:
         raise KeyError(_missing_init(module, tensordict))

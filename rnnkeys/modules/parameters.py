@@ -1,16 +1,63 @@
-"""Reads sizes and parameters of an ``nn.RNNBase``, also where compiled code may not look at it."""
+"""Readers of layers: sizes, and the parameters as they are now, in whatever class holds them."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from ..cells import Weights
+from ..cells import GRU_CELL, LSTM_CELL, Cell, Weights
+
+_CELLS = {"LSTM": LSTM_CELL, "GRU": GRU_CELL}
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
-class Layers:
-    """Sizes of an ``nn.LSTM``, ``nn.GRU`` or twin, and its parameters as they are now.
+class Layers(ABC):
+    """What recurrent modules read of the layers that they run.
 
-    Compiled code may not touch an ``nn.LSTM``, but it may read the dictionary that holds its
+    Args:
+        module: holds the parameters.
+        cell: the equations.
+        input_size: ``I``.
+        state_sizes: size of the last dimension of each state.
+        num_layers: ``L``.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        cell: Cell,
+        input_size: int,
+        state_sizes: tuple[int, ...],
+        num_layers: int,
+    ) -> None:
+        self.module = module
+        self.cell = cell
+        self.input_size = input_size
+        self.state_sizes = state_sizes
+        self.num_layers = num_layers
+
+    @property
+    @abstractmethod
+    def dropout(self) -> float:
+        """Probability of dropout between layers now: 0 where ``module`` is in eval mode."""
+
+    @property
+    @abstractmethod
+    def sample(self) -> Tensor:
+        """A floating-point tensor with the dtype and the device of the parameters."""
+
+    @abstractmethod
+    def weights(self, layer: int, dtype: torch.dtype | None = None) -> Any:
+        """Return the weights of one layer for its cell, cast to ``dtype`` if it is given."""
+
+
+class TorchLayers(Layers):
+    """Reads an ``nn.LSTM``, an ``nn.GRU`` or a pure-PyTorch one.
+
+    Compiled code cannot use an ``nn.LSTM``, but it can read the dictionary that holds its
     attributes. Functional calls put tensors there in place of parameters, so both are looked up.
 
     Args:
@@ -18,28 +65,23 @@ class Layers:
     """
 
     def __init__(self, rnn: nn.RNNBase) -> None:
-        self.input_size: int = rnn.input_size
-        self.hidden_size: int = rnn.hidden_size
-        self.num_layers: int = rnn.num_layers
-        self.proj_size: int = rnn.proj_size
-        self.bias: bool = rnn.bias
-        self._num_states = 2 if rnn.mode == "LSTM" else 1
-        self.module = rnn
+        cell = _CELLS[rnn.mode]
+        others = (rnn.hidden_size,) * (len(cell.state_names) - 1)
+        sizes = (rnn.proj_size or rnn.hidden_size, *others)
+        super().__init__(rnn, cell, rnn.input_size, sizes, rnn.num_layers)
         self._attributes = rnn.__dict__
+        self._has_field = (True, True, rnn.bias, rnn.bias, bool(rnn.proj_size))
 
     @property
     def dropout(self) -> float:
-        """Probability of dropout between layers now: 0 where the ``nn.RNNBase`` is in eval mode.
-
-        A schedule may change it there.
-        """
+        """Probability of dropout between layers now, which a schedule may change."""
         return self._attributes["dropout"] if self._attributes["training"] else 0.0
 
     def parameter(self, name: str) -> Tensor:
-        """Return a parameter, or the tensor that stands for it.
+        """Return a parameter, or the tensor in its place.
 
-        That is: in a functional call, or after ``torch.nn.utils.parametrize``, ``weight_norm`` or
-        ``prune``.
+        A functional call, ``torch.nn.utils.parametrize``, ``weight_norm`` and ``prune`` put other
+        tensors in the place of parameters.
         """
         attributes = self._attributes
         if name in attributes:
@@ -63,31 +105,15 @@ class Layers:
 
     @property
     def sample(self) -> Tensor:
-        """A parameter, which tells dtype and device of all."""
+        """A parameter."""
         return self.parameter("weight_hh_l0")
 
-    def enter(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Turn stored states into those that backends carry: the same."""
-        return states
-
-    def leave(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Turn states that backends carry into those that are stored: the same."""
-        return states
-
-    @property
-    def state_sizes(self) -> tuple[int, ...]:
-        """Size of the last dimension of each state."""
-        sizes = [self.hidden_size] * self._num_states
-        sizes[0] = self.proj_size or self.hidden_size
-        return tuple(sizes)
-
-    def weights(self, layer: int) -> Weights:
-        """Return the parameters of one layer."""
-        get = self.parameter
-        return Weights(
-            get(f"weight_ih_l{layer}"),
-            get(f"weight_hh_l{layer}"),
-            get(f"bias_ih_l{layer}") if self.bias else None,
-            get(f"bias_hh_l{layer}") if self.bias else None,
-            get(f"weight_hr_l{layer}") if self.proj_size else None,
-        )
+    def weights(self, layer: int, dtype: torch.dtype | None = None) -> Any:
+        """Return the parameters of one layer, cast to ``dtype`` if it is given."""
+        fields = [
+            self.parameter(f"{name}_l{layer}") if there else None
+            for name, there in zip(_NAMES, self._has_field, strict=True)
+        ]
+        if dtype is not None and self.sample.dtype != dtype:
+            fields = [None if p is None else p.to(dtype) for p in fields]
+        return Weights(*fields)  # pyright: ignore[reportArgumentType]

@@ -209,6 +209,8 @@ def _distinct(primers: Iterator[tuple[nn.Module, Any]]) -> Iterator[Transform]:
     owners: dict[NestedKey, nn.Module] = {}
     for module, primer in primers:
         wanted = {key: spec.shape for key, spec in primer.primers.items(True, True)}
+        if not wanted:
+            continue  # a feed-forward layer has no state
         for key, shape in wanted.items():
             if shapes.setdefault(key, shape) != shape:
                 raise ValueError(

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..backends.loop import run_steps
 from ..cells import GRU_CELL, LSTM_CELL, Cell
-from .parameters import Layers
+from .parameters import TorchLayers
 
 
 class _PlainRNN(nn.RNNBase):
@@ -54,14 +54,14 @@ class _PlainRNN(nn.RNNBase):
         if active is not None:
             # Zero times the NaN of a step that is not taken would be NaN in the gradient.
             y = y.masked_fill(~active.unsqueeze(-1), 0)
-        layers, last = Layers(self), []
+        layers, last = TorchLayers(self), []
         for layer in range(self.num_layers):
             if layer and self.dropout:
                 y = F.dropout(y, self.dropout, self.training)
             start = tuple(s[layer] for s in state)
-            steps, end = run_steps(self.cell, layers.weights(layer), y, start, active=active)
-            y = torch.stack([s[0] for s in steps])
-            last.append(end)
+            _, states = run_steps(self.cell, layers.weights(layer), y, start, active=active)
+            y = torch.stack([s[0] for s in states])
+            last.append(states[-1])
         final = tuple(torch.stack(entry) for entry in zip(*last, strict=True))
         return (y.transpose(0, 1) if self.batch_first else y), final
 

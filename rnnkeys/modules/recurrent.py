@@ -17,15 +17,14 @@ from torchrl.envs.transforms import TensorDictPrimer
 from .._compat import in_transform
 from ..backends import BACKENDS, Options, unroll_layers, why_not
 from ..backends.step import run_step
-from ..cells import Cell, Weights
+from ..cells import Cell
 from ..mode import as_mode, recurrent_mode
 from ..precision import validate_recurrent_matmul_precision
 from . import entries
 from .arguments import check_choice, check_floating_dtype, check_kind
 from .canonical import CanonicalKeys
-from .parameters import Layers
 from .primers import make_primer
-from .stacks import CellStack, StepStack, make_stack
+from .stacks import CellStack, StepStack, make_stack, read_layers
 
 _STORES = ("all", "starts")
 _RECOMPUTES = ("none", "full")
@@ -136,11 +135,15 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         name = str(type(self).__name__)
         ins = entries.join_keys("in", in_key, in_keys, self.DEFAULT_IN_KEYS)
         outs = entries.join_keys("out", out_key, out_keys, self.DEFAULT_OUT_KEYS)
-        ins, init_key = entries.split_init_key(name, ins, init_key, self.cell)
+        ins, self._init_key = entries.split_init_key(name, ins, init_key, self.cell)
         entries.check_out_keys(name, outs, self.cell)
         setattr(self, self.rnn_attribute, layers)
         # tensordict's own annotations of keys know no nesting.
-        self.in_keys = [*ins, init_key]  # pyright: ignore[reportAttributeAccessIssue]
+        self.in_keys = [  # pyright: ignore[reportAttributeAccessIssue]
+            *ins,
+            # A cell without state starts no episode.
+            *[self._init_key][: len(self.cell.state_names)],
+        ]
         self.out_keys = outs  # pyright: ignore[reportAttributeAccessIssue]
         self._recurrent_mode = as_mode(default_recurrent_mode, "default_recurrent_mode")
         self.recurrent_backend = recurrent_backend
@@ -163,7 +166,8 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
     def _name_states(self, layers: Any) -> None:
         self.cell = layers.cell
         names = self.cell.state_names
-        keys = [f"recurrent_state_{n}" for n in names] if len(names) > 1 else ["recurrent_state"]
+        keys = [f"recurrent_state_{name}" for name in names]
+        keys = ["recurrent_state"] if len(names) == 1 else keys
         self.DEFAULT_IN_KEYS, self.DEFAULT_OUT_KEYS = [*keys], [("next", key) for key in keys]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -192,14 +196,12 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
     def _look_at(self, layers: Any) -> None:
         if self.rnn_attribute != "rnn":
             check_kind(self.rnn_attribute, layers, self.cell.name.upper())
-            self._layers = Layers(layers)
-        elif isinstance(layers, (CellStack, StepStack)):
-            self._layers = layers.view()
-        else:
+        elif not isinstance(layers, (CellStack, StepStack)):
             raise ValueError(
                 f"rnn must be layers as {type(self).__name__} makes them. Got "
                 f"{type(layers).__name__}; for other layers make another module."
             )
+        self._layers = read_layers(layers)
         self._has_vendor_layers = isinstance(layers, self.vendor_class)
 
     def _look_again(self) -> None:
@@ -349,7 +351,7 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         """
         if not is_compiling():
             self._look_again()
-        if self.recurrent_mode:
+        if self.recurrent_mode and self.cell.state_names:
             y, states = self._run_sequences(tensordict)
         else:
             y, states = self._run_step(tensordict)
@@ -376,30 +378,28 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
                 self.cell,
                 self._weights(dtype),
                 x,
-                self._layers.enter(states),
+                states,
                 is_init,
                 self._options(),
                 # Without data there are no marks to plan by.
                 self.recurrent_backend if entries.has_data(x) else "scan",
             )
         shape = data.shape
-        restored = tuple(entries.time_last(s, lead, shape) for s in self._layers.leave(after))
+        restored = tuple(entries.time_last(s, lead, shape) for s in after)
         return entries.time_last(y, lead, shape), self._stored(restored)
 
     def _run_step(self, tensordict: TensorDictBase) -> tuple[Tensor, tuple[Tensor, ...]]:
         data = entries.read(self, tensordict)
-        if data.states is None:
+        if data.states is None and self.cell.state_names:
             self._warn_of_missing_state(data.is_init)
         dtype = entries.compute_dtype(data.x, self._layers.sample)
         x, states = entries.flat_step(data, self, dtype)
-        states = self._layers.enter(states)
         layers = self._weights(dtype)
         vendor = self._has_vendor_layers and not (is_compiling() or in_transform())
         with entries.no_autocast(x):
             y, after = run_step(self.cell, layers, x, states, self._layers.dropout, vendor)
         shape = data.shape
         y = y.view(*shape, y.shape[-1])
-        after = self._layers.leave(after)
         return y, self._stored(tuple(s.view(*shape, *s.shape[1:]) for s in after))
 
     def _stored(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -407,11 +407,8 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         dtype = self._layers.sample.dtype
         return tuple(entries.as_dtype(s, dtype) for s in states)
 
-    def _weights(self, dtype: torch.dtype) -> list[Weights]:
-        layers = [self._layers.weights(i) for i in range(self._layers.num_layers)]
-        if layers[0].w_hh.dtype == dtype:
-            return layers
-        return [layer.to(dtype) for layer in layers]
+    def _weights(self, dtype: torch.dtype) -> list[Any]:
+        return [self._layers.weights(i, dtype) for i in range(self._layers.num_layers)]
 
     def _options(self) -> Options:
         return Options(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..cells import Cell, Weights
+from ..cells import Cell, State
+from .parameters import Layers, TorchLayers
 
-State = tuple[Tensor, ...]
 # Backends know kernels for these by name.
 _TAKEN = ("lstm", "gru", "step")
 
@@ -64,6 +64,7 @@ class CellStack(nn.Module):
         self.hidden_size = _check_size("hidden_size", hidden_size)
         self.num_layers = _check_size("num_layers", num_layers)
         self.bias, self.dropout = bias, float(dropout)
+        self.parameter_names = tuple(cell.parameter_shapes(1, 1, bias))
         for layer in range(num_layers):
             width = self.hidden_size if layer else self.input_size
             for name, shape in cell.parameter_shapes(width, self.hidden_size, bias).items():
@@ -80,111 +81,72 @@ class CellStack(nn.Module):
         """Show the sizes."""
         return f"{self.cell.name}, {self.input_size}, {self.hidden_size}, layers={self.num_layers}"
 
-    def view(self) -> CellLayers:
-        """Return what modules read."""
-        return CellLayers(self)
 
+class CellLayers(Layers):
+    """Reads a :class:`CellStack`."""
 
-class _View:
-    """What a recurrent module reads of its layers, as in :class:`rnnkeys.layers.Layers`."""
+    module: CellStack
 
-    proj_size = 0
-    num_layers: int
-    hidden_size: int
-    input_size: int
-
-    def __init__(self, stack: Any) -> None:
-        self.module = stack
-        self.input_size = stack.input_size
-        self.hidden_size = stack.hidden_size
-        self.num_layers = stack.num_layers
-        self.cell: Cell = stack.cell
+    def __init__(self, stack: CellStack) -> None:
+        sizes = (stack.hidden_size,) * len(stack.cell.state_names)
+        super().__init__(stack, stack.cell, stack.input_size, sizes, stack.num_layers)
 
     @property
     def dropout(self) -> float:
-        """Probability of dropout between layers now: 0 where the stack is in eval mode."""
+        """Probability of dropout between layers now."""
         return self.module.dropout if self.module.training else 0.0
-
-    def enter(self, states: State) -> State:
-        """Turn stored states into those that backends carry."""
-        return states
-
-    def leave(self, states: State) -> State:
-        """Turn states that backends carry into those that are stored."""
-        return states
-
-
-class CellLayers(_View):
-    """Sizes and present parameters of a :class:`CellStack`."""
 
     @property
     def sample(self) -> Tensor:
-        """A parameter, which tells dtype and device of all."""
-        return self.module.weight_hh_l0
+        """A parameter."""
+        return getattr(self.module, f"{self.module.parameter_names[0]}_l0")
 
-    @property
-    def state_sizes(self) -> tuple[int, ...]:
-        """Size of the last dimension of each state."""
-        return (self.hidden_size,) * len(self.cell.state_names)
-
-    def weights(self, layer: int) -> Weights:
-        """Return the parameters of one layer."""
-        shapes = self.cell.parameter_shapes(self.input_size, self.hidden_size, self.module.bias)
-        found = {name: getattr(self.module, f"{name}_l{layer}") for name in shapes}
-        fields = (found.pop(n, None) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-        return Weights(*fields, extra=found)
+    def weights(self, layer: int, dtype: torch.dtype | None = None) -> Any:
+        """Return the parameters of one layer, cast to ``dtype`` if it is given."""
+        names = self.module.parameter_names
+        found: dict[str, Tensor] = {
+            name: getattr(self.module, f"{name}_l{layer}") for name in names
+        }
+        if dtype is not None and self.sample.dtype != dtype:
+            found = {name: p.to(dtype) for name, p in found.items()}
+        return self.cell.bind(found)
 
 
 class StepWeights:
-    """A step module in place of parameters, and the values that stand for its own, if any."""
+    """A module of one time step, and the values used in place of its parameters, if any."""
 
-    w_hr = None
-
-    def __init__(self, module: nn.Module, sample: Tensor, values: dict[str, Tensor] | None = None):
-        self.module, self.values = module, values
-        self.w_ih = self.w_hh = sample
-
-    def to(self, dtype: torch.dtype) -> StepWeights:
-        """Cast every parameter."""
-        values = {name: p.to(dtype) for name, p in self.module.named_parameters()}
-        return StepWeights(self.module, self.w_hh.to(dtype), values)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Every parameter."""
-        return [*self.module.parameters(), self.w_hh]
+    def __init__(self, module: nn.Module, values: dict[str, Tensor] | None = None) -> None:
+        self.module = module
+        self.values = values
 
     def __call__(self, *arguments: Tensor) -> State:
-        """Run one step."""
+        """Run one time step."""
         if self.values is None:
             return tuple(self.module(*arguments))
         return tuple(functional_call(self.module, self.values, arguments))
 
 
 class StepCell(Cell):
-    """Runs a module that maps ``(input, *state)`` to ``(output, *state)``.
-
-    Backends carry the output in front of the states; nothing reads it back.
-    """
+    """Runs a module that maps ``(input, *state)`` to ``(output, *state)``."""
 
     name = "step"
-    num_gates = 0
+    # A loss may swap the module's parameters before the backward pass.
+    is_pure = False
 
     def __init__(self, state_names: tuple[str, ...]) -> None:
         self.state_names = state_names
 
-    def input_gates(self, weights: Any, x: Tensor) -> Tensor:
-        """Leave the input to the step."""
-        return x
+    def parameter_shapes(
+        self, input_size: int, hidden_size: int, bias: bool = True
+    ) -> dict[str, tuple[int, ...]]:
+        """Return no shapes: the module has its own parameters."""
+        return {}
 
-    def step(self, weights: Any, gates_x: Tensor, state: State) -> State:
-        """See the base."""
-        # A module may change its states in place, and these are the caller's, or a step's before.
-        return weights(gates_x, *(s.clone() for s in state[1:]))
-
-    def pointwise(self, gates_x: Tensor, gates_h: Tensor, state: State) -> State:
-        """Raise: the module is the whole step."""
-        raise NotImplementedError("A step module is called by step().")
+    def step(self, weights: StepWeights, input_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """Call the module."""
+        # It may change its states in place, and these belong to the caller or an earlier step.
+        output, *after = weights(input_t, *(s.clone() for s in state))
+        return output, tuple(after)
 
 
 class StepStack(nn.ModuleList):
@@ -264,38 +226,47 @@ class StepStack(nn.ModuleList):
         self.output_size = result[0].shape[-1]
         return self.output_size
 
-    def view(self) -> StepLayers:
-        """Return what modules read."""
-        return StepLayers(self)
 
+class StepLayers(Layers):
+    """Reads a :class:`StepStack`."""
 
-class StepLayers(_View):
-    """Sizes and modules of a :class:`StepStack`."""
+    module: StepStack
+
+    def __init__(self, stack: StepStack) -> None:
+        sizes = tuple(stack.state_sizes.values())
+        super().__init__(stack, stack.cell, stack.input_size, sizes, stack.num_layers)
+
+    @property
+    def dropout(self) -> float:
+        """Probability of dropout between layers now."""
+        return self.module.dropout if self.module.training else 0.0
 
     @property
     def sample(self) -> Tensor:
-        """A parameter, which tells dtype and device of all."""
+        """A parameter; a tensor in torch's default dtype if there is none."""
         return _sample(self.module)
 
-    @property
-    def state_sizes(self) -> tuple[int, ...]:
-        """Size of the last dimension of each state."""
-        return tuple(self.module.state_sizes.values())
-
-    def enter(self, states: State) -> State:
-        """Put an output, which is not read, in front of the states."""
-        first = states[0]
-        output = first.new_zeros(()).expand(*first.shape[:-1], self.module.output_size)
-        return (output, *states)
-
-    def leave(self, states: State) -> State:
-        """Drop the output."""
-        return states[1:]
-
-    def weights(self, layer: int) -> Any:
-        """Return the module of one layer, in the place of parameters."""
+    def weights(self, layer: int, dtype: torch.dtype | None = None) -> StepWeights:
+        """Return the module of one layer, with its parameters cast to ``dtype`` if it is given."""
         module = self.module[layer]
-        return StepWeights(module, _sample(module))
+        if dtype is None or self.sample.dtype == dtype:
+            return StepWeights(module)
+        return StepWeights(module, {n: p.to(dtype) for n, p in module.named_parameters()})
+
+
+def read_layers(module: nn.Module) -> Layers:
+    """Return the reader of layers.
+
+    Raises:
+        TypeError: if ``module`` is of no class that holds layers.
+    """
+    if isinstance(module, CellStack):
+        return CellLayers(module)
+    if isinstance(module, StepStack):
+        return StepLayers(module)
+    if isinstance(module, nn.RNNBase):
+        return TorchLayers(module)
+    raise TypeError(f"Expected layers of a recurrent module. Got {type(module).__name__}.")
 
 
 def _sample(module: nn.Module) -> Tensor:

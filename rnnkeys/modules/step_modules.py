@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNCellBase
 
-from ..cells import GRU_CELL, LSTM_CELL, Cell, Weights
+from ..cells import GRU_CELL, LSTM_CELL, GatedCell, Weights
 
 
 class _StepModule(RNNCellBase):
     """Parameters and shape checks shared by the step modules; a subclass names its cell."""
 
-    cell: Cell
+    cell: GatedCell
 
     def __init__(
         self,
@@ -51,7 +51,8 @@ class _StepModule(RNNCellBase):
                 )
         # nn.RNNCellBase types these as Tensor although they are None without bias.
         weights = Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        return self.cell.step(weights, self.cell.input_gates(weights, input), state)
+        _, state = self.cell(weights, input, state)
+        return state
 
 
 class LSTMCell(_StepModule):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rnnkeys.backends import Options, choose, fused, unroll, why_not
-from rnnkeys.cells import Cell, Weights
+from rnnkeys.cells import GatedCell, Weights
 from tests.support import problems
 from tests.support.problems import (
     CELLS,
@@ -238,7 +238,7 @@ def test_a_gradient_may_come_through_one_output_alone(way, cell, dtype):
             assert_equal(grad.cpu(), expected[name], dtype, f"{name} through output {chosen}")
 
 
-class Counter(Cell):
+class Counter(GatedCell):
     """Adds its input to its state: exact in any dtype, and easy to follow by eye."""
 
     name = "counter"

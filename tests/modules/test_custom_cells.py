@@ -19,7 +19,7 @@ from torchrl.modules import QValueModule
 from torchrl.objectives import DQNLoss, SoftUpdate
 
 from rnnkeys import (
-    Cell,
+    GatedCell,
     RecurrentModule,
     drqn_policy,
     get_env_transforms_from_module,
@@ -34,7 +34,7 @@ from tests.support.tolerances import assert_equal
 State = tuple[Tensor, ...]
 
 
-class MinimalGatedUnit(Cell):
+class MinimalGatedUnit(GatedCell):
     name = "mgu"
     num_gates = 2
     state_names = ("h",)
@@ -353,7 +353,7 @@ def test_the_factory_makes_what_it_is_asked_for(kind):
         recurrent_module("rnn", 3, 5, **KEYS)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "lstm_ln", "none"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "lstm_ln", "feed_forward"])
 @pytest.mark.parametrize("shape", [(4,), (1, 40, 44)])
 def test_a_drqn_policy_acts_and_runs_sequences(cell, shape):
     policy = drqn_policy(OneHot(3), shape, cell=cell, hidden_size=8, encoder_sizes=(16,))

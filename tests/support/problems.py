@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from rnnkeys.backends import BACKENDS, Options, choose, packed, unroll_layers, why_not
-from rnnkeys.cells import GRU_CELL, LAYER_NORM_LSTM_CELL, LSTM_CELL, Cell, Weights
-from rnnkeys.modules.parameters import Layers
-from rnnkeys.modules.stacks import CellStack
+from rnnkeys.cells import GRU_CELL, LAYER_NORM_LSTM_CELL, LSTM_CELL, GatedCell, Weights
+from rnnkeys.modules.stacks import CellStack, read_layers
 from tests.support import reference
 from tests.support.reference_layernorm import LayerNormLSTM, LayerNormWeights
 from tests.support.tolerances import assert_equal
 
 State = tuple[Tensor, ...]
-CELLS: dict[str, tuple[Cell, reference.Cell]] = {
+CELLS: dict[str, tuple[GatedCell, reference.Cell]] = {
     "lstm": (LSTM_CELL, reference.LSTM()),
     "gru": (GRU_CELL, reference.GRU()),
     "lstm_ln": (LAYER_NORM_LSTM_CELL, LayerNormLSTM()),
@@ -47,10 +46,11 @@ class Way(NamedTuple):
 
     def runs(self, cell: str, dtype: torch.dtype, projected: bool = False) -> bool:
         """Whether this way runs a cell, on this machine."""
-        if self == WAYS["vendor"]:
-            return packed.wants_vendor(CELLS[cell][0], dtype, True, self.options.state_grad)
         matrix = torch.empty(1, 1, dtype=dtype, device=DEVICE)
         weights = Weights(matrix, matrix, w_hr=matrix if projected else None)
+        if self == WAYS["vendor"]:
+            state_grad = self.options.state_grad
+            return packed.wants_vendor(CELLS[cell][0], weights, dtype, True, state_grad)
         return why_not(self.backend, CELLS[cell][0], weights) is None
 
 
@@ -131,13 +131,13 @@ class Problem(NamedTuple):
     layouts: tuple[str, str] = ("contiguous", "contiguous")
 
     @property
-    def cell(self) -> Cell:
+    def cell(self) -> GatedCell:
         return CELLS[self.rnn.mode.lower()][0]
 
     @property
     def layers(self) -> list[Weights]:
-        view = Layers(self.rnn) if isinstance(self.rnn, nn.RNNBase) else self.rnn.view()
-        return [view.weights(i) for i in range(self.rnn.num_layers)]
+        layers = read_layers(self.rnn)
+        return [layers.weights(i) for i in range(self.rnn.num_layers)]
 
     @property
     def dtype(self) -> torch.dtype:

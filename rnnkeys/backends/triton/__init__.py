@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..._compat import TransformType, get_interpreter_stack
-from ...cells import Cell, Weights
+from ...cells import Cell, State, Weights
 from ...precision import resolve
 from .config import MAX_HIDDEN
 from .ordering import order_segments as order_segments
 
-State = tuple[Tensor, ...]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ELSEWHERE = "Use recurrent_backend='pad' or 'auto'"
 
@@ -47,7 +46,7 @@ class Modes(Protocol):
 
 def why_not(
     cell: Cell,
-    weights: Weights,
+    weights: Any,
     device: torch.device | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> str | None:
@@ -59,22 +58,23 @@ def why_not(
     Args:
         cell: the equation.
         weights: of the layer, for sizes and dtype.
-        device: of the parameters.
+        device: of the inputs; by default of the parameters.
         compute_dtype: ``recurrent_compute_dtype``.
 
     Returns:
         The reason and the backend that would do.
 
     Examples:
-        >>> from rnnkeys.cells import GRU_CELL
+        >>> from rnnkeys.cells import GRU_CELL, Weights
         >>> float64 = Weights(torch.zeros(3, 1).double(), torch.zeros(3, 1).double())
         >>> why_not(GRU_CELL, float64)
         "recurrent_backend='triton' takes parameters in float32, bfloat16 or float16, ..."
     """
-    return _why_not_layer(cell, weights, compute_dtype) or _why_not_machine(device)
+    reason = _why_not_layer(cell, weights, compute_dtype)
+    return reason or _why_not_machine(device or weights.w_hh.device)
 
 
-def _why_not_layer(cell: Cell, weights: Weights, compute_dtype: torch.dtype) -> str | None:
+def _why_not_layer(cell: Cell, weights: Any, compute_dtype: torch.dtype) -> str | None:
     if cell.name not in ("lstm", "gru"):
         return f"recurrent_backend='triton' runs LSTM and GRU, got {cell.name!r}. {_ELSEWHERE}."
     dtype, hidden = weights.w_hh.dtype, weights.w_hh.shape[1]
