@@ -1,0 +1,267 @@
+"""Environments of Gymnasium with any spaces, in vectors that TorchRL's collectors step at once."""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib import import_module
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from torchrl.envs import DeviceCastTransform, GymWrapper, TransformedEnv
+
+MIN_IMAGE_SIDE = 36
+"""Smallest height and width of an image; smaller ones are flattened to vectors."""
+
+
+class EnvError(ValueError):
+    """An environment that cannot be made or used, or that returned a NaN; one line of text."""
+
+
+def make_gym_env(
+    name: str,
+    num_envs: int = 1,
+    *,
+    vectorization: Literal["sync", "async"] = "sync",
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> TransformedEnv:
+    """Make a vector of environments of Gymnasium that a collector steps at once.
+
+    For environments that take microseconds per step, one process that steps them in turn collects
+    fastest. Gymnasium's automatic resets are disabled: TorchRL resets, and keeps the last
+    observation of an episode apart from the first one of the next.
+
+    Args:
+        name: id of the environment, or ``"module:id"``.
+        num_envs: number of environments, the batch size ``[num_envs]``.
+        vectorization: ``"sync"`` steps them in this process, ``"async"`` in one process each.
+        device: device of the data.
+        **options: as for :func:`make_simple_env`.
+
+    Returns:
+        The environments. ``"observation"`` is float32 ``[num_envs, F]`` or uint8
+        ``[num_envs, C, Y, X]``; ``"action"`` is float32 ``[num_envs, A]`` or int64
+        ``[num_envs, A]``.
+
+    Raises:
+        EnvError: as in :func:`make_simple_env`.
+
+    Examples:
+        >>> env = make_gym_env("CartPole-v1", 3, hide=(1, 3))
+        >>> env.reset()["observation"].shape
+        torch.Size([3, 2])
+    """
+    make = partial(make_simple_env, name, **options)
+    vector = {"sync": SyncVectorEnv, "async": AsyncVectorEnv}[vectorization]
+    env = GymWrapper(vector([make] * num_envs, autoreset_mode=AutoresetMode.DISABLED))
+    if torch.device(device).type == "cpu":
+        return TransformedEnv(env)
+    return TransformedEnv(env, DeviceCastTransform(device, orig_device="cpu"))
+
+
+def make_simple_env(
+    name: str,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    wrappers: Sequence[str] = (),
+    pixels: bool = False,
+    hide: Sequence[int] = (),
+    scale: float | Sequence[float] = 1.0,
+    frame_stack: int = 1,
+) -> gym.Env:
+    """Make one environment of Gymnasium whose spaces are of the few kinds that networks use.
+
+    Observations become images (uint8, channels first) or vectors (float32): the parts of a Dict or
+    Tuple are concatenated, discrete parts become one-hot vectors, and integers are scaled to
+    [0, 1]. Actions become vectors, too: a Box without further dimensions, or a MultiDiscrete in
+    place of Discrete, MultiDiscrete and MultiBinary, which lets all of their actions be played.
+
+    Args:
+        name: id of the environment, or ``"module:id"``.
+        arguments: keyword arguments of the environment.
+        wrappers: wrappers to apply, each ``"module:Class"`` or ``"module:Class(name=value)"``.
+        pixels: observe rendered frames, uint8 ``[1, 84, 84]``, in place of the state.
+        hide: indices of entries that are left out of a vector, such as velocities.
+        scale: factor of a vector's entries, or one factor for each that is left.
+        frame_stack: number of last observations that are concatenated.
+
+    Raises:
+        EnvError: if the environment or a wrapper cannot be made, if a space cannot be
+            converted, or if ``hide`` or ``scale`` do not fit the observation. The environment
+            raises it at an observation or reward that is not finite.
+
+    Examples:
+        >>> env = make_simple_env("FrozenLake-v1")
+        >>> env.observation_space.shape, env.action_space
+        ((16,), MultiDiscrete([4]))
+    """
+    if pixels:
+        arguments = {**(arguments or {}), "render_mode": "rgb_array"}
+    env = _make_env(name, arguments or {})
+    for wrapper in wrappers:
+        env = _apply_wrapper(env, wrapper)
+    if pixels:
+        env = gym.wrappers.GrayscaleObservation(gym.wrappers.AddRenderObservation(env))
+        env = gym.wrappers.ResizeObservation(env, (84, 84))
+    env = _simplify_actions(env, name)
+    if _is_image(env.observation_space):
+        if hide:
+            raise EnvError(f"hide is {tuple(hide)}, but {name} shows images: expected ()")
+        convert, simple = _channels_first, _image_space(env.observation_space)
+    else:
+        env = _flatten(env, name)
+        flat: Any = env.observation_space
+        convert = _Vector(flat, name, hide, scale)
+        simple = spaces.Box(-np.inf, np.inf, convert.kept.shape, np.float32)
+    env = gym.wrappers.TransformObservation(env, convert, simple)
+    env = gym.wrappers.TransformReward(env, partial(_check_reward, name))
+    if frame_stack > 1:
+        env = gym.wrappers.FrameStackObservation(env, frame_stack)
+        stacked: Any = env.observation_space
+        count, first, *rest = stacked.shape
+        env = gym.wrappers.ReshapeObservation(env, (count * first, *rest))
+    return env
+
+
+def _make_env(name: str, arguments: Mapping[str, Any]) -> gym.Env:
+    try:
+        return gym.make(name, **arguments)
+    except Exception as error:  # of the environment's constructor: of any type
+        raise EnvError(f"environment {name} cannot be made: {_one_line(error)}") from error
+
+
+def _apply_wrapper(env: gym.Env, text: str) -> gym.Env:
+    path, _, arguments = text.partition("(")
+    module, _, name = path.partition(":")
+    try:
+        call: Any = ast.parse(f"f({arguments or ')'}", mode="eval").body
+        options = {item.arg: ast.literal_eval(item.value) for item in call.keywords}
+        return getattr(import_module(module), name)(env, **options)
+    except Exception as error:  # of the wrapper's constructor: of any type
+        raise EnvError(
+            f"wrapper {text} cannot be applied: {_one_line(error)}. Expected 'module:Class' or "
+            "'module:Class(name=value)'"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _check_reward(name: str, reward: Any) -> float:
+    if not math.isfinite(reward):
+        raise EnvError(f"a reward of {name} is {reward}: expected a finite number")
+    return float(reward)
+
+
+def _is_image(space: Any) -> bool:
+    box = isinstance(space, spaces.Box) and space.dtype == np.uint8
+    return box and len(space.shape) in (2, 3) and sorted(space.shape)[-2] >= MIN_IMAGE_SIDE
+
+
+def _image_space(space: Any) -> gym.Space:
+    return spaces.Box(0, 255, _channels_first(space.sample()).shape, np.uint8)
+
+
+def _channels_first(image: np.ndarray) -> np.ndarray:
+    """Return an image ``[Y, X]``, ``[Y, X, C]`` or ``[C, Y, X]`` as ``[C, Y, X]``."""
+    image = image[..., None] if image.ndim == 2 else image
+    return image if image.shape[0] < image.shape[-1] else np.moveaxis(image, -1, 0)
+
+
+def _flatten(env: gym.Env, name: str) -> gym.Env:
+    space = env.observation_space
+    try:
+        flat = gym.wrappers.FlattenObservation(env)
+    except NotImplementedError:
+        flat = env
+    if isinstance(flat.observation_space, spaces.Box):
+        return flat
+    raise EnvError(
+        f"{name} has the observation space {space}: expected Box, Discrete, MultiDiscrete, "
+        "MultiBinary, or a Dict or Tuple of them. Convert it, or leave parts out, in a wrapper"
+    )
+
+
+class _Vector:
+    """Select, scale and check the entries of a flat observation.
+
+    Args:
+        space: of the flat observation.
+        name: name of the environment, for errors.
+        hide: as for :func:`make_simple_env`.
+        scale: as for :func:`make_simple_env`.
+    """
+
+    def __init__(
+        self, space: spaces.Box, name: str, hide: Sequence[int], scale: float | Sequence[float]
+    ) -> None:
+        self.name = name
+        size = space.shape[0]
+        self.kept = np.array([index for index in range(size) if index not in hide], int)
+        if not self.kept.size or not set(hide) <= set(range(size)):
+            raise EnvError(
+                f"hide is {tuple(hide)}: expected some of the entries 0 to {size - 1} of {name}, "
+                "and not all"
+            )
+        factor = np.asarray(scale, float)
+        if factor.shape not in ((), self.kept.shape):
+            raise EnvError(
+                f"scale is {scale}: expected one number, or one for each of the "
+                f"{len(self.kept)} entries that {name} shows"
+            )
+        self.low = np.zeros(1)
+        self.factor = factor
+        if np.issubdtype(space.dtype, np.integer):
+            self.low = space.low[self.kept].astype(float)
+            self.factor = factor / (space.high[self.kept] - self.low)
+
+    def __call__(self, observation: np.ndarray) -> np.ndarray:
+        vector = ((observation[self.kept] - self.low) * self.factor).astype(np.float32)
+        if not np.isfinite(vector).all():
+            index = self.kept[np.isfinite(vector).argmin()]
+            raise EnvError(
+                f"entry {index} of an observation of {self.name} is {observation[index]}: expected "
+                "a finite number. Correct the environment, or replace the value in a wrapper"
+            )
+        return vector
+
+
+def _simplify_actions(env: gym.Env, name: str) -> gym.Env:
+    space: Any = env.action_space
+    if isinstance(space, spaces.Box):
+        low, high = space.low.astype(np.float32).ravel(), space.high.astype(np.float32).ravel()
+        return gym.wrappers.TransformAction(
+            env, partial(_restore_box, space), spaces.Box(low, high, dtype=np.float32)
+        )
+    if isinstance(space, spaces.Discrete):
+        counts = np.array([space.n])
+    elif isinstance(space, spaces.MultiDiscrete):
+        counts = space.nvec.ravel()
+    elif isinstance(space, spaces.MultiBinary):
+        counts = np.full(math.prod(space.shape), 2)
+    else:
+        raise EnvError(
+            f"{name} has the action space {space}: expected Box, Discrete, MultiDiscrete or "
+            "MultiBinary. Convert it in a wrapper"
+        )
+    simple = spaces.MultiDiscrete(counts)
+    return gym.wrappers.TransformAction(env, partial(_restore_choices, space), simple)
+
+
+def _restore_box(space: spaces.Box, action: np.ndarray) -> np.ndarray:
+    """Return the action of ``space`` that is nearest to a flat float32 one."""
+    return np.clip(action.reshape(space.shape), space.low, space.high).astype(space.dtype)
+
+
+def _restore_choices(space: Any, action: np.ndarray) -> Any:
+    """Return the action of ``space`` for choices that count from 0."""
+    action = action.reshape(space.shape) + getattr(space, "start", 0)
+    return action.astype(space.dtype)[()]  # a number, not an array, where the space is Discrete

@@ -1,0 +1,126 @@
+"""Small environments with every kind of space; importing this module registers them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+
+class SpacesEnv(gym.Env):
+    """Returns samples of ``observation_space``; raises at an action outside ``action_space``.
+
+    Args:
+        observation: space of the observations.
+        action: space of the actions.
+        length: steps of an episode.
+        bad_step: step at which ``bad`` is returned.
+        bad: ``"observation"`` or ``"reward"``, which is NaN at ``bad_step``.
+    """
+
+    metadata = {"render_modes": []}
+
+    def __init__(
+        self,
+        observation: gym.Space,
+        action: gym.Space,
+        length: int = 20,
+        bad_step: int | None = None,
+        bad: str = "observation",
+    ) -> None:
+        self.observation_space = observation
+        self.action_space = action
+        self.length = length
+        self.bad_step = bad_step
+        self.bad = bad
+        self.played: set[tuple[int, ...]] = set()
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.time = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        if not self.action_space.contains(action):
+            raise ValueError(f"{action!r} is not in {self.action_space}")
+        if not isinstance(self.action_space, spaces.Box):
+            self.played.add(tuple(np.ravel(action).tolist()))
+        self.time += 1
+        observation, reward = self.observation_space.sample(), 1.0
+        if self.time == self.bad_step:
+            reward = np.nan if self.bad == "reward" else reward
+            if self.bad == "observation":
+                observation[1] = np.nan
+        return observation, reward, self.time >= self.length, False, {}
+
+
+def box(*shape: int, dtype: Any = np.float32) -> spaces.Box:
+    return spaces.Box(-1, 1, shape, dtype)
+
+
+VECTOR = box(3)
+CHOICE = spaces.Discrete(2)
+
+OBSERVATIONS: dict[str, tuple[gym.Space, tuple[int, ...]]] = {
+    # The space of observations, and the shape of what the policy sees.
+    "Vector": (VECTOR, (3,)),
+    "Float64": (box(3, dtype=np.float64), (3,)),
+    "Scalar": (box(), (1,)),
+    "Matrix": (box(3, 4), (12,)),
+    "Integers": (spaces.Box(0, 9, (3,), np.int64), (3,)),
+    "Bytes": (spaces.Box(0, 255, (6,), np.uint8), (6,)),
+    "SmallImage": (spaces.Box(0, 255, (7, 7, 3), np.uint8), (147,)),
+    "Image": (spaces.Box(0, 255, (64, 48, 3), np.uint8), (3, 64, 48)),
+    "ImageChannelsFirst": (spaces.Box(0, 255, (1, 84, 84), np.uint8), (1, 84, 84)),
+    "GreyImage": (spaces.Box(0, 255, (36, 40), np.uint8), (1, 36, 40)),
+    "Discrete": (spaces.Discrete(5), (5,)),
+    "DiscreteFrom3": (spaces.Discrete(5, start=3), (5,)),
+    "MultiDiscrete": (spaces.MultiDiscrete([3, 4]), (7,)),
+    "MultiBinary": (spaces.MultiBinary([2, 3]), (6,)),
+    "Dict": (spaces.Dict({"a": box(3), "b": spaces.Dict({"c": box(2, dtype=np.float64)})}), (5,)),
+    "Tuple": (spaces.Tuple((box(3), spaces.Discrete(4))), (7,)),
+}
+ACTIONS: dict[str, tuple[gym.Space, tuple[int, ...]]] = {
+    # The space of actions, and the shape of what the policy plays.
+    "Choice": (CHOICE, (1,)),
+    "ChoiceFromMinus1": (spaces.Discrete(3, start=-1), (1,)),
+    "Choices": (spaces.MultiDiscrete([2, 3]), (2,)),
+    "ChoicesFrom1": (spaces.MultiDiscrete([2, 3], start=[1, -1]), (2,)),
+    "ChoicesMatrix": (spaces.MultiDiscrete(np.array([[2, 3], [1, 2]])), (4,)),
+    "Binary": (spaces.MultiBinary(3), (3,)),
+    "BinaryMatrix": (spaces.MultiBinary([2, 2]), (4,)),
+    "Box": (box(2), (2,)),
+    "BoxFloat64": (box(2, dtype=np.float64), (2,)),
+    "BoxMatrix": (box(2, 2), (4,)),
+    "BoxShifted": (spaces.Box(np.array([1, -3], np.float32), np.array([2, 7], np.float32)), (2,)),
+    "BoxUnbounded": (spaces.Box(-np.inf, np.inf, (2,), np.float32), (2,)),
+    "BoxBoundedBelow": (spaces.Box(0, np.inf, (2,), np.float32), (2,)),
+}
+
+
+def observation_id(name: str) -> str:
+    return f"OddObservation{name}-v0"
+
+
+def action_id(name: str) -> str:
+    return f"OddAction{name}-v0"
+
+
+def register(name: str, observation: gym.Space, action: gym.Space, **options: Any) -> None:
+    gym.register(name, lambda **kwargs: SpacesEnv(observation, action, **options, **kwargs))
+
+
+for _name, (_space, _) in OBSERVATIONS.items():
+    register(observation_id(_name), _space, CHOICE)
+for _name, (_space, _) in ACTIONS.items():
+    register(action_id(_name), VECTOR, _space)
+register("OddOneStep-v0", VECTOR, CHOICE, length=1)
+register("OddSequence-v0", spaces.Sequence(VECTOR), CHOICE)
+register("OddActionDict-v0", VECTOR, spaces.Dict({"move": CHOICE}))
+register("OddNaN-v0", VECTOR, CHOICE, bad_step=13)
+register("OddNaNReward-v0", VECTOR, CHOICE, bad_step=13, bad="reward")
+register("OddNaNBox-v0", VECTOR, box(2), bad_step=13)

@@ -1,0 +1,205 @@
+"""Environments of Gymnasium as vectors and images, whatever their own spaces are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDictBase
+from torchrl.envs.utils import check_env_specs
+
+from rnnkeys.environments import EnvError, make_gym_env, make_simple_env
+from tests.support.odd_environments import (
+    ACTIONS,
+    OBSERVATIONS,
+    SpacesEnv,
+    action_id,
+    observation_id,
+)
+
+
+def play(name: str, steps: int = 45, num_envs: int = 2, **options: Any) -> TensorDictBase:
+    env = make_gym_env(name, num_envs, **options)
+    env.set_seed(0)
+    rollout = env.rollout(steps, break_when_any_done=False)
+    env.close()
+    return rollout
+
+
+@pytest.mark.parametrize("name", OBSERVATIONS)
+def test_make_gym_env_any_observation_is_vector_or_image(name: str) -> None:
+    space, shape = OBSERVATIONS[name]
+    seen = play(observation_id(name))["observation"]
+    assert seen.shape == (2, 45, *shape)
+    assert seen.dtype == (torch.uint8 if len(shape) == 3 else torch.float32)
+    assert seen.float().std() > 0
+    if seen.dtype == torch.float32:
+        assert seen.abs().max() <= 1  # integers too
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+def test_make_gym_env_any_action_is_one_of_the_environment(name: str) -> None:
+    space, shape = ACTIONS[name]
+    rollout = play(action_id(name))  # the environment raises at any other action
+    assert rollout["action"].shape == (2, 45, *shape)
+    assert rollout["next", "done"].sum() == 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("Choices", 6),
+        ("ChoicesFrom1", 6),
+        ("ChoicesMatrix", 12),
+        ("Binary", 8),
+        ("BinaryMatrix", 16),
+    ],
+)
+def test_make_simple_env_every_discrete_action_can_be_played(name: str, count: int) -> None:
+    env = make_simple_env(action_id(name))
+    env.reset()
+    env.action_space.seed(0)
+    inner: Any = env.unwrapped
+    for _ in range(400):
+        env.step(env.action_space.sample())
+    assert isinstance(inner, SpacesEnv)
+    assert len(inner.played) == count
+
+
+def test_make_simple_env_shifted_choice_keeps_its_order() -> None:
+    env = make_simple_env(action_id("ChoiceFromMinus1"))
+    env.reset()
+    env.step(np.array([2]))
+    inner: Any = env.unwrapped
+    assert inner.played == {(1,)}
+
+
+def test_make_simple_env_action_beyond_bounds_is_clipped() -> None:
+    env = make_simple_env(action_id("BoxBoundedBelow"))
+    env.reset()
+    env.step(np.array([-3.0, 5.0], np.float32))  # the environment raises at -3
+
+
+def test_make_simple_env_image_keeps_its_pixels() -> None:
+    last = make_simple_env(observation_id("Image"))
+    space: Any = OBSERVATIONS["Image"][0]
+    space.seed(3)
+    want = space.sample()
+    seen, _ = last.reset(seed=3)
+    np.testing.assert_array_equal(seen, want.transpose(2, 0, 1))
+
+
+def test_make_simple_env_hide_and_scale_select_entries() -> None:
+    env, full = (
+        make_simple_env("CartPole-v1", hide=(1, 3), scale=(2.0, 4.0)),
+        gym.make("CartPole-v1"),
+    )
+    seen, _ = env.reset(seed=5)
+    want, _ = full.reset(seed=5)
+    np.testing.assert_allclose(seen, want[[0, 2]] * np.array([2, 4], np.float32), rtol=1e-6)
+
+
+def test_make_simple_env_frame_stack_concatenates_last_observations() -> None:
+    env = make_simple_env("CartPole-v1", frame_stack=3)
+    first, _ = env.reset(seed=0)
+    seen = env.step(np.array([1]))[0]
+    np.testing.assert_array_equal(seen[:8], first[4:])
+    assert not np.array_equal(seen[8:], first[8:])
+
+
+def test_make_simple_env_frame_stack_of_images_joins_channels() -> None:
+    env = make_simple_env(observation_id("Image"), frame_stack=2)
+    assert env.observation_space.shape == (6, 64, 48)
+
+
+def test_make_simple_env_wrappers_are_applied_in_order() -> None:
+    wrappers = (
+        "gymnasium.wrappers:RepeatAction(num_repeats=4)",
+        "gymnasium.wrappers:TimeAwareObservation",
+    )
+    env = make_simple_env("CartPole-v1", wrappers=wrappers)
+    env.reset(seed=0)
+    seen, reward, *_ = env.step(np.array([0]))
+    assert len(seen) == 5 and reward == 4
+
+
+def test_make_simple_env_arguments_reach_the_environment() -> None:
+    assert make_simple_env(
+        "FrozenLake-v1", arguments={"map_name": "8x8"}
+    ).observation_space.shape == (64,)
+
+
+def test_make_gym_env_pixels_are_rendered_frames() -> None:
+    seen = play("CartPole-v1", steps=3, pixels=True)["observation"]
+    assert seen.shape == (2, 3, 1, 84, 84) and seen.dtype == torch.uint8
+    assert seen.float().std() > 0
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_make_gym_env_specs_match_data(vectorization: Any) -> None:
+    env = make_gym_env("CartPole-v1", 2, vectorization=vectorization)
+    check_env_specs(env)
+    env.close()
+
+
+def test_make_gym_env_keeps_last_observation_of_an_episode() -> None:
+    rollout = play("CartPole-v1", steps=60)
+    done = rollout["next", "done"][:, :-1, 0]
+    following = rollout["observation"][:, 1:]
+    last = rollout["next", "observation"][:, :-1]
+    assert done.any()
+    assert torch.equal(following[~done], last[~done])
+    assert (following[done] != last[done]).any(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("Nowhere-v0", {}, "environment Nowhere-v0 cannot be made: NameNotFound"),
+        ("nowhere:Nowhere-v0", {}, "ModuleNotFoundError: No module named 'nowhere'"),
+        ("CartPole-v1", {"arguments": {"wheels": 4}}, "unexpected keyword argument 'wheels'"),
+        (
+            "CartPole-v1",
+            {"wrappers": ("gymnasium.wrappers:Gone",)},
+            "wrapper gymnasium.wrappers:Gone",
+        ),
+        (
+            "CartPole-v1",
+            {"wrappers": ("gymnasium.wrappers:RepeatAction(",)},
+            "module:Class(name=value)",
+        ),
+        (
+            "CartPole-v1",
+            {"hide": (4,)},
+            "hide is (4,): expected some of the entries 0 to 3 of CartPole",
+        ),
+        ("CartPole-v1", {"hide": (0, 1, 2, 3)}, "and not all"),
+        ("CartPole-v1", {"scale": (1.0, 2.0)}, "one for each of the 4 entries"),
+        (observation_id("Image"), {"hide": (0,)}, "hide is (0,), but"),
+        ("OddSequence-v0", {}, "OddSequence-v0 has the observation space Sequence"),
+        ("OddActionDict-v0", {}, "OddActionDict-v0 has the action space Dict"),
+    ],
+)
+def test_make_simple_env_bad_argument_raises_in_one_line(
+    name: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(EnvError) as error:
+        make_simple_env(name, **options)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("OddNaN-v0", "entry 1 of an observation of OddNaN-v0 is nan: expected a finite number"),
+        ("OddNaNReward-v0", "a reward of OddNaNReward-v0 is nan: expected a finite number"),
+    ],
+)
+def test_make_gym_env_value_that_is_not_finite_raises(name: str, message: str) -> None:
+    play(name, steps=12)
+    with pytest.raises(EnvError, match=message):
+        play(name, steps=13)
