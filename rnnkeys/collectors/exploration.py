@@ -1,0 +1,82 @@
+"""Exploration that differs from actor to actor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torchrl.data import TensorSpec
+from torchrl.envs.utils import ExplorationType, exploration_type
+
+
+def epsilon_ladder(count: int, base: float = 0.4, exponent: float = 7.0) -> Tensor:
+    r"""Return a rate of random actions for each of ``count`` actors, from high to low.
+
+    .. math:: \epsilon_i = \varepsilon^{1 + \alpha i / (N - 1)}
+
+    See "Distributed Prioritized Experience Replay", Horgan et al., 2018 (arXiv:1803.00933).
+
+    Args:
+        count: ``N``, the number of actors, or of all their environments. One alone has the rate
+            ``base``.
+        base: rate of the first, from 0 to 1.
+        exponent: ``alpha``; the last rate is ``base ** (1 + exponent)``.
+
+    Returns:
+        float32 ``[count]``.
+
+    Examples:
+        >>> epsilon_ladder(3, base=0.5, exponent=2.0)
+        tensor([0.5000, 0.2500, 0.1250])
+    """
+    return base ** (1 + exponent * torch.arange(count) / max(count - 1, 1))
+
+
+class EpsilonGreedy(TensorDictModuleBase):
+    """Replace actions by random ones, in each environment at a rate of its own.
+
+    As TorchRL's ``EGreedyModule`` it acts where the exploration type is ``RANDOM``.
+
+    Args:
+        spec: of one environment's action.
+        epsilons: rates, ``[num_envs]`` or one for all environments.
+        action_key: key of the action.
+
+    ``floor`` is a lower bound of all rates: decrease it from 1 to 0 to start a run with random
+    actions. It is a buffer, and reaches actors with the weights; ``epsilons`` are not.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Categorical
+        >>> explore = EpsilonGreedy(Categorical(3), epsilon_ladder(4))
+        >>> explore(TensorDict({"action": torch.zeros(4, dtype=torch.int64)}, [4]))["action"].shape
+        torch.Size([4])
+    """
+
+    floor: Tensor
+
+    def __init__(
+        self, spec: TensorSpec, epsilons: Tensor | float, action_key: NestedKey = "action"
+    ) -> None:
+        super().__init__()
+        keys: list[Any] = [action_key]
+        self.in_keys = self.out_keys = keys
+        self.action_key = action_key
+        self.spec = spec
+        self.epsilons = torch.as_tensor(epsilons)
+        self.register_buffer("floor", torch.tensor(0.0))
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """See the class."""
+        if exploration_type() is not ExplorationType.RANDOM:
+            return tensordict
+        epsilons = self.epsilons.to(self.floor.device).maximum(self.floor)
+        action = tensordict.get(self.action_key)
+        random = self.spec.rand(tensordict.shape).to(action.device)
+        draws = torch.rand(tensordict.shape, device=action.device) < epsilons
+        draws = draws.reshape(*draws.shape, *[1] * (action.ndim - draws.ndim))
+        return tensordict.set(self.action_key, torch.where(draws, random, action))
