@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,14 +25,18 @@ class Sum:
     def of(*numbers):
         return sum(numbers)
 """
+# A module that holds the function under a name of its own.
+USER = "from toy import add as plus\n"
 TESTS = """
-import time
-
 import pytest
 from toy import Sum, add
+from toy_user import plus
 
 def test_add():
     assert add(1, 2) == 3
+
+def test_plus():
+    assert plus(1, 2) == 3
 
 def test_sum():
     assert Sum.of(1, 2) == 3
@@ -42,9 +44,6 @@ def test_sum():
 def test_add_rejects_text():
     with pytest.raises(TypeError):
         add(1, "2")
-
-def test_slow():
-    add(1, 2)
 
 def test_red():
     assert add(1, 2) == 4
@@ -55,123 +54,128 @@ import time
 import toy_user
 from tests.support.planting import seen_by
 """
-# A module that holds the function under a name of its own.
-USER = "from toy import add as plus\n"
-Check = Callable[..., subprocess.CompletedProcess]
 
 
-@pytest.fixture
-def check(tmp_path: Path) -> Check:
-    """Run the check on faults of the toy project, written as source, in a process of its own."""
-    files = {"toy.py": TOY, "toy_user.py": USER, "test_toy.py": TESTS, "pytest.ini": "[pytest]\n"}
-    for name, source in files.items():
-        (tmp_path / name).write_text(source)
-
-    def run(faults: str, *arguments: str) -> subprocess.CompletedProcess:
-        (tmp_path / "toy_faults.py").write_text(HEAD + faults)
-        path = os.pathsep.join([str(tmp_path), str(PROJECT)])
-        environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, "-m", "scripts.check_faults", "--table", "toy_faults"]
-        return subprocess.run(
-            [*command, *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-
-    return run
-
-
-def fault(body: str, test: str = "test_add", target: str = "toy:add", name: str = "mistake") -> str:
-    """Return the source of a fault."""
+def fault(name: str, body: str, test: str = "test_add", target: str = "toy:add") -> str:
+    """Return the source of a fault of the toy project."""
     decorator = f'@seen_by("test_toy.py::{test}", target={target!r})'
     return f'{decorator}\ndef {name}(original, *args):\n    """A mistake."""\n    {body}\n'
 
 
-def verdicts(done: subprocess.CompletedProcess) -> dict[str, str]:
-    """Return the verdicts of a run by the names of its faults."""
-    lines = [line.split() for line in done.stdout.splitlines() if " s  " in line]
-    return {line[-1]: line[0] for line in lines if line[-1] != "fault)"}
+CASES = {
+    "function": (CAUGHT, "return original(*args) + 1", "test_add", "toy:add"),
+    "imported_name": (CAUGHT, "return original(*args) + 1", "test_plus", "toy_user:plus"),
+    "static_method": (CAUGHT, "return original(*args) + 1", "test_sum", "toy:Sum.of"),
+    "error_not_raised": (CAUGHT, "return None", "test_add_rejects_text", "toy:add"),
+    "right_value": (SURVIVED, "return original(*args)", "test_add", "toy:add"),
+    "not_called": (SURVIVED, "return None", "test_add", "toy:unseen"),
+    "function_gone": (UNUSABLE, "pass", "test_add", "toy:gone"),
+    "module_gone": (UNUSABLE, "pass", "test_add", "gone:add"),
+    "a_class": (UNUSABLE, "pass", "test_add", "toy:Sum"),
+    "test_gone": (UNUSABLE, "pass", "test_nowhere", "toy:add"),
+    "crash": (UNUSABLE, "return original(args)", "test_add", "toy:add"),
+    "exit": (UNUSABLE, "os._exit(255)", "test_add", "toy:add"),
+    "abort": (UNUSABLE, "os.abort()", "test_add", "toy:add"),
+    "hang": (UNUSABLE, "time.sleep(60)", "test_add", "toy:add"),
+}
+REASONS = {
+    "right_value": "1 passed",
+    "not_called": "no test called the planted function",
+    "function_gone": "the target toy:gone does not exist",
+    "module_gone": "the target gone:add does not exist",
+    "a_class": "expected a function or method",
+    "test_gone": "test_nowhere",
+    "crash": "no assertion failed",
+    "exit": "the process ended with status 255",
+    "abort": "the process ended with status -6",
+    "hang": "timed out after 6 s",
+}
 
 
-def test_check_faults_of_a_function_that_tests_call_is_caught(check):
-    done = check(fault("return original(*args) + 1"))
-    assert verdicts(done) == {"mistake": CAUGHT}
+def run_check(folder: Path, faults: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the check on faults of the toy project, in a process of its own."""
+    files = {"toy.py": TOY, "toy_user.py": USER, "test_toy.py": TESTS, "pytest.ini": "[pytest]\n"}
+    for name, source in {**files, "toy_faults.py": HEAD + faults}.items():
+        (folder / name).write_text(source, encoding="utf-8")
+    path = os.pathsep.join([str(folder), str(PROJECT)])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "scripts.check_faults", "--table", "toy_faults", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def read_sections(output: str) -> dict[str, tuple[str, str]]:
+    """Return the verdict and the details of each fault from the report."""
+    sections: dict[str, tuple[str, str]] = {}
+    name = ""
+    for line in output.splitlines():
+        if line.startswith(" "):
+            verdict, details = sections[name]
+            sections[name] = verdict, f"{details}\n{line}"
+        elif " s  " in line:
+            name = line.split(" s  ")[1]
+            sections[name] = line.split()[0], ""
+    return sections
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    """Verdicts and details of all ``CASES``, from one run of the check."""
+    faults = "".join(fault(name, *case[1:]) for name, case in CASES.items())
+    done = run_check(tmp_path_factory.mktemp("toy"), faults, "--jobs", "4", "--timeout", "6")
+    assert done.returncode == 1
+    # The green run stops at the test that is gone, so it is none.
+    return read_sections(done.stdout)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_check_faults_with_a_fault_gives_its_verdict(report, name):
+    assert report[name][0] == CASES[name][0]
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_check_faults_with_a_fault_not_caught_gives_the_reason(report, name):
+    assert "A mistake." in report[name][1]
+    assert REASONS[name] in report[name][1]
+
+
+def test_check_faults_with_all_caught_passes(tmp_path):
+    done = run_check(tmp_path, fault("wrong", "return 0"))
+    assert read_sections(done.stdout) == {"wrong": (CAUGHT, ""), "(no fault)": ("green", "")}
     assert done.returncode == 0
-    assert "faults: 1 planted" in done.stdout
 
 
-def test_check_faults_of_a_static_method_is_caught(check):
-    done = check(fault("return original(*args) + 1", "test_sum", "toy:Sum.of"))
-    assert verdicts(done) == {"mistake": CAUGHT}
-
-
-def test_check_faults_of_an_error_that_is_no_longer_raised_is_caught(check):
-    done = check(fault("return None", "test_add_rejects_text"))
-    assert verdicts(done) == {"mistake": CAUGHT}
-
-
-def test_check_faults_that_no_test_sees_survives_and_fails(check):
-    done = check(fault("return None", target="toy:unseen"))
-    assert verdicts(done) == {"mistake": SURVIVED}
-    assert done.returncode == 1
-    assert "A mistake." in done.stdout
-    assert "no test called the planted function" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [
-        (fault("pass", target="toy:gone"), "the target toy:gone does not exist"),
-        (fault("pass", target="gone:add"), "the target gone:add does not exist"),
-        (fault("pass", target="toy:Sum"), "expected a function"),
-        (fault("pass", "test_gone"), "test_gone"),
-        (fault("return original(args)"), "no assertion failed"),
-        (fault("os._exit(255)"), "the process ended with status 255"),
-        (fault("os.abort()"), "the process ended with status -6"),
-    ],
-    ids=["function gone", "module gone", "class", "test gone", "crash", "exit", "abort"],
-)
-def test_check_faults_that_shows_nothing_is_unusable(check, source, reason):
-    done = check(source)
-    assert verdicts(done) == {"mistake": UNUSABLE}
-    assert reason in done.stdout
+def test_check_faults_with_a_test_that_is_red_without_a_fault_fails(tmp_path):
+    done = run_check(tmp_path, fault("wrong", "return 0", "test_red"))
+    sections = read_sections(done.stdout)
+    assert sections["wrong"][0] == CAUGHT
+    assert sections["(no fault)"][0] == "RED"
+    assert "tests fail without any fault" in sections["(no fault)"][1]
     assert done.returncode == 1
 
 
-def test_check_faults_that_hangs_is_unusable(check):
-    done = check(fault("time.sleep(60)"), "--timeout", "3")
-    assert verdicts(done) == {"mistake": UNUSABLE}
-    assert "timed out after 3 s" in done.stdout
+def test_check_faults_with_many_short_processes_loses_no_exit_status(tmp_path):
+    """A status that two threads wait for reaches one of them; the other reports 255."""
+    names = [f"fault_{i}" for i in range(12)]
+    done = run_check(
+        tmp_path, "".join(fault(name, "os._exit(40)") for name in names), "--jobs", "6"
+    )
+    sections = read_sections(done.stdout)
+    assert {name: sections[name][0] for name in names} == dict.fromkeys(names, CAUGHT)
 
 
-def test_check_faults_with_a_red_test_fails(check):
-    done = check(fault("return 0", "test_red"))
-    assert verdicts(done) == {"mistake": CAUGHT}
-    assert "tests fail without any fault" in done.stdout
-    assert done.returncode == 1
-
-
-def test_check_faults_with_many_short_processes_loses_no_status(check):
-    """A status that is read by two threads is lost to one of them, which reports 255."""
-    names = [f"mistake_{i}" for i in range(12)]
-    source = "".join(fault("os._exit(40)", name=name) for name in names)
-    done = check(source, "--jobs", "6")
-    assert Counter(verdicts(done).values()) == {CAUGHT: len(names)}
-
-
-def test_check_faults_with_an_unknown_name_fails(check):
-    done = check(fault("return 0"), "--only", "no such fault")
+def test_check_faults_with_an_unknown_name_is_an_error(tmp_path):
+    done = run_check(tmp_path, fault("wrong", "return 0"), "--only", "no such fault")
     assert done.returncode == 2
     assert "no fault has 'no such fault' in its name" in done.stderr
 
 
 @pytest.mark.parametrize("fault", load_faults(TABLE).values(), ids=lambda fault: fault.name)
-def test_faults_target_and_tests_exist(fault):
+def test_fault_in_the_table_has_a_target_and_tests(fault):
     find_target(fault.target)
-    assert fault.mistake and fault.tests
+    assert fault.mistake
+    assert fault.tests
     for test in fault.tests:
-        path, *name = test.partition("[")[0].split("::")
-        assert f"def {name[-1]}(" in (PROJECT / path).read_text(encoding="utf-8")
+        path, *names = test.partition("[")[0].split("::")
+        assert f"def {names[-1]}(" in (PROJECT / path).read_text(encoding="utf-8")
