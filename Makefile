@@ -17,41 +17,57 @@ BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-# The version is part of the stamp's name: another PYTHON builds another environment.
-STAMP := $(VENV)/.python-$(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])')
+# "3.11.7", or nothing if PYTHON does not run. It is part of the stamp's name: another PYTHON builds
+# another environment.
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
+STAMP := $(VENV)/.python-$(PYTHON_VERSION)
 RUN_READY := $(STAMP)-run
 DEV_READY := $(STAMP)-dev
+INSTALL := $(BIN)/python -m pip install --progress-bar off -c constraints.txt
 
+# Caches that tools would put into the home folder or beside the sources.
 CACHE := $(CURDIR)/.cache
 export PIP_CACHE_DIR ?= $(CACHE)/pip
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MPLCONFIGDIR ?= $(CACHE)/matplotlib
 export TORCHINDUCTOR_CACHE_DIR ?= $(CACHE)/inductor
 export TRITON_CACHE_DIR ?= $(CACHE)/triton
+export XDG_CACHE_HOME := $(CACHE)/xdg
 # No look at the network for a newer pyright: the bundled one is the pinned one.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-gpu lint typecheck pytest faults demo learn bench bench-quick bench-gpu targets format dist clean
+.PHONY: help check-python env test test-gpu test-versions lint typecheck pytest faults demo learn bench \
+	bench-quick bench-gpu targets format dist clean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
 	@echo 'others: env lint typecheck pytest faults learn bench bench-quick bench-gpu targets format dist clean'
 
-$(RUN_READY): pyproject.toml constraints.txt
+# Before anything is deleted: one clear line where PYTHON cannot build the environment.
+TOO_OLD = $(filter 2.% 3.0.% 3.1.% 3.2.% 3.3.% 3.4.% 3.5.% 3.6.% 3.7.% 3.8.% 3.9.%,$(PYTHON_VERSION))
+HAS_VENV = $(shell $(PYTHON) -c 'import ensurepip, venv; print("yes")' 2>/dev/null)
+check-python:
+	$(if $(PYTHON_VERSION),,$(error PYTHON=$(PYTHON) does not run; name an installed Python, 3.10 or newer))
+	$(if $(TOO_OLD),$(error PYTHON=$(PYTHON) is Python $(PYTHON_VERSION); rnnkeys needs 3.10 or newer))
+	$(if $(HAS_VENV),,$(error PYTHON=$(PYTHON) has no venv; on Debian and Ubuntu: apt install python3-venv))
+
+$(RUN_READY): pyproject.toml constraints.txt | check-python
+	@echo 'Building .venv with Python $(PYTHON_VERSION): minutes, and gigabytes where torch brings CUDA.'
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt setuptools
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[tutorials]'
+	$(INSTALL) setuptools
+	$(INSTALL) --no-build-isolation -e '.[tutorials]'
 	touch $@
 
 $(DEV_READY): $(RUN_READY)
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@
 
 env: $(DEV_READY)
 
-test: lint typecheck pytest faults
+# Cheap checks first.
+test: lint typecheck faults pytest
 
 lint: $(DEV_READY)
 	$(BIN)/ruff check .

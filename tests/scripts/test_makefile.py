@@ -1,0 +1,55 @@
+"""The Makefile with a PYTHON that cannot build the environment: one line, nothing deleted."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+def _python(path: Path, version: str, imports: str) -> str:
+    """Write a program that answers like a Python of some version; returns its path."""
+    path.write_text(
+        f'#!/bin/sh\ncase "$2" in\n*ensurepip*) {imports};;\n*) echo {version};;\nesac\n'
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+def _make(folder: Path, python: str) -> subprocess.CompletedProcess[str]:
+    """Run ``make env`` beside an environment that was built before."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(PROJECT / name, folder)
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / "kept").touch()
+    command = ["make", "env", f"PYTHON={python}"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+def _assert_rejected(done: subprocess.CompletedProcess[str], folder: Path, *words: str) -> None:
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert all(word in line for word in words)
+    assert (folder / ".venv" / "kept").exists()
+
+
+def test_make_with_an_absent_python_keeps_the_environment(tmp_path):
+    done = _make(tmp_path, "python3.absent")
+    _assert_rejected(done, tmp_path, "PYTHON=python3.absent does not run", "3.10 or newer")
+
+
+@pytest.mark.parametrize("version", ["3.9.18", "3.1.5", "2.7.18"])
+def test_make_with_an_old_python_names_its_version(tmp_path, version):
+    python = _python(tmp_path / "python", version, "echo yes")
+    _assert_rejected(_make(tmp_path, python), tmp_path, version, "rnnkeys needs 3.10 or newer")
+
+
+def test_make_with_a_python_without_venv_names_the_package(tmp_path):
+    python = _python(tmp_path / "python", "3.10.0", "exit 1")
+    _assert_rejected(_make(tmp_path, python), tmp_path, "has no venv", "apt install python3-venv")
