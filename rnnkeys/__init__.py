@@ -11,6 +11,7 @@ from .mode import recurrent_mode as recurrent_mode
 from .mode import set_recurrent_mode as set_recurrent_mode
 from .modules import GRU as GRU
 from .modules import LSTM as LSTM
+from .modules import CellModule as CellModule
 from .modules import GRUCell as GRUCell
 from .modules import GRUModule as GRUModule
 from .modules import LSTMCell as LSTMCell

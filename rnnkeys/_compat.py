@@ -43,3 +43,8 @@ def in_transform() -> bool:
     Forward-mode differentiation is one as well.
     """
     return peek_interpreter_stack() is not None or in_forward_derivative()
+
+
+def has_data(x: torch.Tensor) -> bool:
+    """Whether a tensor has values: not on the meta device, and not a fake tensor."""
+    return not (x.is_meta or isinstance(x, FakeTensor))

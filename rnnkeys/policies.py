@@ -13,6 +13,7 @@ from torchrl.data import TensorSpec
 from torchrl.modules import MLP, QValueModule
 
 from .cells import FEED_FORWARD_CELL, LAYER_NORM_LSTM_CELL, Cell
+from .modules.cell_module import CellModule
 from .modules.lstm_gru import GRUModule, LSTMModule
 from .modules.recurrent import RecurrentModule
 
@@ -50,14 +51,14 @@ def recurrent_module(
     if kind not in _KINDS:
         raise ValueError(
             f"kind must be one of {', '.join(map(repr, _KINDS))}. Got {kind!r}; for a cell of your "
-            "own use RecurrentModule(cell, ...)."
+            "own use CellModule(cell, ...)."
         )
     arguments = {"num_layers": num_layers, "dropout": dropout, **arguments}
     if kind == "lstm":
         return LSTMModule(input_size, hidden_size, **arguments)
     if kind == "gru":
         return GRUModule(input_size, hidden_size, **arguments)
-    return RecurrentModule(_CELLS[kind], input_size, hidden_size, **arguments)
+    return CellModule(_CELLS[kind], input_size, hidden_size, **arguments)
 
 
 class DuelingHead(nn.Module):

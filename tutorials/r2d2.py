@@ -45,7 +45,7 @@ from training import Trainer as BaseTrainer
 from training import run_tutorial
 from window_replay import WindowReplay
 
-from rnnkeys import GatedCell, RecurrentModule, drqn_policy, get_env_transforms_from_module
+from rnnkeys import CellModule, GatedCell, drqn_policy, get_env_transforms_from_module
 from rnnkeys.objectives import R2D2Loss
 
 
@@ -86,9 +86,7 @@ def make_policy(settings: Settings, seen: TensorSpec, action: TensorSpec) -> Ten
     policy = drqn_policy(action, (size,), cell=settings.cell, hidden_size=hidden, encoder_sizes=())
     if settings.memoryless:
         see, _, head, choose = cast(Any, policy)
-        memory: Any = RecurrentModule(
-            Forgetful(), size, hidden, in_key="features", out_key="memory"
-        )
+        memory: Any = CellModule(Forgetful(), size, hidden, in_key="features", out_key="memory")
         policy = TensorDictSequential(see, memory, head, choose)
     return policy.to(settings.device)
 

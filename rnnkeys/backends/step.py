@@ -38,7 +38,7 @@ def run_step(
         if layer and dropout:
             x = F.dropout(x, dropout)
         state = tuple(s[:, layer] for s in states)
-        if vendor and weights.w_hr is None:
+        if vendor and cell.name in ("lstm", "gru") and weights.w_hr is None:
             state = _vendor_step(cell, weights, x, state)
             x = state[0]
         else:

@@ -1,6 +1,8 @@
 """Recurrent modules: keys and shapes of the state that lives in a TensorDict."""
 
-from .canonical import canonicalize_rnn_subset as canonicalize_rnn_subset
+from torchrl.modules import canonicalize_rnn_subset as canonicalize_rnn_subset
+
+from .cell_module import CellModule as CellModule
 from .lstm_gru import GRUModule as GRUModule
 from .lstm_gru import LSTMModule as LSTMModule
 from .network import RecurrentLayer as RecurrentLayer

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import nn
 
-# What arguments are if the caller said nothing; then layers that were given decide.
+from ..checks import as_int
+
+# The defaults of arguments, which layers that are given decide.
 _DEFAULTS: dict[str, Any] = {
     "num_layers": 1,
     "bias": True,
@@ -19,28 +20,28 @@ _DEFAULTS: dict[str, Any] = {
     "dtype": None,
 }
 
-# Whose layers compute what their class says.
+# Packages whose layers compute the equations of their class.
 _LIBRARIES = ("torch", "torchrl", "rnnkeys")
 
 
 def make_layers(
     name: str,
     given: nn.RNNBase | None,
-    plain: type[nn.RNNBase] | None,
-    vendor: type[nn.RNNBase],
+    python_class: type[nn.RNNBase] | None,
+    native_class: type[nn.RNNBase],
     **arguments: Any,
 ) -> nn.RNNBase:
-    """Return the layers given, checked against the other arguments, or make them.
+    """Return the layers that are given, checked against the other arguments, or make them.
 
     Args:
         name: of the argument that gives layers, ``"lstm"`` or ``"gru"``.
         given: its value.
-        plain: class to make where ``python_based``, else None.
-        vendor: class to make otherwise.
+        python_class: class to make if ``python_based``, else None.
+        native_class: class to make otherwise.
         **arguments: of that class.
 
     Raises:
-        ValueError: if an argument does not fit the layers given, or nothing can be made of them.
+        ValueError: if an argument does not fit the layers given, or is out of range.
     """
     if not arguments["batch_first"]:
         raise ValueError(
@@ -48,42 +49,45 @@ def make_layers(
             "second. Got batch_first=False; leave it True (transpose data that has time first)."
         )
     if given is not None:
-        _check_fits(name, given, plain, arguments)
+        _check_given(name, given, python_class, arguments)
         return given
     for size in ("input_size", "hidden_size"):
-        value = arguments[size]
-        if not isinstance(value, Integral) or value <= 0:
+        if arguments[size] is None:
             raise ValueError(
-                f"{size} must be passed, a positive int. Got {size}={value!r}; or pass {name}=, an "
+                f"{size} must be passed, a positive int. Got {size}=None; or pass {name}=, an "
                 f"nn.{name.upper()} to use."
             )
-        arguments[size] = int(value)
+    for size in ("input_size", "hidden_size", "num_layers"):
+        arguments[size] = as_int(size, arguments[size])
     if arguments.pop("bidirectional"):
         raise ValueError(
-            "bidirectional=True is not supported: a policy cannot read the future, and one step at "
-            "a time there is none to read. Leave it False."
+            "bidirectional=True is not supported: a policy cannot read the future, and in single "
+            "steps there is none to read. Leave it False."
         )
-    return (plain or vendor)(**arguments)
+    return (python_class or native_class)(**arguments)
 
 
-def _check_fits(
-    name: str, given: nn.RNNBase, plain: type[nn.RNNBase] | None, arguments: dict[str, Any]
+def _check_given(
+    name: str,
+    given: nn.RNNBase,
+    python_class: type[nn.RNNBase] | None,
+    arguments: dict[str, Any],
 ) -> None:
-    """Raise if an argument contradicts the layers given: it would be ignored in silence."""
+    """Raise ValueError if an argument contradicts the layers given, which would override it."""
     if arguments["input_size"] is not None or arguments["hidden_size"] is not None:
         raise ValueError(
             f"{name}= cannot be passed along with input_size or hidden_size (got input_size="
             f"{arguments['input_size']}, hidden_size={arguments['hidden_size']}): the instance "
             "has its sizes. Pass one or the other."
         )
-    check_kind(name, given, name.upper())
-    weight = next(given.parameters())
+    check_layers(name, given)
+    parameter = next(given.parameters())
     for argument, default in _DEFAULTS.items():
         wanted = arguments.get(argument, default)
         if argument == "dtype":
-            has = weight.dtype
+            has = parameter.dtype
         elif argument == "device":
-            wanted, has = wanted and torch.device(wanted).type, weight.device.type
+            wanted, has = wanted and torch.device(wanted).type, parameter.device.type
         else:
             has = getattr(given, argument)
         if wanted not in (default, has):
@@ -91,27 +95,28 @@ def _check_fits(
                 f"{argument}={wanted!r} contradicts {name}=, which has {argument}={has!r}: the "
                 f"instance is used as it is. Leave {argument} out, or change the instance."
             )
-    if plain is not None and not isinstance(given, plain):
+    if python_class is not None and not isinstance(given, python_class):
         raise ValueError(
             f"python_based=True contradicts {name}=, a {type(given).__module__}."
             f"{type(given).__name__}. Leave python_based out and call make_python_based() on the "
-            f"module, or pass a rnnkeys.{plain.__name__}."
+            f"module, or pass a rnnkeys.{python_class.__name__}."
         )
 
 
-def check_kind(name: str, layers: Any, mode: str) -> None:
-    """Raise ValueError unless ``layers`` are torch's of a mode, or a twin, that can be run here."""
-    if not isinstance(layers, nn.RNNBase) or layers.mode != mode:
+def check_layers(name: str, layers: Any) -> None:
+    """Raise ValueError unless ``layers`` can run as the argument ``name``, "lstm" or "gru"."""
+    kind = name.upper()
+    if not isinstance(layers, nn.RNNBase) or layers.mode != kind:
         raise ValueError(
-            f"{name}= must be an nn.{mode} or its plain twin rnnkeys.{mode}. Got "
+            f"{name}= must be an nn.{kind} or the pure-PyTorch rnnkeys.{kind}. Got "
             f"{type(layers).__name__}."
         )
     owner = next(cls for cls in type(layers).__mro__ if "forward" in vars(cls))
     if owner.__module__.partition(".")[0] not in _LIBRARIES:
         raise ValueError(
             f"{name}= has a forward of its own, that of {owner.__name__}, which would never run: "
-            "the parameters are read and the layers are not called. Write what it does as a "
-            "module around this one, or as a cell for rnnkeys.RecurrentModule."
+            "the parameters are read and the layers are not called. Write that forward as a module "
+            "around this one, or as a cell for rnnkeys.CellModule."
         )
     if not layers.batch_first:
         raise ValueError(f"The input {name} must have batch_first=True. Got batch_first=False.")

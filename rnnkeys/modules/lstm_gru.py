@@ -1,25 +1,85 @@
-"""LSTM and GRU as recurrent modules, with the arguments that TorchRL's have."""
+"""LSTM and GRU as recurrent modules, with the arguments of TorchRL's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from tensordict.utils import NestedKey
 from torch import nn
 
-from ..cells import GRU_CELL, LSTM_CELL
-from . import pure_pytorch as rnn
-from .arguments import make_layers
+from . import pure_pytorch
+from .arguments import check_layers, make_layers
 from .recurrent import RecurrentModule
 
+_Module = TypeVar("_Module", bound="_TorchModule")
 
-class LSTMModule(RecurrentModule):
+
+class _TorchModule(RecurrentModule):
+    """A recurrent module whose parameters are in an ``nn.LSTM`` or ``nn.GRU``, or a subclass.
+
+    Attributes:
+        native_class: torch's class of layers.
+        python_class: the same in plain PyTorch operations.
+    """
+
+    native_class: ClassVar[type[nn.RNNBase]]
+    python_class: ClassVar[type[nn.RNNBase]]
+
+    def __init__(self, given: nn.RNNBase | None, sizes: dict[str, Any], **arguments: Any) -> None:
+        python_based = sizes.pop("python_based")
+        layers = make_layers(
+            self.layers_name,
+            given,
+            self.python_class if python_based else None,
+            self.native_class,
+            **sizes,
+        )
+        super().__init__(layers, **arguments)
+
+    def _check_layers(self, layers: Any) -> None:
+        check_layers(self.layers_name, layers)
+
+    def _is_python_based(self, layers: Any) -> bool:
+        return not isinstance(layers, self.native_class)
+
+    def make_python_based(self: _Module) -> _Module:
+        """Hold the same parameters in the pure-PyTorch class of layers; returns self."""
+        return self._convert(self.python_class)
+
+    def make_cudnn_based(self: _Module) -> _Module:
+        """Hold the same parameters in torch's class of layers; returns self."""
+        return self._convert(self.native_class)
+
+    def _convert(self: _Module, to: type[nn.RNNBase]) -> _Module:
+        old = self.layers
+        if isinstance(old, to):
+            return self
+        sizes: dict[str, Any] = {"proj_size": old.proj_size} if old.proj_size else {}
+        new = to(
+            input_size=old.input_size,
+            hidden_size=old.hidden_size,
+            num_layers=old.num_layers,
+            bias=old.bias,
+            batch_first=True,
+            dropout=old.dropout,
+            device="meta",
+            **sizes,
+        )
+        for name, parameter in old.named_parameters():
+            setattr(new, name, parameter)
+        new.train(old.training)
+        setattr(self, self.layers_name, new)
+        return self
+
+
+class LSTMModule(_TorchModule):
     """A long short-term memory (LSTM) whose state lives in the TensorDict.
 
     Drop-in for ``torchrl.modules.LSTMModule``: the same arguments, keys, attributes and
-    ``state_dict``. See :class:`RecurrentModule` for what a call does and
-    :class:`rnnkeys.cells.LongShortTermMemory` for the equations.
+    ``state_dict``. See :class:`RecurrentModule` for what a call does and for the arguments that are
+    not listed here, and :class:`rnnkeys.cells.LongShortTermMemory` for the equations.
 
     Args:
         input_size: size ``I`` of the input's last dimension.
@@ -30,29 +90,24 @@ class LSTMModule(RecurrentModule):
         dropout: probability of dropout between layers, in training.
         proj_size: size of a projection of ``h``, 0 for none.
         bidirectional: must be False: a policy cannot read the future.
-        python_based: hold the parameters in :class:`rnnkeys.LSTM` instead of ``nn.LSTM``;
-            ``"auto"`` then runs plain torch operations, which any order of autograd sees through.
-        recurrent_backend: ``"auto"``, ``"pad"``, ``"scan"``, ``"loop"`` or ``"triton"``; see
-            ``rnnkeys.backends``.
-        recurrent_compute_dtype: dtype of the recurrent matmul in the ``"triton"`` backend.
-        recurrent_recompute: ``"full"`` keeps no activations for the backward pass and computes them
-            again (``"scan"``, ``"loop"`` and ``"triton"``).
-        recurrent_matmul_precision: of the ``"triton"`` backend; see ``rnnkeys.precision``.
-        in_key: key of the input; states are then read at ``DEFAULT_IN_KEYS``.
-        in_keys: keys of the input, ``h`` and ``c``; optionally the init key last.
-        out_key: key of the output; states are then written at ``DEFAULT_OUT_KEYS``.
-        out_keys: keys of the output, ``h`` and ``c``; the latter must be ``("next", <in key>)`` for
-            environments to carry the state.
+        python_based: whether to hold the parameters in :class:`rnnkeys.LSTM` instead of
+            ``nn.LSTM``. The backend ``"auto"`` then runs plain PyTorch operations, which support
+            autograd of any order.
+        recurrent_backend: as for :class:`RecurrentModule`.
+        recurrent_compute_dtype: as for :class:`RecurrentModule`.
+        recurrent_recompute: as for :class:`RecurrentModule`.
+        recurrent_matmul_precision: as for :class:`RecurrentModule`.
+        in_key: as for :class:`RecurrentModule`.
+        in_keys: as for :class:`RecurrentModule`.
+        out_key: as for :class:`RecurrentModule`.
+        out_keys: as for :class:`RecurrentModule`.
         device: of the parameters.
         dtype: of the parameters.
-        lstm: an ``nn.LSTM`` (or twin) to use, instead of sizes.
-        default_recurrent_mode: mode where ``set_recurrent_mode`` is not in force; False by default.
-        init_key: bool entry ``[*batch, 1]`` that marks first steps; any name and depth, shared or
-            per agent.
-        state_grad: whether states written in recurrent mode carry gradients. False by default, so
-            that no gradient reaches a target through a stored state.
-        store_states: ``"all"``, or ``"starts"`` to write states only after segments' first steps,
-            where a next view reads them (others are NaN), which costs nothing.
+        lstm: an ``nn.LSTM`` or :class:`rnnkeys.LSTM` to use, instead of sizes.
+        default_recurrent_mode: as for :class:`RecurrentModule`.
+        init_key: as for :class:`RecurrentModule`.
+        state_grad: as for :class:`RecurrentModule`.
+        store_states: as for :class:`RecurrentModule`.
 
     Raises:
         ValueError: if arguments do not fit each other; the message names them.
@@ -70,10 +125,9 @@ class LSTMModule(RecurrentModule):
         (torch.Size([2, 7, 5]), torch.Size([2, 7, 1, 5]))
     """
 
-    cell = LSTM_CELL
-    rnn_attribute = "lstm"
-    plain_class = rnn.LSTM
-    vendor_class = nn.LSTM
+    layers_name = "lstm"
+    native_class = nn.LSTM
+    python_class = pure_pytorch.LSTM
     DEFAULT_IN_KEYS = ["recurrent_state_h", "recurrent_state_c"]
     DEFAULT_OUT_KEYS = [("next", "recurrent_state_h"), ("next", "recurrent_state_c")]
 
@@ -105,24 +159,22 @@ class LSTMModule(RecurrentModule):
         state_grad: bool = False,
         store_states: str = "all",
     ) -> None:
-        layers = make_layers(
-            "lstm",
-            lstm,
-            rnn.LSTM if python_based else None,
-            nn.LSTM,
-            input_size=input_size,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            bias=bias,
-            batch_first=batch_first,
-            dropout=dropout,
-            proj_size=proj_size,
-            bidirectional=bidirectional,
-            device=device,
-            dtype=dtype,
-        )
+        sizes = {
+            "input_size": input_size,
+            "hidden_size": hidden_size,
+            "num_layers": num_layers,
+            "bias": bias,
+            "batch_first": batch_first,
+            "dropout": dropout,
+            "proj_size": proj_size,
+            "bidirectional": bidirectional,
+            "python_based": python_based,
+            "device": device,
+            "dtype": dtype,
+        }
         super().__init__(
-            layers,
+            lstm,
+            sizes,
             in_key=in_key,
             in_keys=in_keys,
             out_key=out_key,
@@ -138,44 +190,39 @@ class LSTMModule(RecurrentModule):
         )
 
 
-class GRUModule(RecurrentModule):
+class GRUModule(_TorchModule):
     """A gated recurrent unit (GRU) whose state lives in the TensorDict.
 
     Drop-in for ``torchrl.modules.GRUModule``: the same arguments, keys, attributes and
-    ``state_dict``. See :class:`RecurrentModule` for what a call does and
-    :class:`rnnkeys.cells.GatedRecurrentUnit` for the equations.
+    ``state_dict``. See :class:`RecurrentModule` for what a call does and for the arguments that are
+    not listed here, and :class:`rnnkeys.cells.GatedRecurrentUnit` for the equations.
 
     Args:
         input_size: size ``I`` of the input's last dimension.
-        hidden_size: size ``H`` of the state.
+        hidden_size: size ``H`` of the hidden state.
         num_layers: number ``L`` of layers.
         bias: whether layers have biases.
         batch_first: must be True.
         dropout: probability of dropout between layers, in training.
         bidirectional: must be False: a policy cannot read the future.
-        python_based: hold the parameters in :class:`rnnkeys.GRU` instead of ``nn.GRU``; ``"auto"``
-            then runs plain torch operations, which any order of autograd sees through.
-        recurrent_backend: ``"auto"``, ``"pad"``, ``"scan"``, ``"loop"`` or ``"triton"``; see
-            ``rnnkeys.backends``.
-        recurrent_compute_dtype: dtype of the recurrent matmul in the ``"triton"`` backend.
-        recurrent_recompute: ``"full"`` keeps no activations for the backward pass and computes them
-            again (``"scan"``, ``"loop"`` and ``"triton"``).
-        recurrent_matmul_precision: of the ``"triton"`` backend; see ``rnnkeys.precision``.
-        in_key: key of the input; the state is then read at ``DEFAULT_IN_KEYS``.
-        in_keys: keys of the input and the state; optionally the init key last.
-        out_key: key of the output; the state is then written at ``DEFAULT_OUT_KEYS``.
-        out_keys: keys of the output and the state; the latter must be ``("next", <in key>)`` for
-            environments to carry the state.
+        python_based: whether to hold the parameters in :class:`rnnkeys.GRU` instead of
+            ``nn.GRU``. The backend ``"auto"`` then runs plain PyTorch operations, which support
+            autograd of any order.
+        recurrent_backend: as for :class:`RecurrentModule`.
+        recurrent_compute_dtype: as for :class:`RecurrentModule`.
+        recurrent_recompute: as for :class:`RecurrentModule`.
+        recurrent_matmul_precision: as for :class:`RecurrentModule`.
+        in_key: as for :class:`RecurrentModule`.
+        in_keys: as for :class:`RecurrentModule`.
+        out_key: as for :class:`RecurrentModule`.
+        out_keys: as for :class:`RecurrentModule`.
         device: of the parameters.
         dtype: of the parameters.
-        gru: an ``nn.GRU`` (or twin) to use, instead of sizes.
-        default_recurrent_mode: mode where ``set_recurrent_mode`` is not in force; False by default.
-        init_key: bool entry ``[*batch, 1]`` that marks first steps; any name and depth, shared or
-            per agent.
-        state_grad: whether states written in recurrent mode carry gradients. False by default, so
-            that no gradient reaches a target through a stored state.
-        store_states: ``"all"``, or ``"starts"`` to write states only after segments' first steps,
-            where a next view reads them (others are NaN), which costs nothing.
+        gru: an ``nn.GRU`` or :class:`rnnkeys.GRU` to use, instead of sizes.
+        default_recurrent_mode: as for :class:`RecurrentModule`.
+        init_key: as for :class:`RecurrentModule`.
+        state_grad: as for :class:`RecurrentModule`.
+        store_states: as for :class:`RecurrentModule`.
 
     Raises:
         ValueError: if arguments do not fit each other; the message names them.
@@ -189,10 +236,9 @@ class GRUModule(RecurrentModule):
         torch.Size([1, 5])
     """
 
-    cell = GRU_CELL
-    rnn_attribute = "gru"
-    plain_class = rnn.GRU
-    vendor_class = nn.GRU
+    layers_name = "gru"
+    native_class = nn.GRU
+    python_class = pure_pytorch.GRU
     DEFAULT_IN_KEYS = ["recurrent_state"]
     DEFAULT_OUT_KEYS = [("next", "recurrent_state")]
 
@@ -223,23 +269,21 @@ class GRUModule(RecurrentModule):
         state_grad: bool = False,
         store_states: str = "all",
     ) -> None:
-        layers = make_layers(
-            "gru",
-            gru,
-            rnn.GRU if python_based else None,
-            nn.GRU,
-            input_size=input_size,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            bias=bias,
-            batch_first=batch_first,
-            dropout=dropout,
-            bidirectional=bidirectional,
-            device=device,
-            dtype=dtype,
-        )
+        sizes = {
+            "input_size": input_size,
+            "hidden_size": hidden_size,
+            "num_layers": num_layers,
+            "bias": bias,
+            "batch_first": batch_first,
+            "dropout": dropout,
+            "bidirectional": bidirectional,
+            "python_based": python_based,
+            "device": device,
+            "dtype": dtype,
+        }
         super().__init__(
-            layers,
+            gru,
+            sizes,
             in_key=in_key,
             in_keys=in_keys,
             out_key=out_key,

@@ -1,9 +1,10 @@
-"""The recurrent module: reads its state from a TensorDict, writes the next one."""
+"""The abstract recurrent module: reads its state from a TensorDict, writes the next one."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,138 +14,92 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torchrl.envs.transforms import TensorDictPrimer
+from torchrl.modules import canonicalize_rnn_subset
 
-from .._compat import in_transform
+from .._compat import has_data, in_transform
 from ..backends import BACKENDS, Options, unroll_layers, why_not
 from ..backends.step import run_step
 from ..cells import Cell
 from ..mode import as_mode, recurrent_mode
 from ..precision import validate_recurrent_matmul_precision
-from . import entries
-from .arguments import check_choice, check_floating_dtype, check_kind
-from .canonical import CanonicalKeys
+from . import entries, key_arguments
+from .arguments import check_choice, check_floating_dtype
+from .dtypes import as_dtype, choose_dtype, no_autocast
 from .primers import make_primer
-from .stacks import CellStack, StepStack, make_stack, read_layers
+from .stacks import read_layers
 
 _STORES = ("all", "starts")
 _RECOMPUTES = ("none", "full")
 
 
-class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
+class RecurrentModule(TensorDictModuleBase, ABC):
     """A recurrent layer stack that reads its state from a TensorDict and writes the next one.
 
-    In single-step mode a call is one step: the state stored at the root is read (zeros where
-    ``init_key``), and the output and ``("next", state)`` are written. In recurrent mode (see
-    ``set_recurrent_mode``) time is the last batch dimension and a call runs whole sequences: each
-    segment starts from the state stored at its first step, and ``("next", state)`` holds the state
-    after *every* step. Dimensions between the batch and the features (agents) are batch too.
+    In single-step mode a call is one time step: the state at the root is read (zeros where
+    ``is_init``), and the output and ``("next", state)`` are written. In recurrent mode (see
+    :class:`rnnkeys.set_recurrent_mode`) time is the last batch dimension and a call runs whole
+    sequences: each segment starts from the state stored at its first step, and ``("next", state)``
+    holds the state after *every* step. Dimensions between the batch and the features (agents) are
+    batch, too.
 
-    It runs a cell of your own; see ``docs/custom_cells.md``. ``LSTMModule`` and ``GRUModule`` are
-    this with torch's cells, and say what the other arguments are.
+    This class is abstract: use :class:`rnnkeys.LSTMModule`, :class:`rnnkeys.GRUModule`, or
+    :class:`rnnkeys.CellModule` for any other cell. All of them take the arguments below as
+    keywords.
 
     Args:
-        cell: a ``rnnkeys.cells.Cell``, or an ``nn.Module`` that maps ``(input, *state)`` of one
-            step to the tuple ``(output, *state)``, or a list of such modules, one for each layer.
-        input_size: size ``I`` of the input; a module may have it as an attribute.
-        hidden_size: size ``H`` of a cell's states.
-        num_layers: number ``L`` of layers of a cell.
-        bias: whether the layers of a cell have biases.
-        dropout: probability of dropout between layers, in training.
-        state_sizes: of a module: size of each state by name, in order; or its attribute.
-        recurrent_backend: ``"auto"``, ``"pad"``, ``"scan"`` or ``"loop"``.
-        recurrent_compute_dtype: as for ``LSTMModule``.
-        recurrent_recompute: as for ``LSTMModule``; of cells only.
-        recurrent_matmul_precision: as for ``LSTMModule``.
-        in_key: key of the input. States are then read at ``"recurrent_state"`` if there is one, or
-            else ``"recurrent_state_<name>"``.
-        in_keys: keys of the input and the states; optionally the init key last.
-        out_key: key of the output; states are then written at ``("next", <in key>)``.
-        out_keys: keys of the output and the states.
-        device: of a cell's parameters.
-        dtype: of a cell's parameters.
-        default_recurrent_mode: as for ``LSTMModule``.
-        init_key: as for ``LSTMModule``.
-        state_grad: as for ``LSTMModule``.
-        store_states: as for ``LSTMModule``.
+        layers: the module that holds the parameters: an ``nn.LSTM``, an ``nn.GRU``, or a stack of
+            cells.
+        in_key: key of the input. The states are then read at ``"recurrent_state"`` if there is one,
+            else at ``"recurrent_state_<name>"``, such as ``"recurrent_state_h"``.
+        in_keys: keys of the input and of every state; optionally the init key last.
+        out_key: key of the output. The next states are then written at ``("next", <in key>)``.
+        out_keys: keys of the output and of every next state. Environments carry a state to the next
+            step only if it is written at ``("next", <in key>)``.
+        init_key: key of the ``is_init`` flags, of any name and depth; ``"is_init"`` by default.
+            Flags are bool ``[*batch, 1]``, or per agent ``[*batch, *agents, 1]``.
+        default_recurrent_mode: mode where ``set_recurrent_mode`` is not in force; False by default.
+        recurrent_backend: ``"auto"``, ``"pad"``, ``"scan"``, ``"loop"`` or ``"triton"``; see
+            ``rnnkeys.backends``.
+        recurrent_compute_dtype: dtype of the recurrent matmul in the ``"triton"`` backend.
+        recurrent_recompute: ``"full"`` keeps no activations for the backward pass and computes them
+            again (``"scan"``, ``"loop"`` and ``"triton"``).
+        recurrent_matmul_precision: of the ``"triton"`` backend; see ``rnnkeys.precision``.
+        state_grad: whether states written in recurrent mode carry gradients. False by default, so
+            that no gradient reaches a target through a stored state.
+        store_states: ``"all"``, or ``"starts"`` to write states only after segments' first steps
+            (others are NaN).
 
     Raises:
-        TypeError: if ``cell`` is nothing that can run.
         ValueError: if arguments do not fit each other; the message names them.
         RuntimeError: if the backend cannot run here, with the reason and the one that can.
-
-    Examples:
-        >>> from rnnkeys.cells import LAYER_NORM_LSTM_CELL
-        >>> module = RecurrentModule(LAYER_NORM_LSTM_CELL, 3, 5, in_key="observation", out_key="y")
-        >>> module.in_keys
-        ['observation', 'recurrent_state_h', 'recurrent_state_c', 'is_init']
     """
 
-    cell: Cell
-    rnn_attribute: ClassVar[str] = "rnn"
-    plain_class: ClassVar[type[nn.RNNBase]] = nn.RNNBase
-    vendor_class: ClassVar[type[nn.RNNBase]] = nn.RNNBase
-    DEFAULT_IN_KEYS: list[NestedKey]
-    DEFAULT_OUT_KEYS: list[NestedKey]
+    layers_name: ClassVar[str]
 
     def __init__(
         self,
-        cell: Cell | nn.Module | Sequence[nn.Module],
-        input_size: int | None = None,
-        hidden_size: int | None = None,
-        num_layers: int = 1,
-        bias: bool = True,
-        dropout: float = 0.0,
-        state_sizes: Mapping[str, int] | None = None,
-        recurrent_backend: str = "auto",
-        recurrent_compute_dtype: torch.dtype = torch.float32,
-        recurrent_recompute: str = "none",
-        recurrent_matmul_precision: str = "auto",
+        layers: nn.Module,
         *,
         in_key: NestedKey | None = None,
         in_keys: Sequence[NestedKey] | None = None,
         out_key: NestedKey | None = None,
         out_keys: Sequence[NestedKey] | None = None,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        default_recurrent_mode: bool | None = None,
         init_key: NestedKey | None = None,
+        default_recurrent_mode: bool | None = None,
+        recurrent_backend: str = "auto",
+        recurrent_compute_dtype: torch.dtype = torch.float32,
+        recurrent_recompute: str = "none",
+        recurrent_matmul_precision: str = "auto",
         state_grad: bool = False,
         store_states: str = "all",
     ) -> None:
         super().__init__()
-        layers: nn.Module
-        if isinstance(cell, nn.RNNBase) and self.rnn_attribute != "rnn":
-            layers = cell
-        else:
-            layers = make_stack(
-                cell,
-                input_size,
-                hidden_size,
-                state_sizes,
-                num_layers=num_layers,
-                bias=bias,
-                dropout=dropout,
-                device=device,
-                dtype=dtype,
-            )
-            self._name_states(layers)
         check_choice("recurrent_recompute", recurrent_recompute, _RECOMPUTES)
         check_choice("store_states", store_states, _STORES)
         check_floating_dtype("recurrent_compute_dtype", recurrent_compute_dtype)
         validate_recurrent_matmul_precision(recurrent_matmul_precision)
-        name = str(type(self).__name__)
-        ins = entries.join_keys("in", in_key, in_keys, self.DEFAULT_IN_KEYS)
-        outs = entries.join_keys("out", out_key, out_keys, self.DEFAULT_OUT_KEYS)
-        ins, self._init_key = entries.split_init_key(name, ins, init_key, self.cell)
-        entries.check_out_keys(name, outs, self.cell)
-        setattr(self, self.rnn_attribute, layers)
-        # tensordict's own annotations of keys know no nesting.
-        self.in_keys = [  # pyright: ignore[reportAttributeAccessIssue]
-            *ins,
-            # A cell without state starts no episode.
-            *[self._init_key][: len(self.cell.state_names)],
-        ]
-        self.out_keys = outs  # pyright: ignore[reportAttributeAccessIssue]
+        self._use_layers(layers)
+        self._set_keys(in_key, in_keys, out_key, out_keys, init_key)
         self._recurrent_mode = as_mode(default_recurrent_mode, "default_recurrent_mode")
         self.recurrent_backend = recurrent_backend
         self.recurrent_compute_dtype = recurrent_compute_dtype
@@ -152,7 +107,8 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         self.recurrent_matmul_precision = recurrent_matmul_precision
         self.state_grad = state_grad
         self.store_states = store_states
-        self._warned_of_missing_state = self._warned_of_hooks = False
+        self._warned_of_missing_state = False
+        self._warned_of_hooks = False
         obstacle = why_not(
             recurrent_backend,
             self.cell,
@@ -163,84 +119,108 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         if obstacle:
             raise obstacle
 
-    def _name_states(self, layers: Any) -> None:
-        self.cell = layers.cell
-        names = self.cell.state_names
-        keys = [f"recurrent_state_{name}" for name in names]
-        keys = ["recurrent_state"] if len(names) == 1 else keys
-        self.DEFAULT_IN_KEYS, self.DEFAULT_OUT_KEYS = [*keys], [("next", key) for key in keys]
+    @abstractmethod
+    def _check_layers(self, layers: Any) -> None:
+        """Raise ValueError unless this class can run the layers."""
+
+    @abstractmethod
+    def _is_python_based(self, layers: Any) -> bool:
+        """Return whether the layers ask for plain PyTorch operations and no native kernel."""
+
+    def _use_layers(self, layers: Any) -> None:
+        """Check layers and hold them."""
+        self._check_layers(layers)
+        self._layers = read_layers(layers)
+        self._python_based = self._is_python_based(layers)
+        super().__setattr__(self.layers_name, layers)
+
+    def _set_keys(
+        self,
+        in_key: NestedKey | None,
+        in_keys: Sequence[NestedKey] | None,
+        out_key: NestedKey | None,
+        out_keys: Sequence[NestedKey] | None,
+        init_key: NestedKey | None,
+    ) -> None:
+        owner, names = type(self).__name__, self.cell.state_names
+        states = key_arguments.make_default_state_keys(names)
+        ins = key_arguments.join_keys("in", in_key, in_keys, states)
+        outs = key_arguments.join_keys("out", out_key, out_keys, [("next", key) for key in states])
+        ins, self._init_key = key_arguments.split_init_key(owner, ins, init_key, names)
+        # tensordict's own annotations of keys know no nesting.
+        self.in_keys = ins  # pyright: ignore[reportAttributeAccessIssue]
+        self.out_keys = outs  # pyright: ignore[reportAttributeAccessIssue]
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == self.layers_name:
+            self._use_layers(value)
+            return
         if name == "in_keys":
-            self._check_in_keys(value)
+            value = self._complete_in_keys(value)
         elif name == "out_keys":
-            keys = entries.join_keys("out", None, value, [])
-            entries.check_out_keys(str(type(self).__name__), keys, self.cell)
+            keys = key_arguments.join_keys("out", None, value, [])
+            key_arguments.check_out_keys(type(self).__name__, keys, self.cell.state_names)
         elif name == "recurrent_backend":
             check_choice(name, value, BACKENDS)
-        elif name == self.rnn_attribute:
-            self._look_at(value)
         super().__setattr__(name, value)
 
-    def _check_in_keys(self, keys: Sequence[NestedKey]) -> None:
-        # Keys behind the init key are not read here; a loss may be told of them by in_keys.
-        keys, number = entries.join_keys("in", None, keys, []), 1 + len(self.cell.state_names)
-        entries.check_in_keys(str(type(self).__name__), keys[:number], self.cell)
-        if len(keys) > number:
-            self._init_key = keys[number]
+    def _complete_in_keys(self, keys: Sequence[NestedKey]) -> Sequence[NestedKey]:
+        """Check keys and append the init key if it is not there.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._look_at(self.layers)
-
-    def _look_at(self, layers: Any) -> None:
-        if self.rnn_attribute != "rnn":
-            check_kind(self.rnn_attribute, layers, self.cell.name.upper())
-        elif not isinstance(layers, (CellStack, StepStack)):
-            raise ValueError(
-                f"rnn must be layers as {type(self).__name__} makes them. Got "
-                f"{type(layers).__name__}; for other layers make another module."
-            )
-        self._layers = read_layers(layers)
-        self._has_vendor_layers = isinstance(layers, self.vendor_class)
-
-    def _look_again(self) -> None:
-        """Notice layers that came another way than by assignment, and hooks on them."""
-        layers: Any = self._modules[self.rnn_attribute]
-        if layers is not self._layers.module:
-            self._look_at(layers)
-        if (layers._forward_hooks or layers._backward_hooks) and not self._warned_of_hooks:
-            self._warned_of_hooks = True
-            warnings.warn(
-                f"Hooks on {self.rnn_attribute} of {type(self).__name__} do not run: its "
-                "parameters are read, and it is never called. Register them on the "
-                f"{type(self).__name__}.",
-                stacklevel=4,
-            )
+        Keys after the init key are not read; in_keys may name them to a loss.
+        """
+        names = self.cell.state_names
+        number = 1 + len(names)
+        given = key_arguments.join_keys("in", None, keys, [])
+        key_arguments.check_in_keys(type(self).__name__, given[:number], names)
+        needs_init = bool(names) and len(given) == number
+        return [*given, self._init_key] if needs_init else keys
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_layers"}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._use_layers(self.layers)
+
+    def _notice_changed_layers(self) -> None:
+        """Use layers that came another way than by assignment, and warn of hooks on them."""
+        layers: Any = self._modules[self.layers_name]
+        if layers is not self._layers.module:
+            self._use_layers(layers)
+        if (layers._forward_hooks or layers._backward_hooks) and not self._warned_of_hooks:
+            self._warned_of_hooks = True
+            warnings.warn(
+                f"Hooks on {self.layers_name} of {type(self).__name__} do not run: its parameters "
+                f"are read, and it is never called. Register them on the {type(self).__name__}.",
+                stacklevel=4,
+            )
+
+    @property
+    def cell(self) -> Cell:
+        """The equations of one time step."""
+        return self._layers.cell
+
     @property
     def layers(self) -> Any:
-        """The ``nn.RNNBase``, or stack of cells, that holds the parameters."""
-        return getattr(self, self.rnn_attribute)
+        """The module that holds the parameters."""
+        return getattr(self, self.layers_name)
 
     @property
     def state_sizes(self) -> tuple[int, ...]:
-        """Size of the last dimension of each state entry."""
+        """Size of the last dimension of each state."""
         return self._layers.state_sizes
 
     @property
     def state_keys(self) -> tuple[NestedKey, ...]:
-        """Keys the states are read from, in the order of the cell's ``state_names``."""
+        """Keys that the states are read from, in the order of the cell's ``state_names``."""
         return tuple(self.in_keys[1 : 1 + len(self.cell.state_names)])
 
     @property
     def init_key(self) -> NestedKey:
-        """Key of the marks of first steps: the one of ``in_keys`` behind those of the states."""
-        keys, number = self.in_keys, 1 + len(self.cell.state_names)
-        return keys[number] if len(keys) > number else self._init_key
+        """Key of the ``is_init`` flags: the one after the states in ``in_keys``."""
+        number = 1 + len(self.cell.state_names)
+        return self.in_keys[number] if len(self.in_keys) > number else self._init_key
 
     @property
     def recurrent_mode(self) -> bool:
@@ -255,55 +235,46 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
             "manager."
         )
 
-    @property
-    def temporal_mode(self) -> bool:
-        """Removed: use ``recurrent_mode``."""
-        raise RuntimeError("temporal_mode is deprecated, use recurrent_mode instead.")
-
     def set_recurrent_mode(self, mode: bool = True) -> None:
         """Raise: use the context manager ``rnnkeys.set_recurrent_mode``."""
         raise RuntimeError(
-            f"The {self.rnn_attribute}.set_recurrent_mode() API was removed. Use the context "
+            f"The {self.layers_name}.set_recurrent_mode() API was removed. Use the context "
             "manager rnnkeys.set_recurrent_mode(...), or the default_recurrent_mode argument of "
             "the constructor."
         )
 
-    def make_python_based(self) -> RecurrentModule:
-        """Hold the same parameters in the plain twin of the layers; returns self."""
-        return self._convert(self.plain_class)
+    @property
+    def canonical_keys(self) -> list[NestedKey]:
+        """Keys that the module reads and writes; other entries may keep any memory layout."""
+        return [*self.in_keys, *self.out_keys]
 
-    def make_cudnn_based(self) -> RecurrentModule:
-        """Hold the same parameters in torch's own class; returns self."""
-        return self._convert(self.vendor_class)
+    def canonicalize(self, data: TensorDictBase, *, inplace: bool = False) -> TensorDictBase:
+        """Give the module's entries row-major strides, as ``canonicalize_rnn_subset`` does.
 
-    def _convert(self, to: type[nn.RNNBase]) -> RecurrentModule:
-        old = self.layers
-        # A stack of cells is plain already.
-        if isinstance(old, to) or not isinstance(old, nn.RNNBase):
-            return self
-        sizes: dict[str, Any] = {"proj_size": old.proj_size} if old.proj_size else {}
-        new = to(
-            input_size=old.input_size,
-            hidden_size=old.hidden_size,
-            num_layers=old.num_layers,
-            bias=old.bias,
-            batch_first=True,
-            dropout=old.dropout,
-            device="meta",
-            **sizes,
-        )
-        for name, parameter in old.named_parameters():
-            setattr(new, name, parameter)
-        new.train(old.training)
-        setattr(self, self.rnn_attribute, new)
-        return self
+        Args:
+            data: any batch; entries that are missing are skipped.
+            inplace: whether to replace the entries of ``data`` itself.
+
+        Returns:
+            ``data`` if ``inplace``, else a shallow copy.
+
+        Examples:
+            >>> from tensordict import TensorDict
+            >>> from rnnkeys import GRUModule
+            >>> module = GRUModule(3, 4, in_key="obs", out_key="embed")
+            >>> data = TensorDict(obs=torch.zeros(5, 2, 3).transpose(0, 1), batch_size=[2, 5])
+            >>> module.canonicalize(data)["obs"].is_contiguous()
+            True
+        """
+        modules: Any = [self]
+        return canonicalize_rnn_subset(data, modules, inplace=inplace)
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """Make the transform that creates this module's state at every reset of an environment.
 
-        States are zeros of shape ``[L, H]``, in the dtype and on the device of the parameters.
-        Dimensions of agents come from the environment's own nested spec. It may be appended to
-        single environments or to a batch of them.
+        States are zeros ``[L, H]``, in the dtype and on the device of the parameters. Dimensions of
+        agents come from the environment's own nested spec. The transform may be appended to single
+        environments or to a batch of them.
 
         Returns:
             A ``TensorDictPrimer``.
@@ -318,22 +289,21 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
             >>> gru.make_tensordict_primer().primers["recurrent_state"].shape
             torch.Size([1, 5])
         """
-        entries.check_carried(self.state_keys, self.out_keys_source[1:])
-        weight = self._layers.sample
+        key_arguments.check_carried(self.state_keys, self.out_keys_source[1:])
+        parameter = self._layers.sample
         shapes = {
             key: (self._layers.num_layers, size)
             for key, size in zip(self.state_keys, self.state_sizes, strict=True)
         }
-        return make_primer(
-            shapes, dtype=weight.dtype, device=None if weight.is_meta else weight.device
-        )
+        device = None if parameter.is_meta else parameter.device
+        return make_primer(shapes, dtype=parameter.dtype, device=device)
 
     # tensordict types dispatch as a class, which it is not once it has decorated.
     @dispatch  # pyright: ignore[reportArgumentType]
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, tensordict: TensorDictBase
     ) -> TensorDictBase:
-        """Run one step, or whole sequences in recurrent mode.
+        """Run one time step, or whole sequences in recurrent mode.
 
         Args:
             tensordict: with the entries ``in_keys``. State entries may be missing and then count as
@@ -345,17 +315,19 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
 
         Raises:
             KeyError: if the input or the init key is missing.
+            TypeError: if the ``is_init`` flags are not bool.
             RuntimeError: if a state is given and another is not, or if a shape or dtype does not
                 fit.
             ValueError: in recurrent mode, if there is no time dimension.
         """
         if not is_compiling():
-            self._look_again()
+            self._notice_changed_layers()
+        # Without a state there is no recurrence over time.
         if self.recurrent_mode and self.cell.state_names:
             y, states = self._run_sequences(tensordict)
         else:
             y, states = self._run_step(tensordict)
-        # select_out_keys() shortens out_keys; what is written stays.
+        # select_out_keys() shortens out_keys; all entries are written nevertheless.
         for key, entry in zip(self.out_keys_source, (y, *states), strict=True):
             tensordict.set(key, entry)
         return tensordict
@@ -369,11 +341,12 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
                 "set_recurrent_mode(False)."
             )
         entries.check_time_is_last(tensordict)
-        data = entries.read(self, tensordict)
-        entries.check_trajectories(tensordict, data.is_init, self.init_key)
-        dtype = entries.compute_dtype(data.x, self._layers.sample)
-        x, states, is_init = entries.time_second(data, lead, self, dtype)
-        with entries.no_autocast(x):
+        spec = self._entry_spec()
+        data = entries.read(spec, tensordict)
+        entries.check_trajectories(spec, tensordict, data.is_init)
+        dtype = choose_dtype(data.x, self._layers.sample)
+        x, states, is_init = entries.fold_sequences(spec, data, lead, dtype)
+        with no_autocast(x):
             y, after = unroll_layers(
                 self.cell,
                 self._weights(dtype),
@@ -381,31 +354,45 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
                 states,
                 is_init,
                 self._options(),
-                # Without data there are no marks to plan by.
-                self.recurrent_backend if entries.has_data(x) else "scan",
+                # Packing reads the flags, which have no values without data.
+                self.recurrent_backend if has_data(x) else "scan",
             )
         shape = data.shape
-        restored = tuple(entries.time_last(s, lead, shape) for s in after)
-        return entries.time_last(y, lead, shape), self._stored(restored)
+        states = tuple([entries.unfold_sequences(s, lead, shape) for s in after])
+        return entries.unfold_sequences(y, lead, shape), self._as_stored(states)
 
     def _run_step(self, tensordict: TensorDictBase) -> tuple[Tensor, tuple[Tensor, ...]]:
-        data = entries.read(self, tensordict)
-        if data.states is None and self.cell.state_names:
+        spec = self._entry_spec()
+        data = entries.read(spec, tensordict)
+        if data.states is None:
             self._warn_of_missing_state(data.is_init)
-        dtype = entries.compute_dtype(data.x, self._layers.sample)
-        x, states = entries.flat_step(data, self, dtype)
-        layers = self._weights(dtype)
-        vendor = self._has_vendor_layers and not (is_compiling() or in_transform())
-        with entries.no_autocast(x):
-            y, after = run_step(self.cell, layers, x, states, self._layers.dropout, vendor)
+        dtype = choose_dtype(data.x, self._layers.sample)
+        x, states = entries.fold_step(spec, data, dtype)
+        native = not (self._python_based or is_compiling() or in_transform())
+        with no_autocast(x):
+            y, after = run_step(
+                self.cell, self._weights(dtype), x, states, self._layers.dropout, native
+            )
         shape = data.shape
-        y = y.view(*shape, y.shape[-1])
-        return y, self._stored(tuple(s.view(*shape, *s.shape[1:]) for s in after))
+        states = tuple([entries.unfold_step(s, shape) for s in after])
+        return entries.unfold_step(y, shape), self._as_stored(states)
 
-    def _stored(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """States as they are written: in the parameters' dtype, which is the primer's."""
+    def _entry_spec(self) -> entries.EntrySpec:
+        layers = self._layers
+        return entries.EntrySpec(
+            type(self).__name__,
+            self.in_keys[0],
+            self.state_keys,
+            self.init_key,
+            layers.input_size,
+            layers.num_layers,
+            layers.state_sizes,
+        )
+
+    def _as_stored(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Cast states to the parameters' dtype, in which the primer makes them."""
         dtype = self._layers.sample.dtype
-        return tuple(entries.as_dtype(s, dtype) for s in states)
+        return tuple([as_dtype(s, dtype) for s in states])
 
     def _weights(self, dtype: torch.dtype) -> list[Any]:
         return [self._layers.weights(i, dtype) for i in range(self._layers.num_layers)]
@@ -414,8 +401,7 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
         return Options(
             state_grad=self.state_grad,
             only_starts=self.store_states == "starts",
-            # Of a stack of cells "auto" packs the steps; no kernel knows its equation.
-            vendor=self._has_vendor_layers or not isinstance(self.layers, nn.RNNBase),
+            vendor=not self._python_based,
             dropout=self._layers.dropout,
             recompute=self.recurrent_recompute,
             compute_dtype=self.recurrent_compute_dtype,
@@ -425,19 +411,19 @@ class RecurrentModule(CanonicalKeys, TensorDictModuleBase):
     def _warn_of_missing_state(self, is_init: Tensor) -> None:
         if self._warned_of_missing_state or is_compiling() or in_transform():
             return
-        if not entries.has_data(is_init) or _is_capturing(is_init):
+        if not has_data(is_init) or _is_capturing(is_init):
             return
         if not bool(is_init.all()):
             self._warned_of_missing_state = True
             warnings.warn(
                 f"{type(self).__name__} finds no state {list(self.state_keys)} in a step that "
-                "does not start an episode, and starts from zeros: memory is lost at every step. "
-                "Append the primer to the environment: "
+                "does not start an episode, and starts from zeros: the state is lost at every "
+                "step. Append the primer to the environment: "
                 "env = env.append_transform(get_primers_from_module(policy)).",
                 stacklevel=4,
             )
 
 
 def _is_capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is captured, in which no value may be looked at."""
+    """Whether a CUDA graph is captured, in which no value may be read."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -310,7 +310,7 @@ def make_stack(
         or any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in modules)
     ):
         raise TypeError(
-            "RecurrentModule runs a rnnkeys.cells.Cell, or an nn.Module (or a list of them, one "
+            "CellModule runs a rnnkeys.cells.Cell, or an nn.Module (or a list of them, one "
             "for each layer) that maps (input, *state) of one step to (output, *state). Got "
             f"{cell!r}; torch's LSTM and GRU are LSTMModule and GRUModule."
         )

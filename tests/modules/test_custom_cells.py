@@ -19,8 +19,8 @@ from torchrl.modules import QValueModule
 from torchrl.objectives import DQNLoss, SoftUpdate
 
 from rnnkeys import (
+    CellModule,
     GatedCell,
-    RecurrentModule,
     drqn_policy,
     get_env_transforms_from_module,
     recurrent_module,
@@ -66,9 +66,9 @@ class TwoStates(nn.Module):
 KEYS: Any = {"in_key": "observation", "out_key": "embed"}
 KINDS: dict[str, Any] = {
     "lstm_ln": lambda **k: recurrent_module("lstm_ln", 3, 5, num_layers=2, **KEYS, **k),
-    "cell": lambda **k: RecurrentModule(MinimalGatedUnit(), 3, 5, 2, **KEYS, **k),
-    "step": lambda **k: RecurrentModule(TwoStates(), **KEYS, **k),
-    "steps": lambda **k: RecurrentModule([TwoStates(), TwoStates(5)], **KEYS, **k),
+    "cell": lambda **k: CellModule(MinimalGatedUnit(), 3, 5, 2, **KEYS, **k),
+    "step": lambda **k: CellModule(TwoStates(), **KEYS, **k),
+    "steps": lambda **k: CellModule([TwoStates(), TwoStates(5)], **KEYS, **k),
 }
 of_every_kind = pytest.mark.parametrize("kind", KINDS)
 in_every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -105,7 +105,7 @@ class Trace(nn.Module):
 
 @in_every_backend
 def test_a_module_may_change_its_state_in_place(backend):
-    module = RecurrentModule(Trace(), **KEYS, recurrent_backend=backend)
+    module = CellModule(Trace(), **KEYS, recurrent_backend=backend)
     data = batch(module, shape=(3, 7))
     before = data.clone()
     with torch.no_grad():
@@ -263,7 +263,7 @@ def test_a_trial_of_a_step_module_leaves_no_trace():
 
     step = Noisy()
     before = torch.get_rng_state()
-    RecurrentModule(step, **KEYS)
+    CellModule(step, **KEYS)
     assert step.calls == 0 and step.training
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -316,7 +316,7 @@ def test_what_cannot_run_is_refused_when_it_is_made(case):
     make, error, text = BAD[case]
     sizes: Any = (3, 5) if case == "the name of another cell" else ()
     with pytest.raises(error, match=text):
-        RecurrentModule(make(), *sizes, **KEYS)
+        CellModule(make(), *sizes, **KEYS)
 
 
 @pytest.mark.parametrize(
@@ -331,14 +331,14 @@ def test_what_cannot_run_is_refused_when_it_is_made(case):
 )
 def test_arguments_that_do_not_fit_a_step_module_are_refused(arguments, text):
     with pytest.raises(ValueError, match=text):
-        RecurrentModule(TwoStates(), **KEYS, **arguments)
+        CellModule(TwoStates(), **KEYS, **arguments)
 
 
 def test_arguments_that_do_not_fit_a_cell_are_refused():
     with pytest.raises(ValueError, match="state_sizes is for step modules"):
-        RecurrentModule(LAYER_NORM_LSTM_CELL, 3, 5, state_sizes={"h": 5}, **KEYS)
+        CellModule(LAYER_NORM_LSTM_CELL, 3, 5, state_sizes={"h": 5}, **KEYS)
     with pytest.raises(ValueError, match="hidden_size must be passed"):
-        RecurrentModule(LAYER_NORM_LSTM_CELL, 3, **KEYS)
+        CellModule(LAYER_NORM_LSTM_CELL, 3, **KEYS)
     with pytest.raises(RuntimeError, match="runs LSTM and GRU, got 'lstm_ln'"):
         recurrent_module("lstm_ln", 3, 5, recurrent_backend="triton", **KEYS)
 

@@ -22,7 +22,12 @@ in_both_modes = pytest.mark.parametrize("recurrent", [True, False], ids=["sequen
 
 
 def _refuse(
-    module: Any, data: TensorDictBase, error: type[Exception], *words: str, recurrent: bool
+    module: Any,
+    data: TensorDictBase,
+    error: type[Exception],
+    *words: str,
+    recurrent: bool,
+    named: bool = True,
 ) -> None:
     """Check that a call raises an error with these words and changes nothing."""
     # What a module would overwrite is there already.
@@ -32,7 +37,7 @@ def _refuse(
     with set_recurrent_mode(recurrent), pytest.raises(error) as caught:
         module(data)
     message = str(caught.value)
-    for word in (*words, type(module).__name__):
+    for word in (*words, *([type(module).__name__] if named else [])):
         assert word in message, message
     assert set(data.keys(True, True)) == set(objects)
     for key, value in objects.items():
@@ -56,8 +61,8 @@ def test_a_missing_input(kind, recurrent):
 def test_missing_marks(kind, recurrent):
     module = make(kind)
     data = batch(module).exclude("is_init")
-    remedies = ("'is_init'", "InitTracker", "get_env_transforms_from_module")
-    _refuse(module, data, KeyError, *remedies, recurrent=recurrent)
+    remedies = ("'is_init'", "InitTracker", "get_env_transforms_from_module", "[init-key]")
+    _refuse(module, data, KeyError, *remedies, recurrent=recurrent, named=False)
 
 
 @in_both_kinds
@@ -66,7 +71,7 @@ def test_marks_that_are_elsewhere(kind, recurrent):
     module = make(kind, init_key=("agents", "is_init"))
     data = batch(make(kind))
     expected = ("('agents', 'is_init')", "init_key='is_init'")
-    _refuse(module, data, KeyError, *expected, recurrent=recurrent)
+    _refuse(module, data, KeyError, *expected, recurrent=recurrent, named=False)
 
 
 @in_both_modes
@@ -119,12 +124,32 @@ def test_a_state_of_a_wrong_shape(kind, recurrent, shape):
 
 @in_both_kinds
 @in_both_modes
-@pytest.mark.parametrize("shape", [(2, 7, 2), (2, 7, 3, 1)])
-def test_marks_of_a_wrong_shape(kind, recurrent, shape):
+def test_flags_of_a_wrong_number_of_agents_are_rejected(kind, recurrent):
+    module = make(kind)
+    data = batch(module).set("is_init", torch.zeros(2, 7, 3, 1).bool())
+    words = ("'is_init'", "(2, 7, 3, 1)", "(2, 7, 1) (shared)", "InitTracker")
+    _refuse(module, data, RuntimeError, *words, recurrent=recurrent)
+
+
+@in_both_kinds
+@in_both_modes
+@pytest.mark.parametrize("shape", [(2, 7), (2, 7, 2)])
+def test_flags_without_a_last_dimension_of_one_are_rejected(kind, recurrent, shape):
     module = make(kind)
     data = batch(module).set("is_init", torch.zeros(shape).bool())
-    words = ("'is_init'", "(2, 7) first (shared)", "InitTracker")
-    _refuse(module, data, RuntimeError, *words, recurrent=recurrent)
+    words = ("'is_init'", str(list(shape)), ".unsqueeze(-1)", "[init-shape]")
+    _refuse(module, data, ValueError, *words, recurrent=recurrent, named=False)
+
+
+@in_both_kinds
+@in_both_modes
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.int64])
+def test_flags_of_another_dtype_than_bool_are_rejected(kind, recurrent, dtype):
+    module = make(kind)
+    data = batch(module)
+    data.set("is_init", data.get("is_init").to(dtype))
+    words = ("'is_init'", str(dtype), ".bool()", "[init-dtype]")
+    _refuse(module, data, TypeError, *words, recurrent=recurrent, named=False)
 
 
 @in_both_kinds
@@ -333,7 +358,7 @@ def _doubled(kind: str) -> RNNBase:
         (lambda kind: nn.RNN(3, 5, batch_first=True), ("RNN", "rnnkeys.")),
         (lambda kind: _layers(kind, batch_first=False), ("batch_first=True",)),
         (lambda kind: _layers(kind, bidirectional=True), ("bidirectional=False", "future")),
-        (lambda kind: _doubled(kind), ("forward", "Doubled", "RecurrentModule")),
+        (lambda kind: _doubled(kind), ("forward", "Doubled", "CellModule")),
     ],
 )
 def test_layers_that_cannot_be_run(kind, layers, words):
@@ -359,8 +384,8 @@ def test_layers_that_cannot_be_run_are_refused_whenever_they_come(kind, way):
 
 
 def test_layers_of_a_cell_are_not_replaced_by_others():
-    module = rnnkeys.RecurrentModule(LAYER_NORM_LSTM_CELL, 3, 5, in_key="observation", out_key="y")
-    with pytest.raises(ValueError, match="rnn must be layers as RecurrentModule makes them. Got L"):
+    module = rnnkeys.CellModule(LAYER_NORM_LSTM_CELL, 3, 5, in_key="observation", out_key="y")
+    with pytest.raises(ValueError, match="rnn must be layers as CellModule makes them. Got L"):
         module.rnn = nn.Linear(3, 5)
     module.rnn = copy.deepcopy(module.rnn)
 

@@ -212,16 +212,16 @@ def triton_drops_resets(
 
 @seen_by(
     "tests/modules/test_modules.py::test_a_stale_state_that_is_not_a_number_does_not_pass[False-gru]",
-    target=ENTRIES + "flat_step",
+    target=ENTRIES + "fold_step",
 )
-def step_keeps_the_old_state(original: Any, data: Any, *rest: Any):
+def step_keeps_the_old_state(original: Any, spec: Any, data: Any, *rest: Any):
     """A single step at an episode start reads the state of the last episode."""
-    return original(data._replace(is_init=torch.zeros_like(data.is_init)), *rest)
+    return original(spec, data._replace(is_init=torch.zeros_like(data.is_init)), *rest)
 
 
 @seen_by(
     "tests/modules/test_agents.py::test_qmix_has_the_loss_and_gradients_of_single_steps[shared-gru]",
-    target=ENTRIES + "time_last",
+    target=ENTRIES + "unfold_sequences",
 )
 def agents_exchanged(original: Any, entry: Tensor, lead: Any, shape: Any):
     """Agents: what one agent computes is written to another."""

@@ -10,10 +10,10 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 
-from rnnkeys import GRUModule, LSTMModule, RecurrentModule, set_recurrent_mode
+from rnnkeys import GRUModule, LSTMModule, set_recurrent_mode
 from rnnkeys.keys import as_tuple
 
-KINDS: dict[str, type[RecurrentModule]] = {"lstm": LSTMModule, "gru": GRUModule}
+KINDS: dict[str, Any] = {"lstm": LSTMModule, "gru": GRUModule}
 THEIRS: dict[str, Any] = {"lstm": torchrl.modules.LSTMModule, "gru": torchrl.modules.GRUModule}
 BACKENDS = ("loop", "pad", "scan", "auto")
 F64 = torch.float64

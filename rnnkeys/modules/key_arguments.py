@@ -1,0 +1,122 @@
+"""Checks of the keys that a recurrent module reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tensordict import unravel_key, unravel_key_list
+from tensordict.utils import NestedKey
+
+from ..keys import as_tuple
+
+
+def make_default_state_keys(state_names: Sequence[str]) -> list[NestedKey]:
+    """Return the default keys of the states.
+
+    Examples:
+        >>> make_default_state_keys(["h"]), make_default_state_keys(["h", "c"])
+        (['recurrent_state'], ['recurrent_state_h', 'recurrent_state_c'])
+    """
+    if len(state_names) == 1:
+        return ["recurrent_state"]
+    return [f"recurrent_state_{name}" for name in state_names]
+
+
+def join_keys(
+    side: str,
+    key: NestedKey | None,
+    keys: Sequence[NestedKey] | None,
+    defaults: Sequence[NestedKey],
+) -> list[NestedKey]:
+    """Return the list of keys that was passed, or the one key with the default state keys.
+
+    Args:
+        side: ``"in"`` or ``"out"``, for error messages.
+        key: the argument ``in_key`` or ``out_key``.
+        keys: the argument ``in_keys`` or ``out_keys``.
+        defaults: state keys that belong to ``key``.
+
+    Raises:
+        ValueError: if both arguments are passed, or none.
+        TypeError: if ``keys`` is not a list.
+    """
+    if (key is None) == (keys is None):
+        raise ValueError(
+            f"Either {side}_keys or {side}_key must be specified but not both or none. "
+            f"Got {side}_keys={keys} and {side}_key={key}."
+        )
+    if keys is None:
+        keys = [key, *defaults]  # pyright: ignore[reportAssignmentType]
+    if not isinstance(keys, (list, tuple)):
+        raise TypeError(
+            f"incompatible function arguments: {side}_keys must be a list of keys. Got {keys!r}, a "
+            f"{type(keys).__name__}; for the default state keys use {side}_key={keys!r}."
+        )
+    return unravel_key_list([*keys])
+
+
+def split_init_key(
+    owner: str, keys: list[NestedKey], init_key: NestedKey | None, state_names: Sequence[str]
+) -> tuple[list[NestedKey], NestedKey]:
+    """Split ``in_keys`` into those of input and states, and the init key, which may stand last.
+
+    Raises:
+        ValueError: if the number of keys does not fit, or if a key occurs twice.
+    """
+    expected = 1 + len(state_names)
+    wanted = "is_init" if init_key is None else unravel_key(init_key)
+    if len(keys) == expected + 1 and keys[-1] == wanted:
+        keys = keys[:-1]
+    if len(keys) != expected:
+        raise ValueError(
+            f"{owner} expects {expected} in_keys: {_listed('the input', state_names)} (optionally "
+            f"the init key {wanted!r} last). Got {keys}. For another name of the init key use "
+            "init_key=."
+        )
+    _check_distinct(owner, "in_keys", [*keys, wanted])
+    return keys, wanted
+
+
+def check_in_keys(owner: str, keys: list[NestedKey], state_names: Sequence[str]) -> None:
+    """Raise ValueError unless there is one distinct key for the input and one for each state."""
+    if len(keys) != 1 + len(state_names):
+        raise ValueError(
+            f"{owner} reads {_listed('the input', state_names)}, and then the init key. Got "
+            f"in_keys={keys}."
+        )
+    _check_distinct(owner, "in_keys", keys)
+
+
+def check_out_keys(owner: str, keys: list[NestedKey], state_names: Sequence[str]) -> None:
+    """Raise ValueError unless there is one distinct key for the output and one for each state."""
+    expected = 1 + len(state_names)
+    if len(keys) != expected:
+        raise ValueError(
+            f"{owner} expects {expected} out_keys: {_listed('the output', state_names)}. Got "
+            f"{keys}."
+        )
+    _check_distinct(owner, "out_keys", keys)
+
+
+def _listed(first: str, state_names: Sequence[str]) -> str:
+    return f"{first} and the states {', '.join(state_names)}" if state_names else first
+
+
+def _check_distinct(owner: str, side: str, keys: list[NestedKey]) -> None:
+    twice = sorted({str(k) for k in keys if keys.count(k) > 1})
+    if twice:
+        raise ValueError(
+            f"{owner}: {side} name {', '.join(twice)} more than once in {keys}; one entry would "
+            "overwrite the other. Give every entry a key of its own."
+        )
+
+
+def check_carried(state_keys: Sequence[NestedKey], next_keys: Sequence[NestedKey]) -> None:
+    """Raise RuntimeError unless every next state is written at ``("next", <in key>)``."""
+    for in_key, out_key in zip(state_keys, next_keys, strict=True):
+        if as_tuple(out_key) != ("next", *as_tuple(in_key)):
+            raise RuntimeError(
+                f"The state read at {in_key!r} is written at {out_key!r}, so that no environment "
+                "carries it to the next step. make_tensordict_primer needs out_keys named "
+                f"('next', <in_key>): here {('next', *as_tuple(in_key))!r}."
+            )
