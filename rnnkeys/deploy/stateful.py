@@ -71,7 +71,7 @@ class StatefulPolicy:
         if autoreset not in _AUTORESETS:
             names = ", ".join(map(repr, _AUTORESETS))
             raise ValueError(f"autoreset must be one of {names}. Got {autoreset!r}.")
-        self._keys = StateKeys(policy, in_sequences=False)
+        self._keys = StateKeys(policy)
         self.policy, self.num_envs = policy, num_envs
         self.observation_key, self.action_key = unravel_key(observation_key), action_key
         self.action_spec, self.autoreset, self.exploration = action_spec, autoreset, exploration

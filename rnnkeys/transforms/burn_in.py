@@ -39,7 +39,7 @@ class BurnIn(BatchTransform):
 
     Raises:
         ValueError: if ``burn_in`` is negative, ``slice_len`` is not positive, nothing inside is
-            recurrent, or its states are not stored within sequences (``store_states="starts"``).
+            recurrent.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -148,13 +148,12 @@ class StateKeys:
 
     Args:
         network: recurrent modules inside.
-        in_sequences: whether states in the middle of sequences are going to be read.
 
     Raises:
         ValueError: if nothing is recurrent, or if the states that are read are not stored.
     """
 
-    def __init__(self, network: TensorDictModuleBase, in_sequences: bool = True) -> None:
+    def __init__(self, network: TensorDictModuleBase) -> None:
         # Modules import the primers, which lie beside this file.
         from ..modules.network import find_recurrent
 
@@ -164,12 +163,6 @@ class StateKeys:
             raise ValueError(
                 f"There is no recurrent module inside {type(network).__name__}, so there is no "
                 "state to burn in. Pass the network that contains it."
-            )
-        if in_sequences and any(getattr(r.module, "store_states", "all") != "all" for r in found):
-            raise ValueError(
-                "A recurrent module with store_states='starts' leaves NaN in the middle of "
-                "sequences, where the state behind a burn-in or an episode's end is read. Make it "
-                "with store_states='all'."
             )
         self.pairs = list(dict.fromkeys((key, r.init_key) for r in found for key in r.state_keys))
         self.states = list(dict.fromkeys(key for r in found for key in r.state_keys))

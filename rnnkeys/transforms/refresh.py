@@ -206,7 +206,7 @@ def state_staleness(
             f"{list(refreshed.shape)}."
         )
     split(stored, burn_in)
-    states = StateKeys(network, in_sequences=False)
+    states = StateKeys(network)
     stale, true = (states.run(w).get(value_key)[:, burn_in:] for w in (stored, refreshed))
     distance = (stale - true).norm(dim=-1) / true.amax(-1).abs()
     mask = stored.get(MASK_KEY, None)

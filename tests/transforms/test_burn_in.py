@@ -200,11 +200,6 @@ def test_what_leaves_nothing_is_refused():
         BurnIn(module, 2)(batch(module).exclude("is_init"))
 
 
-def test_a_network_that_stores_no_states_within_sequences_is_refused():
-    with pytest.raises(ValueError, match="store_states='all'"):
-        BurnIn(_module(store_states="starts"), 2)
-
-
 def test_a_network_without_memory_is_refused():
     with pytest.raises(ValueError, match="no recurrent module inside TensorDictModule"):
         BurnIn(TensorDictModule(nn.Linear(3, 3), ["a"], ["b"]), 2)
