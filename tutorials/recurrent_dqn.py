@@ -68,6 +68,7 @@ def make_memory(settings: Settings, input_size: int) -> TensorDictModuleBase:
         hidden_size=settings.hidden_size,
         in_key="features",
         out_key="memory",
+        store_states="starts",  # a DQN reads states where its sequences start, and nowhere else
     )
 
 
