@@ -19,7 +19,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from .test_tutorials import (
+from .support.shared_tutorials import (
     PNG_SIGNATURE,
     ROOT,
     assert_same,
