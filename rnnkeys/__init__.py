@@ -1,5 +1,6 @@
 """Recurrent policies for TorchRL: exact at every position, fast across episode boundaries."""
 
+from .backends import linear_scan as linear_scan
 from .cells import Cell as Cell
 from .cells import GatedCell as GatedCell
 from .deploy import StatefulPolicy as StatefulPolicy

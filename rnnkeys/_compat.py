@@ -18,6 +18,7 @@ from torch._C._functorch import is_legacy_batchedtensor as is_legacy_batchedtens
 from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.utils._contextlib import context_decorator as context_decorator
 
 # TorchRL 0.14.1: the recurrent mode, which both libraries share.
@@ -48,3 +49,11 @@ def in_transform() -> bool:
 def has_data(x: torch.Tensor) -> bool:
     """Whether a tensor has values: not on the meta device, and not a fake tensor."""
     return not (x.is_meta or isinstance(x, FakeTensor))
+
+
+def in_derivative() -> bool:
+    """Whether ``torch.func.grad`` or its like runs, for which custom operators have no rule."""
+    if is_compiling() or not in_transform():
+        return False
+    kinds = (transform.key() for transform in get_interpreter_stack() or ())
+    return in_forward_derivative() or any(kind != TransformType.Vmap for kind in kinds)

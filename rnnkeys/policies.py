@@ -12,13 +12,28 @@ from torch import Tensor, nn
 from torchrl.data import TensorSpec
 from torchrl.modules import MLP, QValueModule
 
-from .cells import FEED_FORWARD_CELL, LAYER_NORM_LSTM_CELL, Cell
+from .cells import (
+    FEED_FORWARD_CELL,
+    FFM_CELL,
+    LAYER_NORM_LSTM_CELL,
+    LRU_CELL,
+    MIN_GRU_CELL,
+    MIN_LSTM_CELL,
+    S5_CELL,
+    Cell,
+    LinearCell,
+    ResidualBlock,
+)
 from .modules.cell_module import CellModule
 from .modules.lstm_gru import GRUModule, LSTMModule
 from .modules.recurrent import RecurrentModule
 
-_KINDS = ("lstm", "gru", "lstm_ln", "feed_forward")
-_CELLS: dict[str, Cell] = {"lstm_ln": LAYER_NORM_LSTM_CELL, "feed_forward": FEED_FORWARD_CELL}
+_LINEAR = (MIN_GRU_CELL, MIN_LSTM_CELL, LRU_CELL, S5_CELL, FFM_CELL)
+_CELLS: dict[str, Cell] = {
+    cell.name: cell for cell in (LAYER_NORM_LSTM_CELL, FEED_FORWARD_CELL, *_LINEAR)
+}
+_KINDS = ("lstm", "gru", *_CELLS)
+_BLOCKS = ("plain", "residual")
 
 
 def recurrent_module(
@@ -27,22 +42,27 @@ def recurrent_module(
     hidden_size: int,
     num_layers: int = 1,
     dropout: float = 0.0,
+    block: str = "plain",
     **arguments: Any,
 ) -> RecurrentModule:
     """Make a recurrent module by the name of its cell.
 
     Args:
         kind: ``"lstm"``, ``"gru"``, ``"lstm_ln"`` (an LSTM with layer normalization; see
-            :class:`rnnkeys.cells.LayerNormLongShortTermMemory`) or ``"feed_forward"`` (a layer
-            without state, the baseline; see :class:`rnnkeys.cells.FeedForward`).
+            :class:`rnnkeys.cells.LayerNormLongShortTermMemory`), a linear cell, whose time runs as
+            a parallel scan: ``"mingru"``, ``"minlstm"``, ``"lru"``, ``"s5"`` or ``"ffm"``, or
+            ``"feed_forward"`` (a layer without state, the baseline; see
+            :class:`rnnkeys.cells.FeedForward`).
         input_size: size ``I`` of the input.
         hidden_size: size ``H`` of the states.
         num_layers: number ``L`` of layers.
         dropout: probability of dropout between layers, in training.
+        block: ``"plain"``, or ``"residual"`` to put each layer of a linear cell inside the block
+            that deep stacks of them need; see :class:`rnnkeys.cells.ResidualBlock`.
         **arguments: as for ``LSTMModule``: ``in_key=``, ``out_key=``, ...
 
     Raises:
-        ValueError: if there is no such kind.
+        ValueError: if there is no such kind or block, or the cell of the block is not linear.
 
     Examples:
         >>> recurrent_module("lstm_ln", 3, 5, in_key="observation", out_key="embed").state_keys
@@ -53,12 +73,21 @@ def recurrent_module(
             f"kind must be one of {', '.join(map(repr, _KINDS))}. Got {kind!r}; for a cell of your "
             "own use CellModule(cell, ...)."
         )
+    linear = [cell.name for cell in _LINEAR]
+    if block not in _BLOCKS or (block == "residual" and kind not in linear):
+        raise ValueError(
+            f"block must be 'plain', or 'residual' with one of the linear cells {linear}. Got "
+            f"block={block!r} with kind={kind!r}."
+        )
     arguments = {"num_layers": num_layers, "dropout": dropout, **arguments}
     if kind == "lstm":
         return LSTMModule(input_size, hidden_size, **arguments)
     if kind == "gru":
         return GRUModule(input_size, hidden_size, **arguments)
-    return CellModule(_CELLS[kind], input_size, hidden_size, **arguments)
+    cell = _CELLS[kind]
+    if isinstance(cell, LinearCell) and block == "residual":
+        cell = ResidualBlock(cell)
+    return CellModule(cell, input_size, hidden_size, **arguments)
 
 
 class DuelingHead(nn.Module):

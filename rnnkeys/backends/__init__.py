@@ -6,3 +6,4 @@ from .contract import choose as choose
 from .contract import unroll as unroll
 from .contract import unroll_layers as unroll_layers
 from .contract import why_not as why_not
+from .scan_ops import linear_scan as linear_scan

@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from .._compat import in_transform
-from ..cells import Cell, State
+from ..cells import Cell, LinearCell, State
 from . import dense as scan
 from . import loop, triton
 from . import packed as pad
@@ -79,6 +79,16 @@ def why_not(
             f"recurrent_recompute={recompute!r} is not for a step module, whose parameters a loss "
             "may swap before the backward pass. Leave it 'none', or write a rnnkeys.cells.Cell."
         )
+    if name == "pad" and isinstance(cell, LinearCell):
+        return RuntimeError(
+            f"recurrent_backend='pad' packs segments for native kernels, and the linear cell "
+            f"{cell.name!r} has none: resets cost nothing in its scan. Use 'scan' or 'auto'."
+        )
+    if recompute != "none" and isinstance(cell, LinearCell) and name in ("auto", "scan"):
+        return ValueError(
+            f"recurrent_recompute={recompute!r} is not for the linear cell {cell.name!r}, whose "
+            "scan keeps its projection and its states alone. Leave it 'none'."
+        )
     if recompute != "none" and name in ("pad", "auto"):
         return ValueError(
             f"recurrent_recompute={recompute!r} is not for recurrent_backend={name!r}, whose "
@@ -91,8 +101,10 @@ def why_not(
     return None
 
 
-def choose(name: str, options: Options) -> str:
+def choose(name: str, options: Options, cell: Cell | None = None) -> str:
     """Return the backend that runs, by what was asked for and by where the call happens.
+
+    Linear cells run as "scan" wherever "auto" is asked for. For other cells:
 
     =========  =======================  =========================  ==============
     asked for  eager                    in vmap, in torch.compile  without vendor
@@ -109,7 +121,9 @@ def choose(name: str, options: Options) -> str:
     (``benchmarks/fit_auto.py``), so sizes do not matter to the choice; which kernel "pad" runs does
     depend on cell and dtype.
     """
-    if name == "auto" and not options.vendor:
+    if name == "auto" and isinstance(cell, LinearCell):
+        name = "scan"
+    elif name == "auto" and not options.vendor:
         name = "scan" if is_compiling() else "loop"
     elif name == "auto":
         name = "pad"
@@ -172,7 +186,7 @@ def unroll_layers(
         return _recomputed(cell, layers, x, reset_state, is_init, options, backend)
     if is_init.numel() == 0:
         return _empty(cell, layers, x, reset_state)
-    name = choose(backend, options)
+    name = choose(backend, options, cell)
     batch = _BATCHES[name](cell, layers[0], x, reset_state, is_init, options)
     rows = batch.pack(x)
     history: list[State] = []

@@ -1,8 +1,8 @@
 """``"scan"``: time in place on the dense batch, resets by select.
 
 Shapes are static and nothing synchronises with the host.
-LSTM and GRU run as one custom operator with a hand-written backward pass; other cells, and
-derivatives taken by ``torch.func``, run the plain loop.
+LSTM, GRU and the scans of linear cells run as one custom operator each, with a hand-written
+backward pass; other cells, and derivatives taken by ``torch.func``, run the plain loop.
 """
 
 from __future__ import annotations
@@ -11,16 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from .._compat import (
-    TransformType,
-    get_interpreter_stack,
-    in_forward_derivative,
-    in_transform,
-)
-from ..cells import Cell, State
-from . import ops
+from .._compat import in_derivative, in_transform
+from ..cells import Cell, LinearCell, State
+from . import linear_layer, ops
 from .loop import run_dense
 
 
@@ -33,7 +27,9 @@ def run(
     cell: Cell, weights: Any, x: Tensor, reset: Tensor, reset_state: State
 ) -> tuple[Tensor, State]:
     """Run one layer over ``x [T, B, I]``; see ``loop.run_dense``."""
-    if not has_kernel(cell, weights) or _in_derivative():
+    if isinstance(cell, LinearCell):
+        return linear_layer.run(cell, weights, x, reset, reset_state[0])
+    if not has_kernel(cell, weights) or in_derivative():
         return run_dense(cell, weights, x, reset, reset_state)
     steps, batch = x.shape[:2]
     start = tuple(s[0] for s in reset_state)
@@ -76,11 +72,3 @@ def run_rows(
 def _records(inputs: State) -> bool:
     """Whether a backward pass may follow; inside a transform tensors do not tell."""
     return torch.is_grad_enabled() and (in_transform() or any(t.requires_grad for t in inputs))
-
-
-def _in_derivative() -> bool:
-    """Whether ``torch.func.grad`` or its like is at work, for which operators have no rule."""
-    if is_compiling() or not in_transform():
-        return False
-    kinds = (t.key() for t in get_interpreter_stack() or ())
-    return in_forward_derivative() or any(kind != TransformType.Vmap for kind in kinds)

@@ -12,3 +12,16 @@ from .gated import GatedRecurrentUnit as GatedRecurrentUnit
 from .gated import LayerNormLongShortTermMemory as LayerNormLongShortTermMemory
 from .gated import LongShortTermMemory as LongShortTermMemory
 from .gated import Weights as Weights
+from .linear import FFM as FFM
+from .linear import FFM_CELL as FFM_CELL
+from .linear import LRU as LRU
+from .linear import LRU_CELL as LRU_CELL
+from .linear import MIN_GRU_CELL as MIN_GRU_CELL
+from .linear import MIN_LSTM_CELL as MIN_LSTM_CELL
+from .linear import S5 as S5
+from .linear import S5_CELL as S5_CELL
+from .linear import ConvexCell as ConvexCell
+from .linear import LinearCell as LinearCell
+from .linear import MinGRU as MinGRU
+from .linear import MinLSTM as MinLSTM
+from .linear import ResidualBlock as ResidualBlock

@@ -45,6 +45,15 @@ class Cell(ABC):
     ) -> dict[str, tuple[int, ...]]:
         """Return the shape of each parameter of a layer by name, such as ``"weight_ih"``."""
 
+    def state_sizes(self, hidden_size: int) -> tuple[int, ...]:
+        """Return the size of each entry of the state, by default ``H``."""
+        return (hidden_size,) * len(self.state_names)
+
+    def reset_parameters(self, parameters: dict[str, Tensor], hidden_size: int) -> None:
+        """Initialize the parameters of a layer in place, each by :meth:`reset_parameter`."""
+        for name, parameter in parameters.items():
+            self.reset_parameter(name, parameter, hidden_size)
+
     def reset_parameter(self, name: str, parameter: Tensor, hidden_size: int) -> None:
         """Initialize a parameter in place: uniform within ``1 / sqrt(H)``, as torch's layers."""
         bound = hidden_size**-0.5

@@ -64,18 +64,22 @@ class CellStack(nn.Module):
         self.hidden_size = _check_size("hidden_size", hidden_size)
         self.num_layers = _check_size("num_layers", num_layers)
         self.bias, self.dropout = bias, float(dropout)
-        self.parameter_names = tuple(cell.parameter_shapes(1, 1, bias))
+        # By layer: the first one may have others, since its input has another size.
+        self.parameter_names: list[tuple[str, ...]] = []
         for layer in range(num_layers):
             width = self.hidden_size if layer else self.input_size
-            for name, shape in cell.parameter_shapes(width, self.hidden_size, bias).items():
+            shapes = cell.parameter_shapes(width, self.hidden_size, bias)
+            self.parameter_names.append(tuple(shapes))
+            for name, shape in shapes.items():
                 values = torch.empty(shape, device=device, dtype=dtype)
                 self.register_parameter(f"{name}_l{layer}", nn.Parameter(values))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew."""
-        for name, parameter in self.named_parameters():
-            self.cell.reset_parameter(name.rpartition("_l")[0], parameter, self.hidden_size)
+        """Initialize every parameter again."""
+        for layer, names in enumerate(self.parameter_names):
+            parameters = {name: getattr(self, f"{name}_l{layer}") for name in names}
+            self.cell.reset_parameters(parameters, self.hidden_size)
 
     def extra_repr(self) -> str:
         """Show the sizes."""
@@ -88,7 +92,7 @@ class CellLayers(Layers):
     module: CellStack
 
     def __init__(self, stack: CellStack) -> None:
-        sizes = (stack.hidden_size,) * len(stack.cell.state_names)
+        sizes = stack.cell.state_sizes(stack.hidden_size)
         super().__init__(stack, stack.cell, stack.input_size, sizes, stack.num_layers)
 
     @property
@@ -99,11 +103,11 @@ class CellLayers(Layers):
     @property
     def sample(self) -> Tensor:
         """A parameter."""
-        return getattr(self.module, f"{self.module.parameter_names[0]}_l0")
+        return getattr(self.module, f"{self.module.parameter_names[0][0]}_l0")
 
     def weights(self, layer: int, dtype: torch.dtype | None = None) -> Any:
         """Return the parameters of one layer, cast to ``dtype`` if it is given."""
-        names = self.module.parameter_names
+        names = self.module.parameter_names[layer]
         found: dict[str, Tensor] = {
             name: getattr(self.module, f"{name}_l{layer}") for name in names
         }

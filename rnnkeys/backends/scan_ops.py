@@ -1,0 +1,241 @@
+"""The scans of linear cells as custom operators: one node each for autograd, vmap and compile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._compat import in_derivative
+from . import gated_recurrence
+from . import linear_recurrence as plain
+
+
+@torch.library.custom_op("rnnkeys::linear_scan", mutates_args=())
+def scan(a: Tensor, b: Tensor, start: Tensor, reset: Tensor) -> Tensor:
+    """Run ``linear_recurrence.scan``."""
+    return plain.scan(a, b, start, reset)
+
+
+@torch.library.custom_op("rnnkeys::linear_scan_backward", mutates_args=())
+def scan_backward(
+    grad: Tensor, a: Tensor, h: Tensor, start: Tensor, reset: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run ``linear_recurrence.scan_backward``."""
+    return plain.scan_backward(grad, a, h, start, reset)
+
+
+@torch.library.custom_op("rnnkeys::gated_scan", mutates_args=())
+def gated(p: Tensor, start: Tensor, reset: Tensor) -> Tensor:
+    """Run ``gated_recurrence.forward``."""
+    return gated_recurrence.forward(p, start, reset)
+
+
+@torch.library.custom_op("rnnkeys::gated_scan_backward", mutates_args=())
+def gated_backward(
+    grad: Tensor, p: Tensor, h: Tensor, start: Tensor, reset: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run ``gated_recurrence.backward``."""
+    return gated_recurrence.backward(grad, p, h, start, reset)
+
+
+def _like(x: Tensor) -> Tensor:
+    """Stand for a contiguous result of a shape."""
+    return x.new_empty(x.shape)
+
+
+@scan.register_fake
+def _(a: Tensor, b: Tensor, start: Tensor, reset: Tensor) -> Tensor:
+    return _like(b)
+
+
+@scan_backward.register_fake
+def _(
+    grad: Tensor, a: Tensor, h: Tensor, start: Tensor, reset: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(a), _like(h), _like(start)
+
+
+@gated.register_fake
+def _(p: Tensor, start: Tensor, reset: Tensor) -> Tensor:
+    return _like(start)
+
+
+@gated_backward.register_fake
+def _(grad: Tensor, p: Tensor, h: Tensor, start: Tensor, reset: Tensor) -> tuple[Tensor, Tensor]:
+    return _like(p), _like(start)
+
+
+def _keep_scan(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    a, _, start, reset = inputs
+    ctx.save_for_backward(a, output, start, reset)
+
+
+def _grad_scan(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    d_a, d_b, d_start = scan_backward(grad, *ctx.saved_tensors)
+    return d_a, d_b, d_start, None
+
+
+def _keep_gated(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    p, start, reset = inputs
+    ctx.save_for_backward(p, output, start, reset)
+
+
+def _grad_gated(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*gated_backward(grad, *ctx.saved_tensors), None)
+
+
+def _raise_second_derivative(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "The hand-written scan has no second derivative (a gradient made with create_graph=True "
+        "was differentiated again). Build the module with recurrent_backend='loop', which any "
+        "order of autograd sees through."
+    )
+
+
+def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """Fold a mapped dimension into the rows: ``[T, N, ...]`` to ``[T, size * N, ...]``."""
+    moved = x.movedim(dim, 1) if dim is not None else x.unsqueeze(1).expand(-1, size, *x.shape[1:])
+    return moved.flatten(1, 2)
+
+
+def _unfold(x: Tensor, size: int) -> Tensor:
+    return x.unflatten(1, (size, -1))
+
+
+def _map_scan(info: Any, dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
+    a, size = _decay_per_row(args[0], dims[0], args[1], dims[1]), info.batch_size
+    rest = (_fold(x, dim, size) for x, dim in zip(args[1:], dims[1:], strict=True))
+    return _unfold(scan(_fold(a, 0, size), *rest), size), 1
+
+
+def _decay_per_row(a: Tensor, dim: int | None, b: Tensor, b_dim: int | None) -> Tensor:
+    """Return decays ``[size, T, N, F]``, those of ``[F]`` repeated."""
+    like = b.movedim(b_dim, 0) if b_dim is not None else b[None]
+    a = a.movedim(dim, 0) if dim is not None else a[None]
+    if a.ndim == 2:
+        a = a[:, None, None]
+    return a.expand(max(len(a), len(like)), *like.shape[1:])
+
+
+def _map_scan_backward(
+    info: Any, dims: tuple[int | None, ...], *args: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
+    grad, a, *rest = args
+    size, is_constant = info.batch_size, a.ndim - (dims[1] is not None) == 1
+    decays = _decay_per_row(a, dims[1], args[2], dims[2]).expand(size, -1, -1, -1)
+    folded = [_fold(x, dim, size) for x, dim in zip(rest, dims[2:], strict=True)]
+    found = scan_backward(_fold(grad, dims[0], size), _fold(decays, 0, size), *folded)
+    d_a, d_b, d_start = (_unfold(x, size) for x in found)
+    if is_constant:
+        return (d_a.sum((0, 2)), d_b, d_start), (0, 1, 1)
+    return (d_a, d_b, d_start), (1, 1, 1)
+
+
+def _map_gated(info: Any, dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
+    folded = (_fold(x, dim, info.batch_size) for x, dim in zip(args, dims, strict=True))
+    return _unfold(gated(*folded), info.batch_size), 1
+
+
+def _map_gated_backward(
+    info: Any, dims: tuple[int | None, ...], *args: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    size = info.batch_size
+    folded = (_fold(x, dim, size) for x, dim in zip(args, dims, strict=True))
+    d_p, d_start = gated_backward(*folded)
+    return (_unfold(d_p, size), _unfold(d_start, size)), (1, 1)
+
+
+scan.register_autograd(_grad_scan, setup_context=_keep_scan)
+gated.register_autograd(_grad_gated, setup_context=_keep_gated)
+for _op in (scan_backward, gated_backward):
+    _op.register_autograd(_raise_second_derivative, setup_context=lambda ctx, inputs, output: None)
+scan.register_vmap(_map_scan)
+scan_backward.register_vmap(_map_scan_backward)
+gated.register_vmap(_map_gated)
+gated_backward.register_vmap(_map_gated_backward)
+
+
+def linear_scan(
+    a: Tensor, b: Tensor, initial: Tensor | None = None, is_init: Tensor | None = None
+) -> Tensor:
+    r"""Run the linear recurrence :math:`h_t = a_t h_{t-1} + b_t` along time, with exact resets.
+
+    One operator with a hand-written backward pass: its graph does not grow with time, it maps under
+    ``torch.vmap`` and compiles with ``fullgraph=True``. Gradients reach ``a``, ``b`` and
+    ``initial``. Derivatives taken by ``torch.func`` run a plain loop.
+
+    Args:
+        a: decays, ``[B, T, F]``, or ``[F]`` if they are the same at every step; real or complex.
+        b: inputs ``[B, T, F]``, of the same dtype.
+        initial: the states before the first step, ``[B, F]``, or ``[B, T, F]`` to start every
+            segment from the state stored at its first step. By default zeros.
+        is_init: bool ``[B, T]``, True where a segment starts. Segments after the first of a row
+            start from zeros if ``initial`` is ``[B, F]``. By default every row is one segment.
+
+    Returns:
+        The states after every step, ``[B, T, F]``.
+
+    Raises:
+        ValueError: if a shape does not fit.
+        TypeError: if dtypes differ, or ``is_init`` is not bool.
+
+    Examples:
+        >>> ones = torch.ones(1, 4, 1)
+        >>> flags = torch.tensor([[True, False, True, False]])
+        >>> linear_scan(ones / 2, ones, is_init=flags).flatten()
+        tensor([1.0000, 1.5000, 1.0000, 1.5000])
+    """
+    _check(a, b, initial, is_init)
+    if not b.numel():
+        return b + 0 * a.sum()
+    batch, steps, _ = b.shape
+    if is_init is None:
+        is_init = b.new_zeros(batch, steps, dtype=torch.bool)
+    start = torch.zeros_like(b) if initial is None else initial
+    if start.ndim == 2:
+        start = torch.cat([start[:, None], b.new_zeros(batch, steps - 1, b.shape[2])], 1)
+    major = (x.transpose(0, 1) for x in (b, start, is_init))
+    return run(a if a.ndim == 1 else a.transpose(0, 1), *major).transpose(0, 1)
+
+
+def run(a: Tensor, b: Tensor, start: Tensor, reset: Tensor) -> Tensor:
+    """Run ``linear_recurrence.scan`` with gradients: as one operator where its rules allow."""
+    return plain.scan_by_select(a, b, start, reset) if in_derivative() else scan(a, b, start, reset)
+
+
+def run_gated(p: Tensor, start: Tensor, reset: Tensor) -> Tensor:
+    """Run ``gated_recurrence.forward`` with gradients: as one operator where its rules allow."""
+    if in_derivative():
+        return plain.scan_by_select(*gated_recurrence.coefficients(*p.chunk(2, -1)), start, reset)
+    return gated(p, start, reset)
+
+
+def _check(a: Tensor, b: Tensor, initial: Tensor | None, is_init: Tensor | None) -> None:
+    if b.ndim != 3:
+        raise ValueError(f"b must have the shape [B, T, F]. Got {list(b.shape)}.")
+    if a.shape not in (b.shape, b.shape[2:]):
+        raise ValueError(
+            f"a must have the shape of b, {list(b.shape)}, or [F] = {list(b.shape[2:])}. Got "
+            f"{list(a.shape)}."
+        )
+    if initial is not None and initial.shape not in (b.shape, (b.shape[0], b.shape[2])):
+        raise ValueError(
+            f"initial must have the shape [B, F] = {[b.shape[0], b.shape[2]]} or [B, T, F] = "
+            f"{list(b.shape)}. Got {list(initial.shape)}."
+        )
+    for name, value in (("a", a), ("initial", initial)):
+        if value is not None and value.dtype != b.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of b, {b.dtype}. Got {value.dtype}: convert it with "
+                f"{name}.to(b.dtype)."
+            )
+    if is_init is None:
+        return
+    if is_init.dtype != torch.bool:
+        raise TypeError(f"is_init must be bool. Got {is_init.dtype}: convert it with .bool().")
+    if is_init.shape != b.shape[:2]:
+        raise ValueError(
+            f"is_init must have the shape [B, T] = {list(b.shape[:2])}. Got {list(is_init.shape)}."
+        )

@@ -1,0 +1,168 @@
+"""Linear cells: their equations, and sequences against single steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from rnnkeys import set_recurrent_mode
+from rnnkeys.backends import why_not
+from rnnkeys.cells import (
+    FFM_CELL,
+    LRU_CELL,
+    MIN_GRU_CELL,
+    MIN_LSTM_CELL,
+    S5_CELL,
+    LinearCell,
+    ResidualBlock,
+)
+from rnnkeys.modules import CellModule, RecurrentModule
+from tests.support.reference_linear import STEPS
+from tests.support.tolerances import assert_equal, relative_error
+
+PLAIN = [MIN_GRU_CELL, MIN_LSTM_CELL, LRU_CELL, S5_CELL, FFM_CELL]
+CELLS = [*PLAIN, ResidualBlock(MIN_GRU_CELL), ResidualBlock(S5_CELL)]
+NAMES = [cell.name for cell in CELLS]
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make_module(cell: LinearCell, backend: str = "auto") -> RecurrentModule:
+    return CellModule(
+        cell, 3, 6, 2, in_key="x", out_key="y", state_grad=True, recurrent_backend=backend
+    )
+
+
+def make_batch(module: RecurrentModule, steps: int, rate: float = 0.2) -> TensorDict:
+    size = module.state_sizes[0]
+    return TensorDict(
+        {
+            "x": torch.randn(4, steps, 3).requires_grad_(),
+            "is_init": torch.rand(4, steps, 1) < rate,
+            "recurrent_state": torch.randn(4, steps, 2, size).requires_grad_(),
+        },
+        [4, steps],
+    )
+
+
+def run_sequence(module: RecurrentModule, batch: TensorDict) -> tuple[Tensor, Tensor]:
+    with set_recurrent_mode(True):
+        out = module(batch.copy())
+    return out["y"], out["next", "recurrent_state"]
+
+
+def run_steps(module: RecurrentModule, batch: TensorDict) -> tuple[Tensor, Tensor]:
+    """One time step after the other, the state selected by hand where a segment starts."""
+    outputs, states, h = [], [], batch["recurrent_state"][:, 0]
+    for t in range(batch.shape[1]):
+        is_start = batch["is_init"][:, t, :, None] if t else torch.ones(4, 1, 1, dtype=torch.bool)
+        step = TensorDict({"x": batch["x"][:, t], "is_init": torch.zeros(4, 1).bool()}, [4])
+        step["recurrent_state"] = torch.where(is_start, batch["recurrent_state"][:, t], h)
+        out = module(step)
+        h = out["next", "recurrent_state"]
+        outputs.append(out["y"])
+        states.append(h)
+    return torch.stack(outputs, 1), torch.stack(states, 1)
+
+
+@pytest.mark.parametrize("cell", PLAIN, ids=NAMES[: len(PLAIN)])
+def test_linear_cell_step_equals_numpy(cell: LinearCell):
+    module = make_module(cell)
+    shapes = cell.parameter_shapes(3, 6)
+    weights = {name: torch.randn(shape) / 2 for name, shape in shapes.items()}
+    x, h = torch.randn(5, 3), torch.randn(5, module.state_sizes[0])
+    arrays = {name: value.numpy() for name, value in weights.items()}
+    expected = STEPS[cell.name](arrays, x.numpy(), h.numpy())
+    y, (after,) = cell(weights, x, (h,))
+    for actual, reference in zip((y, after), expected, strict=True):
+        assert_equal(actual, torch.from_numpy(np.ascontiguousarray(reference)), torch.float64)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 70])
+@pytest.mark.parametrize("cell", CELLS, ids=NAMES)
+def test_linear_module_sequence_equals_single_steps(cell: LinearCell, steps: int):
+    module = make_module(cell)
+    batch = make_batch(module, steps)
+    leaves = [batch["x"], batch["recurrent_state"], *module.parameters()]
+    results = []
+    for run in (run_sequence, run_steps):
+        y, h = run(module, batch)
+        torch.manual_seed(1)
+        loss = (y * torch.randn_like(y)).sum() + (h * torch.randn_like(h)).sum()
+        grads = torch.autograd.grad(loss, leaves)
+        results.append((y, h, *grads))
+    for actual, expected in zip(*results, strict=True):
+        if expected.any():  # with one step, decays of zero states have no gradient
+            assert_equal(actual, expected, torch.float64)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=NAMES)
+def test_linear_module_scan_equals_loop(cell: LinearCell):
+    module = make_module(cell, "loop")
+    batch = make_batch(module, 40)
+    expected, _ = run_sequence(module, batch)
+    module.recurrent_backend = "scan"
+    assert_equal(run_sequence(module, batch)[0], expected, torch.float64)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("steps", [20, 70])
+@pytest.mark.parametrize("cell", CELLS, ids=NAMES)
+def test_linear_module_bad_input_stays_in_its_episode(cell: LinearCell, steps: int, bad: float):
+    module = make_module(cell)
+    batch = make_batch(module, steps, 0.0)
+    batch["is_init"][:, 12] = True
+    expected, _ = run_sequence(module, batch)
+    with torch.no_grad():
+        batch["x"][0, 9] = bad
+    y, _ = run_sequence(module, batch)
+    assert_equal(y[1:], expected[1:], torch.float64)
+    assert_equal(y[0, 12:], expected[0, 12:], torch.float64)
+    grad = torch.autograd.grad(y[:, 12:].sum(), batch["x"])[0]
+    assert grad[:, 12:].isfinite().all()
+    assert not grad[1:, :12].any()
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=NAMES)
+def test_linear_module_maps_over_parameters(cell: LinearCell):
+    module = make_module(cell)
+    batch = make_batch(module, 9).detach()
+    values = {k: torch.stack([v.detach(), v.detach() / 2]) for k, v in module.named_parameters()}
+
+    def call(parameters: dict[str, Tensor]) -> Tensor:
+        with set_recurrent_mode(True):
+            out = torch.func.functional_call(module, parameters, (batch.copy(),))
+        return out["y"]
+
+    expected = torch.stack([call({k: v[i] for k, v in values.items()}) for i in range(2)])
+    assert_equal(torch.vmap(call)(values), expected, torch.float64)
+
+
+def test_linear_cells_name_what_they_cannot_do():
+    with pytest.raises(RuntimeError, match="'mingru' has none.*Use 'scan' or 'auto'"):
+        make_module(MIN_GRU_CELL, "pad")
+    with pytest.raises(ValueError, match="hidden_size=5: use 6"):
+        CellModule(S5_CELL, 3, 5, in_key="x", out_key="y")
+    weights = make_module(LRU_CELL).layers
+    assert "recurrent_recompute='full'" in str(why_not("scan", LRU_CELL, weights, "full"))
+
+
+@pytest.mark.parametrize("cell", PLAIN, ids=NAMES[: len(PLAIN)])
+def test_linear_cell_in_float32_stays_close_over_4096_steps(cell: LinearCell):
+    """A state that lasts 1,000 steps multiplies a decay's rounding, 6e-8, by as much."""
+    module = make_module(cell)
+    x = torch.randn(2, 4096, 3)
+    batch = TensorDict({"x": x, "is_init": torch.zeros(2, 4096, 1).bool()}, [2, 4096])
+    expected, _ = run_sequence(module, batch)
+    actual, _ = run_sequence(module.float(), batch.set("x", x.float()))
+    assert relative_error(actual.double(), expected) < 1000 * 2 * 6e-8
