@@ -93,8 +93,9 @@ test-gpu: $(DEV_READY)
 		tests/backends/test_precision.py -k "triton or precision" --durations=10 \
 		-o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true $(PYTEST_ARGS)
 
+# A second `make demo` continues the run in demo/, or tests it again if it is finished.
 demo: $(RUN_READY)
-	$(BIN)/python tutorials/recurrent_dqn.py --output demo $(DEMO_ARGS)
+	$(BIN)/python tutorials/recurrent_dqn.py --output demo $(addprefix --resume ,$(wildcard demo/checkpoint.pt)) $(DEMO_ARGS)
 
 learn: $(RUN_READY)
 	$(BIN)/python -m benchmarks.learn $(BENCH_ARGS)

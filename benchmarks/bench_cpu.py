@@ -99,7 +99,7 @@ def run_memory(grid: Grid, results: Results, quick: bool, say: Say) -> None:
     """Measure peak memory."""
     threads = torch.get_num_threads()
     say("memory")
-    ours = (contestants.VENDOR, contestants.AUTO, contestants.STARTS, contestants.SCAN)
+    ours = (contestants.VENDOR, contestants.AUTO, contestants.SCAN)
     results.memory += measure([(case, contestants.ALL) for case in grid.memory], threads)
     if grid.memory_growth:
         results.memory_growth += measure([(case, ours) for case in grid.memory_growth], threads)

@@ -14,14 +14,14 @@ import rnnkeys
 
 from .cases import GATES, STATES, Batch, Case, Shape, make_batch
 
-AUTO, STARTS, PAD, SCAN = "auto", "auto, starts", "pad", "scan"
+AUTO, PAD, SCAN = "auto", "pad", "scan"
 LOOP, PAD_OWN, NO_RESETS = "loop", "pad, own kernel", "auto, no resets"
 STORED = "auto, stored states"
 TORCHRL_PAD, TORCHRL_SCAN = "TorchRL pad", "TorchRL scan"
 VENDOR, CUT = "nn", "nn in a loop"
 GEMM = "sgemm"
 
-OURS = (AUTO, STARTS, PAD, SCAN)
+OURS = (AUTO, PAD, SCAN)
 TORCHRL = (TORCHRL_PAD, TORCHRL_SCAN)
 ALL = (*OURS, *TORCHRL, VENDOR, CUT)
 
@@ -30,7 +30,6 @@ Forward = Callable[[], Tensor]
 # Arguments of rnnkeys' modules.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     AUTO: {},
-    STARTS: {"store_states": "starts"},
     NO_RESETS: {},
     STORED: {},
     PAD: {"recurrent_backend": "pad"},

@@ -33,6 +33,7 @@ class Experiment:
     few: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
+FEED_FORWARD = ("--cell", "feed_forward")
 POSITIONS = ("--observation", "positions")
 SHORT = ("--episodes", "2000")  # of those that never learn: more than the others need
 BRIEF = ("--frames", "40000", "--burn-in", "0")
@@ -49,15 +50,8 @@ EXPERIMENTS = {
         script="recurrent_dqn",
         title="DQN on CartPole with its velocities hidden",
         text=f"{HIDDEN} {BEST}",
-        variants={"recurrent": (), "memoryless": ("--memoryless",), "gru": ("--cell", "gru")},
-        few={"gru": [0]},
-    ),
-    "pixel_dqn": Experiment(
-        script="recurrent_dqn",
-        title="DQN on CartPole from rendered frames",
-        text=BEST,
-        variants={"pixels": ("--observation", "pixels")},
-        seeds=[0],
+        variants={"LSTM": (), "feed-forward": FEED_FORWARD, "GRU": ("--cell", "gru")},
+        few={"GRU": [0]},
     ),
     "recurrent_reinforce": Experiment(
         script="recurrent_reinforce",

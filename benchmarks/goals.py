@@ -13,7 +13,6 @@ from .contestants import (
     NO_RESETS,
     PAD,
     SCAN,
-    STARTS,
     TORCHRL_PAD,
     VENDOR,
 )
@@ -53,11 +52,8 @@ def all_goals(results: Results) -> list[Goal]:
         _faster_on_short_rows,
         _faster_on_long_rows,
         _without_resets,
-        _never_slower_without_resets,
-        _against_vendor(AUTO, 0.0, {"LSTM": 1.4, "GRU": 0.8}),
-        _against_vendor(STARTS, 0.0, {"LSTM": 1.15, "GRU": 0.8}),
-        _against_vendor(AUTO, None, {"LSTM": 1.4, "GRU": 0.8}),
-        _against_vendor(STARTS, None, {"LSTM": 1.15, "GRU": 0.8}),
+        _against_torch_without_resets,
+        _against_torch_with_resets,
         _price_of_resets,
         _growth,
         _share_of_bound,
@@ -152,28 +148,23 @@ def _without_resets(results: Results, cell: str) -> Goal:
     return _at_most(goal, ratios, bound, everywhere)
 
 
-def _never_slower_without_resets(results: Results, cell: str) -> Goal:
-    goal = Goal('the same, with `store_states="starts"`', cell, "nowhere slower")
-    return _at_most(goal, _ratios(results, cell, STARTS, TORCHRL_PAD, resets=False), 1.0, 1.0)
+def _against_torch(results: Results, cell: str, resets: bool) -> Goal:
+    bound = {"LSTM": 1.4, "GRU": 0.8}[cell]
+    goal = Goal(
+        f"`nn.{cell}` on the same batch without resets; batches {'with' if resets else 'without'} "
+        "resets",
+        cell,
+        f"at most {bound:g} times its time",
+    )
+    return _at_most(goal, _ratios(results, cell, AUTO, VENDOR, resets), bound)
 
 
-def _against_vendor(
-    name: str, resets: float | None, bounds: dict[str, float]
-) -> Callable[[Results, str], Goal]:
-    store = "starts" if name == STARTS else "all"
-    where = "with" if resets is None else "without"
+def _against_torch_without_resets(results: Results, cell: str) -> Goal:
+    return _against_torch(results, cell, resets=False)
 
-    def make(results: Results, cell: str) -> Goal:
-        goal = Goal(
-            f'`nn.{cell}` on the same batch without resets; `store_states="{store}"`, batches '
-            f"{where} resets",
-            cell,
-            f"at most {bounds[cell]:g} times its time",
-        )
-        ratios = _ratios(results, cell, name, VENDOR, resets=resets is None)
-        return _at_most(goal, ratios, bounds[cell])
 
-    return make
+def _against_torch_with_resets(results: Results, cell: str) -> Goal:
+    return _against_torch(results, cell, resets=True)
 
 
 def _price_of_resets(results: Results, cell: str) -> Goal:

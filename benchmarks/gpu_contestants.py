@@ -18,18 +18,17 @@ import rnnkeys
 from .cases import Batch, Case
 from .contestants import make_layers, make_module
 
-OURS, OURS_STARTS, OURS_PAD = "triton", "triton, starts", "pad"
+OURS, OURS_PAD = "triton", "pad"
 PLAIN = "hand-written op"
 THEIRS_TRITON, THEIRS_SCAN, THEIRS_PAD = "TorchRL triton", "TorchRL scan", "TorchRL pad"
 CUDNN = "cuDNN, no resets"
 THEIRS = (THEIRS_TRITON, THEIRS_SCAN, THEIRS_PAD)
-ALL = (OURS, OURS_STARTS, OURS_PAD, PLAIN, *THEIRS, CUDNN)
+ALL = (OURS, OURS_PAD, PLAIN, *THEIRS, CUDNN)
 # What takes no CPU tensors, and so no part in a dry run.
 NEEDS_GPU = (THEIRS_TRITON,)
 
 _MODULES: dict[str, tuple[Any, dict[str, Any]]] = {
     OURS: (rnnkeys, {"recurrent_backend": "triton"}),
-    OURS_STARTS: (rnnkeys, {"recurrent_backend": "triton", "store_states": "starts"}),
     OURS_PAD: (rnnkeys, {"recurrent_backend": "pad"}),
     PLAIN: (rnnkeys, {"recurrent_backend": "scan"}),
     THEIRS_TRITON: (torchrl.modules, {"recurrent_backend": "triton"}),

@@ -37,7 +37,6 @@ from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen before
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-NOT_SHOWN = ("settings", "tested", "test_return", "test_returns")
 
 
 @dataclass
@@ -54,7 +53,11 @@ class Run:
     def row(self) -> dict[str, Any]:
         """Return the run's line of the table."""
         test = self.result["test_returns"]
-        rest = {k: round(v, 1) for k, v in self.result.items() if k not in NOT_SHOWN}
+        rest = {
+            name: round(value, 1)
+            for name, value in self.result.items()
+            if isinstance(value, int | float) and name != "test_return"
+        }
         return {
             "variant": self.variant,
             "seed": self.seed,
@@ -77,6 +80,8 @@ def run(variant_and_seed: tuple[str, int], name: str, runs: Path) -> Run:
     experiment, folder = EXPERIMENTS[name], folder_of(variant_and_seed, name, runs)
     if not (folder / "result.json").exists():
         argv = [*experiment.variants[variant], "--seed", str(seed), "--output", str(folder)]
+        if (folder / "checkpoint.pt").exists():  # the run was interrupted
+            argv += ["--resume", str(folder / "checkpoint.pt")]
         run_tutorial(experiment.script, argv)
     with (folder / "learning_curve.csv").open(newline="") as file:
         curve = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import GATES
-from .contestants import AUTO, CUT, SCAN, STARTS, TORCHRL_PAD, TORCHRL_SCAN, VENDOR
+from .contestants import AUTO, CUT, SCAN, TORCHRL_PAD, TORCHRL_SCAN, VENDOR
 from .goals import torchrl_best
 from .records import Results
 from .sequences import BOTH, Record
@@ -16,7 +16,6 @@ from .tables import case_columns
 # Name to (label, colour, line style); one contestant looks the same in every picture.
 _STYLES: dict[str, tuple[str, str, str]] = {
     AUTO: ("rnnkeys auto", "#0b6e4f", "-"),
-    STARTS: ('rnnkeys auto, store_states="starts"', "#0b6e4f", "--"),
     SCAN: ("rnnkeys scan", "#6bbf59", "-"),
     VENDOR: ("nn.LSTM / nn.GRU, no resets", "#222222", ":"),
     CUT: ("loop of nn calls", "#8d6cab", "-"),

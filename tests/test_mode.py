@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import pickle
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -43,19 +44,19 @@ def _leaves_no_mode() -> Iterator[None]:
         ("Recurrent", True),
     ],
 )
-def test_takes_these_modes(given, mode):
+def test_set_recurrent_mode_with_value_or_name_sets_that_mode(given, mode):
     with set_recurrent_mode(not mode), set_recurrent_mode(given):
         assert recurrent_mode() is mode
         assert torchrl.modules.recurrent_mode() is mode
 
 
-def test_is_recurrent_by_default():
+def test_set_recurrent_mode_without_argument_sets_recurrent_mode():
     with set_recurrent_mode():
         assert recurrent_mode() is True
 
 
 @pytest.mark.parametrize("given", ["parallel", "", 1, 0.0, [True]])
-def test_other_modes_are_refused(given):
+def test_set_recurrent_mode_with_another_value_is_rejected(given):
     with pytest.raises(ValueError) as error:
         set_recurrent_mode(given)
     assert repr(given) in str(error.value)
@@ -63,7 +64,7 @@ def test_other_modes_are_refused(given):
         assert accepted in str(error.value)
 
 
-def test_nests_and_comes_back():
+def test_nested_contexts_restore_each_previous_mode():
     with set_recurrent_mode(True):
         with set_recurrent_mode(False):
             with set_recurrent_mode("recurrent"):
@@ -75,7 +76,7 @@ def test_nests_and_comes_back():
         assert recurrent_mode() is True
 
 
-def test_one_instance_may_be_entered_again_inside_itself():
+def test_instance_entered_inside_itself_restores_each_previous_mode():
     context = set_recurrent_mode(True)
     with context, set_recurrent_mode(False):
         with context:
@@ -88,7 +89,7 @@ def test_one_instance_may_be_entered_again_inside_itself():
         assert recurrent_mode() is True
 
 
-def test_an_exception_puts_the_mode_back():
+def test_context_left_by_an_exception_restores_the_mode():
     context = set_recurrent_mode(True)
     with set_recurrent_mode(False):
         for _ in range(2):
@@ -97,7 +98,7 @@ def test_an_exception_puts_the_mode_back():
             assert recurrent_mode() is False
 
 
-def test_decorates_functions_methods_and_recursion():
+def test_decorated_functions_run_in_the_mode():
     @set_recurrent_mode(True)
     def count(n: int) -> list[bool | None]:
         """Docstring."""
@@ -117,7 +118,7 @@ def test_decorates_functions_methods_and_recursion():
     assert Agent().loss() is True
 
 
-def test_decorates_generators_only_while_they_run():
+def test_decorated_generator_has_the_mode_only_while_it_runs():
     @set_recurrent_mode(True)
     def generate() -> Iterator[bool | None]:
         yield recurrent_mode()
@@ -147,7 +148,7 @@ def _in_thread(function: Callable[[], object]) -> None:
         raise errors[0]
 
 
-def test_is_local_to_the_thread():
+def test_mode_of_one_thread_is_not_that_of_another():
     seen: list[bool | None] = []
 
     def other() -> None:
@@ -161,7 +162,7 @@ def test_is_local_to_the_thread():
     assert seen == [None, False]
 
 
-def test_one_instance_serves_two_threads_at_once():
+def test_instance_in_two_threads_at_once_keeps_their_modes_apart():
     context = set_recurrent_mode(True)
     inside, leave = threading.Event(), threading.Event()
 
@@ -191,14 +192,14 @@ def test_one_instance_serves_two_threads_at_once():
     assert not thread_errors
 
 
-def test_an_instance_may_be_copied_and_pickled():
+def test_copied_or_pickled_instance_sets_the_same_mode():
     context = set_recurrent_mode(True)
     for duplicate in (copy.deepcopy(context), pickle.loads(pickle.dumps(context)), context.clone()):
         with duplicate:
             assert recurrent_mode() is True
 
 
-def test_both_libraries_set_and_read_one_state():
+def test_contexts_of_both_libraries_set_one_mode():
     ours, theirs = make("lstm"), make_theirs("lstm")
     for context in (set_recurrent_mode, torchrl.modules.set_recurrent_mode):
         for mode in (True, False):
@@ -213,7 +214,7 @@ def test_both_libraries_set_and_read_one_state():
 
 @in_both_kinds
 @pytest.mark.parametrize("library", [KINDS, THEIRS], ids=["ours", "theirs"])
-def test_our_context_switches_both_libraries_modules(kind, library):
+def test_context_switches_modules_of_both_libraries(kind, library):
     sizes = {"input_size": 3, "hidden_size": 5, "in_key": "observation", "out_key": "embed"}
     module = library[kind](**sizes)
     data = batch(make(kind))
@@ -227,7 +228,7 @@ def test_our_context_switches_both_libraries_modules(kind, library):
 
 @in_both_kinds
 @pytest.mark.parametrize("default", [True, False, None])
-def test_the_default_of_a_module_holds_where_no_mode_is_set(kind, default):
+def test_default_mode_of_a_module_holds_where_no_mode_is_set(kind, default):
     module = make(kind, default_recurrent_mode=default)
     assert module.recurrent_mode is bool(default)
     data = batch(module)
@@ -253,7 +254,7 @@ class _Probe(nn.Module):
         return values
 
 
-def test_losses_of_torchrl_run_our_modules_recurrently():
+def test_torchrl_loss_runs_modules_in_recurrent_mode():
     module = make("gru")
     probe = _Probe()
     head = TensorDictModule(nn.Sequential(nn.Linear(5, 2), probe), ["embed"], ["action_value"])
@@ -268,13 +269,13 @@ def test_losses_of_torchrl_run_our_modules_recurrently():
     data["next"] = TensorDict(after, batch_size=[2, 7])
     data["action"] = torch.zeros(2, 7, dtype=torch.long)
     loss(data)["loss"].backward()
-    assert len(probe.seen) == 2, "the root and the next view"
+    assert len(probe.seen) == 2, "the root and the next tensordict"
     assert all(probe.seen)
     assert all(p.grad is not None and p.grad.any() for p in loss.parameters())
     assert recurrent_mode() is None
 
 
-def test_any_loss_module_enters_recurrent_mode():
+def test_loss_module_of_a_user_runs_in_recurrent_mode():
     class Loss(LossModule):
         def forward(self, tensordict: TensorDict) -> TensorDict:
             return TensorDict(mode=torch.tensor(recurrent_mode() is True))
@@ -283,7 +284,7 @@ def test_any_loss_module_enters_recurrent_mode():
     assert recurrent_mode() is None
 
 
-def test_coroutines_run_in_the_mode_they_are_decorated_with():
+def test_decorated_coroutine_runs_in_the_mode():
     @set_recurrent_mode(True)
     async def inside() -> bool | None:
         await asyncio.sleep(0)
@@ -299,9 +300,69 @@ def test_coroutines_run_in_the_mode_they_are_decorated_with():
     assert list(asyncio.run(both())) == [True, None]
 
 
-def test_asynchronous_generators_are_refused():
+def test_decorated_asynchronous_generator_is_rejected():
     async def steps() -> AsyncIterator[int]:
         yield 0
 
     with pytest.raises(TypeError, match="steps, an asynchronous generator.*inside it"):
         set_recurrent_mode(True)(steps)
+
+
+def test_instance_entered_by_two_tasks_keeps_their_modes_apart():
+    context = set_recurrent_mode(True)
+
+    async def task(outer: bool | None, turns: int) -> list[bool | None]:
+        seen = []
+        with set_recurrent_mode(outer):
+            for _ in range(turns):
+                with context:
+                    await asyncio.sleep(0)
+                    seen.append(recurrent_mode())
+                    with set_recurrent_mode(False):
+                        await asyncio.sleep(0)
+                await asyncio.sleep(0)
+                seen.append(recurrent_mode())
+        return seen
+
+    async def both() -> Any:
+        return await asyncio.gather(task(False, 3), task(None, 4))
+
+    first, second = asyncio.run(both())
+    assert first == [True, False] * 3
+    assert second == [True, None] * 4
+
+
+def test_context_left_in_another_thread_is_rejected():
+    context = set_recurrent_mode(True)
+    with context:
+        with pytest.raises(RuntimeError, match="not entered in this thread or asyncio task"):
+            _in_thread(lambda: context.__exit__(None, None, None))
+        assert recurrent_mode() is True
+
+
+def test_instance_that_is_never_entered_warns():
+    with pytest.warns(UserWarning, match=r"'with set_recurrent_mode\(True\):'") as caught:
+        set_recurrent_mode(True)
+        gc.collect()
+    assert caught[0].filename == __file__
+
+
+def test_instance_that_is_used_does_not_warn():
+    set_recurrent_mode(True)(lambda: None)
+    set_recurrent_mode(True).clone()(lambda: None)
+    with pickle.loads(pickle.dumps(set_recurrent_mode(True))):
+        pass
+    with pytest.raises(ValueError):
+        set_recurrent_mode("parallel")  # pyright: ignore[reportArgumentType]
+    gc.collect()
+
+
+def test_context_inside_compiled_code_sets_the_mode():
+    @torch.compile(fullgraph=True, backend="eager")
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with set_recurrent_mode(True):
+            y = x + 1 if recurrent_mode() else x
+        return y if recurrent_mode() else y * 2
+
+    assert run(torch.ones(())) == 4
+    gc.collect()

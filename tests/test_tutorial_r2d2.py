@@ -19,7 +19,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from .test_tutorials import (
+from .support.shared_tutorials import (
     PNG_SIGNATURE,
     ROOT,
     assert_same,
@@ -81,7 +81,6 @@ def test_resume_goes_on_with_what_was_saved(run: Run, tutorial: ModuleType, tmp_
     before, rows = read_checkpoint(folder), read_rows(folder)
     trainer = make_trainer(tutorial, tmp_path, *SHORT, "--capacity", "40")
     trainer.load_state_dict(before)
-    assert trainer.replay.windows._numbered > 0  # new episodes are none of the old ones
     again = trainer.state_dict()
     old, new = before["replay"].pop("priorities"), again["replay"].pop("priorities")
     torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-7)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tensordict import TensorDictBase
 
-from .test_tutorials import (
+from .support.shared_tutorials import (
     assert_complete,
     gradient_steps,
     make_trainer,

@@ -38,7 +38,6 @@ from torchrl.envs import Transform
 
 import rnnkeys
 from rnnkeys.transforms import Windows
-from rnnkeys.transforms.windows import EPISODE_KEY
 
 KINDS = ("none", "process", "ray")
 ACTOR_KEY = ("collector", "actor")
@@ -301,18 +300,15 @@ class ActorWindows(Transform):
         **kwargs: of ``rnnkeys.transforms.Windows``.
     """
 
-    MOST_ACTORS = 2**16
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
         self._make = partial(Windows, *args, **kwargs)
         self._layout = self._make()
         self._of_actor: dict[int, Windows] = {}
-        self._numbered = 0
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Lay a sample of stored windows out as ``[N, L]``."""
-        return self._layout.lay_out(tensordict)
+        return self._layout.to_sequences(tensordict)
 
     def _inv_call(self, tensordict: TensorDictBase) -> Any:
         stored = self.cut(tensordict)
@@ -324,16 +320,7 @@ class ActorWindows(Transform):
         actor = _read_actor(tensordict)
         if actor not in self._of_actor:
             self._of_actor[actor] = self._make()
-            self._of_actor[actor].set_extra_state({"episodes": self._numbered})
-        windows = self._of_actor[actor]
-        stored = windows.cut(tensordict)
-        # Every Windows counts its own episodes; in one buffer no two may have the same number.
-        stored[EPISODE_KEY] = stored[EPISODE_KEY] * self.MOST_ACTORS + actor
-        return stored
-
-    def number_behind(self, episodes: torch.Tensor) -> None:
-        """Number the episodes of new actors on behind those of a checkpoint."""
-        self._numbered = int(episodes.max()) // self.MOST_ACTORS
+        return self._of_actor[actor].cut(tensordict)
 
     @property
     def waiting(self) -> int:

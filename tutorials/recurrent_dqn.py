@@ -1,128 +1,392 @@
-"""Learn CartPole without seeing its velocities: a recurrent DQN, from environment to picture.
+"""A recurrent DQN that learns CartPole without its velocities: one file to run, copy and change.
 
-    python tutorials/recurrent_dqn.py                        # learns, in a few minutes on a CPU
-    python tutorials/recurrent_dqn.py --memoryless           # the same without memory: does not
-    python tutorials/recurrent_dqn.py --observation pixels   # from rendered frames
-    python tutorials/recurrent_dqn.py --resume runs/recurrent_dqn/checkpoint.pt --frames 200000
+    python recurrent_dqn.py                           # learns in three minutes on one CPU core
+    python recurrent_dqn.py --cell feed_forward       # the feed-forward baseline does not learn
+    python recurrent_dqn.py --env Acrobot-v1 --keep-observations 0 1 2 3   # hides its velocities
+    python recurrent_dqn.py --resume runs/recurrent_dqn/checkpoint.pt --frames 200000
 
-The parts are TorchRL's: environments, collector, replay buffer, loss. The memory is rnnkeys'. Read
-the file from top to bottom: the settings, the network, what it learns from, and the loop.
-
-A run leaves in its --output folder
-
-    learning_curve.csv   a row for each evaluation
-    learning_curve.png   the same as a picture
-    checkpoint.pt        all that --resume needs, and the weights that did best
-    result.json          the settings, and how those weights do on episodes never seen before
+The environment is any of Gymnasium's with discrete actions. A run writes to its --output folder
+learning_curve.csv and .png, with a row for each evaluation; checkpoint.pt, with everything that
+--resume needs and the weights of the best evaluation; and, at the end, result.json, with the
+returns of those weights in new episodes. Ctrl-C and SIGTERM stop a run after its current round.
 """
 
 from __future__ import annotations
 
+import csv
+import json
+import math
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
 
+import gymnasium as gym
+import matplotlib
 import torch
-from dqn_settings import Settings
-from environments import make_env
-from eye import make_eye
-from replay import EpsilonGreedyTrainer, GreedyLearner, set_returns
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
-from tensordict.utils import NestedKey
-from torch import nn
-from torchrl.data import TensorSpec
-from torchrl.envs import TransformedEnv
+import tyro
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import Tensor, nn
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
+from torchrl.envs import GymWrapper, RewardScaling, RewardSum, TransformedEnv
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MLP, EGreedyModule, QValueModule
-from torchrl.objectives import DQNLoss, SoftUpdate
-from training import run_tutorial
+from torchrl.objectives import DQNLoss, SoftUpdate, ValueEstimators
+from torchrl.record.loggers import get_logger
+from tqdm import tqdm
 
-from rnnkeys import GRUModule, LSTMModule
+from rnnkeys import get_env_transforms_from_module, recurrent_module
 from rnnkeys.objectives import recurrent_loss
 
-ENV = "CartPole-v1"
+matplotlib.use("Agg")  # pictures go to files: no display is needed
+from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen before pyplot loads)
+
+FIXED = ("output", "env", "keep_observations", "observation_scales", "cell", "hidden_size", "seed")
+MODULES = ("loss", "optimizer", "explore")  # in a checkpoint, beside the arguments and
+PROGRESS = ("frames", "episodes", "seconds", "rows", "best")
+FILES = ("checkpoint.pt", "learning_curve.csv", "learning_curve.png", "result.json")
+SELECTION_SEED = 100_000_000  # of the episodes that choose the best weights
+TEST_SEED = 200_000_000  # of the episodes that neither training nor choice has used
+TEST_EPISODES = 20
 
 
-def make_policy(settings: Settings, seen: TensorSpec, action: TensorSpec) -> TensorDictSequential:
-    """Observation -> features -> memory -> a value for each action -> the best action."""
-    eye, size = make_eye(seen)
-    head = MLP(
-        in_features=settings.hidden_size,
-        out_features=action.shape[-1],
-        num_cells=[64],
-        activation_class=nn.ReLU,
-    )
-    return TensorDictSequential(
-        TensorDictModule(eye or nn.Identity(), in_keys=["observation"], out_keys=["features"]),
-        make_memory(settings, size),
-        TensorDictModule(head, in_keys=["memory"], out_keys=["action_value"]),
-        QValueModule(spec=action),
-    ).to(settings.device)
+@dataclass
+class Args:
+    env: str = "CartPole-v1"  # Gymnasium's name of an environment with discrete actions
+    keep_observations: tuple[int, ...] | None = None
+    """indices of the entries that the policy reads; None: the positions in CartPole-v1, else all"""
+    observation_scales: tuple[float, ...] | None = None
+    """divisor of these entries, one or one each; None: CartPole-v1's limits of positions, else 1"""
+    cell: Literal["lstm", "gru", "lstm_ln", "feed_forward"] = "lstm"  # kind of recurrent layer
+    hidden_size: int = 128  # size of the hidden state
+    frames: int = 100_000  # environment steps in the whole run
+    seed: int = 0  # of all random numbers
+    device: str = "cpu"  # of the networks: cpu, cuda, cuda:1
+    threads: int = 1  # CPU threads of torch; small networks are fastest with one
+    num_envs: int = 16  # environments that are stepped together
+    batch_frames: int = 128  # frames that are collected in a round
+    updates: int = 4  # gradient steps in a round
+    warmup: int = 2_000  # frames collected before the first gradient step, also after --resume
+    capacity: int = 100_000  # frames in the replay buffer
+    slices: int = 32  # sequences in a batch
+    slice_len: int = 64  # steps in a sequence
+    gamma: float = 0.99  # discount
+    lmbda: float = 0.95  # lambda of the TD(lambda) returns
+    reward_scale: float = 0.1  # factor of the rewards in the replay buffer
+    learning_rate: float = 1e-3  # Adam's first; it falls linearly to 0 at the last frame
+    max_grad_norm: float = 10.0  # longer gradients are scaled down to this norm
+    tau: float = 0.01  # share of the online network in each update of the target network
+    epsilon: float = 0.02  # last probability of a random action; the first is 1
+    epsilon_frames: int = 15_000  # frames over which that probability falls
+    eval_every: int = 5_000  # frames between two evaluations
+    eval_episodes: int = 32  # episodes in an evaluation
+    output: str = "runs/recurrent_dqn"  # folder of the run
+    resume: str | None = None  # checkpoint.pt of the run to continue
+    overwrite: bool = False  # delete the run in the output folder and start again
+    logger: Literal["csv", "tensorboard", "wandb"] | None = None  # log through TorchRL, too
 
 
-def make_memory(settings: Settings, input_size: int) -> TensorDictModuleBase:
-    """Make the recurrent layer or, for comparison, one of its size that cannot remember."""
-    if settings.memoryless:
-        layer = nn.Sequential(nn.Linear(input_size, settings.hidden_size), nn.Tanh())
-        return TensorDictModule(layer, in_keys=["features"], out_keys=["memory"])
-    module = {"lstm": LSTMModule, "gru": GRUModule}[settings.cell]
-    return module(
-        input_size=input_size,
-        hidden_size=settings.hidden_size,
-        in_key="features",
-        out_key="memory",
-        store_states="starts",  # a DQN reads states where its sequences start, and nowhere else
-    )
+def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any]]:
+    """Return the arguments and, after --resume, the checkpoint with their defaults."""
 
-
-def make_loss(settings: Settings, policy: TensorDictSequential, spec: TensorSpec) -> DQNLoss:
-    """Double DQN with a slow target network and TD(lambda) returns.
-
-    The longer returns decide whether anything is learned: a one-step target passes the news of a
-    fallen pole back by one step of the 500 in each round.
-    """
-    loss = DQNLoss(
-        policy, action_space=spec, delay_value=True, double_dqn=True, loss_function="smooth_l1"
-    )
-    set_returns(loss, settings)
-    return loss if settings.memoryless else recurrent_loss(loss)
-
-
-class Learner(GreedyLearner):
-    """The network, its loss and its optimiser: all that gradient steps change."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        env = make_env(ENV, settings.observation, 1, device=settings.device)
-        spec = env.action_spec_unbatched
-        self.policy = make_policy(settings, env.observation_spec["observation"], spec)
-        self.explore = EGreedyModule(
-            spec=spec,
-            eps_end=settings.epsilon,
-            annealing_num_steps=settings.epsilon_frames,
-            device=torch.device(settings.device),
+    def parse(default: Args) -> Args:
+        args = tyro.cli(Args, args=argv, default=default, description=__doc__)
+        hide_velocities = args.env == "CartPole-v1" and args.keep_observations is None
+        kept, scales = ((0, 2), (2.4, 0.2095)) if hide_velocities else ((), (1.0,))
+        return replace(
+            args,
+            keep_observations=args.keep_observations or kept,
+            observation_scales=args.observation_scales or scales,
         )
-        self.loss = make_loss(settings, self.policy, spec)
-        self.reads = self._find_what_to_remember()
-        self.target = SoftUpdate(self.loss, tau=settings.tau)
-        self.optimizer = torch.optim.Adam(self.loss.parameters(), settings.learning_rate, eps=1e-5)
 
-    def _find_what_to_remember(self) -> list[NestedKey]:
-        """List what the loss reads, but for the states after each step: it computes them itself."""
-        memory = self.policy[1]
-        return [key for key in self.loss.in_keys if key not in memory.out_keys]
+    args, checkpoint = parse(Args()), {}
+    if args.resume is not None and not args.overwrite:
+        try:
+            checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
+            old = Args(**{**checkpoint["args"], "output": str(Path(args.resume).parent)})
+        except (OSError, EOFError, LookupError, TypeError, RuntimeError, pickle.PickleError) as e:
+            sys.exit(f"error: --resume is {args.resume}, not a checkpoint of this program ({e})")
+        args = parse(old)
+        for name in FIXED:
+            if getattr(args, name) != getattr(old, name):
+                sys.exit(f"error: --{name} must be {getattr(old, name)}, as in {args.resume}")
+    elif not args.overwrite and any(Path(args.output, name).exists() for name in FILES):
+        sys.exit(
+            f"error: {args.output} contains a run. Continue it with --resume "
+            f"{args.output}/checkpoint.pt, delete it with --overwrite, or choose another --output."
+        )
+    check_args(args)
+    return args, checkpoint
 
 
-class Trainer(EpsilonGreedyTrainer):
-    """A run: collect, remember, learn. ``replay.py`` has what this shares with other tutorials."""
+def check_args(args: Args) -> None:
+    for name, value in vars(args).items():
+        if type(value) is int and value < (name != "seed"):
+            sys.exit(f"error: --{name} is {value}: expected at least 1")
+        if name in ("gamma", "lmbda", "tau", "epsilon") and not 0 <= value <= 1:
+            sys.exit(f"error: --{name} is {value}: expected a number from 0 to 1")
+        if name in ("warmup", "capacity") and value < args.num_envs * args.slice_len:
+            sys.exit(f"error: --{name} is {value}: expected at least num_envs * slice_len")
+    if args.batch_frames % args.num_envs:
+        sys.exit(f"error: --batch_frames is {args.batch_frames}: expected a multiple of num_envs")
+    if args.frames <= args.warmup:
+        sys.exit(f"error: --frames is {args.frames}: expected more than warmup, {args.warmup}")
 
-    def make_learner(self) -> Learner:
-        return Learner(self.settings)
 
-    def make_evaluation_env(self, episodes: int) -> TransformedEnv:
-        return make_env(ENV, self.settings.observation, episodes, device=self.settings.device)
+def make_env(args: Args, num_envs: int) -> TransformedEnv:
+    """Make environments that this process steps together and that TorchRL resets."""
+    try:
+        envs = gym.make_vec(
+            args.env,
+            num_envs,
+            vectorization_mode="sync",
+            vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.DISABLED},
+            wrappers=(gym.wrappers.FlattenObservation,),
+        )
+    except (gym.error.Error, ImportError, NotImplementedError) as error:
+        sys.exit(f"error: --env is {args.env}: {error}")
+    space = envs.single_action_space
+    if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
+        sys.exit(f"error: --env is {args.env}, with actions {space}: expected Discrete from 0")
+    return TransformedEnv(GymWrapper(envs, device=args.device))
+
+
+def make_policy(args: Args, env: TransformedEnv) -> TensorDictSequential:
+    """Observation -> scaled entries -> recurrent layer -> action values -> best action."""
+    size, action = env.observation_spec["observation"].shape[-1], env.action_spec_unbatched
+    kept, scales = args.keep_observations or tuple(range(size)), args.observation_scales or (1.0,)
+    if not set(kept) <= set(range(size)) or len(scales) not in (1, len(kept)) or 0 in scales:
+        sys.exit(
+            f"error: --keep_observations is {kept}, --observation_scales is {scales}: expected "
+            f"indices from 0 to {size - 1}, and one number for all of them, or one each, but no 0"
+        )
+    divisor = torch.tensor(scales, device=args.device)
+    head = MLP(args.hidden_size, action.shape[-1], num_cells=[64], activation_class=nn.ReLU)
+    layer = recurrent_module(
+        args.cell, len(kept), args.hidden_size, in_key="features", out_key="hidden"
+    )
+    modules = [
+        TensorDictModule(lambda x: x[..., kept].float() / divisor, ["observation"], ["features"]),
+        layer,
+        TensorDictModule(head, ["hidden"], ["action_value"]),
+        QValueModule(spec=action),
+    ]
+    return TensorDictSequential(modules).to(args.device)
+
+
+def check_finite(args: Args, data: TensorDictBase) -> None:
+    for key in ("observation", ("next", "observation"), ("next", "reward")):
+        if not data[key].isfinite().all():
+            sys.exit(f"error: {args.env} returned NaN or inf in the entry {key!r}")
+
+
+@torch.no_grad()
+@set_exploration_type(ExplorationType.DETERMINISTIC)
+def evaluate(args: Args, policy: TensorDictSequential, episodes: int, seed: int) -> Tensor:
+    """Play without exploration, and return the returns, float32 ``[episodes]``."""
+    env = make_env(args, episodes).append_transform(get_env_transforms_from_module(policy))
+    with torch.random.fork_rng(devices=[]):  # env.set_seed seeds torch, too
+        env.set_seed(seed)
+    step = env.reset()
+    running = torch.ones(step.shape, dtype=torch.bool, device=step.device)
+    returns = torch.zeros(step.shape, device=step.device)
+    while running.any():
+        step, next_step = env.step_and_maybe_reset(policy(step))
+        check_finite(args, step)
+        returns += step["next", "reward"].squeeze(-1) * running
+        running &= ~step["next", "done"].squeeze(-1)
+        step = next_step
+    return returns.cpu()
+
+
+def write_records(args: Args, rows: list[dict[str, float]], test_return: float = math.nan) -> None:
+    """Write learning_curve.csv and draw learning_curve.png."""
+    folder, columns = Path(args.output), {name: [row[name] for row in rows] for name in rows[0]}
+    with (folder / "learning_curve.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([list(columns), *([*row.values()] for row in rows)])
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    x, low, high = columns["frames"], columns["evaluation_min"], columns["evaluation_max"]
+    ax.fill_between(x, low, high, alpha=0.15, lw=0)
+    ax.plot(x, columns["evaluation"], "o-", ms=3, label="evaluation: mean and range")
+    ax.plot(x, columns["training_return"], "o-", ms=3, label="training, with exploration")
+    ax.axhline(test_return, color="tab:green", ls="--", label=f"test: {test_return:.1f}")
+    ax.set(title=f"{args.env}, {args.cell}, seed {args.seed}", xlabel="frames", ylabel="return")
+    ax.legend(fontsize="small")
+    fig.savefig(folder / "learning_curve.png", dpi=120)
+    plt.close(fig)
+
+
+class Run:
+    """The networks of a run, their optimizer, and its progress."""
+
+    def __init__(self, args: Args, env: TransformedEnv, checkpoint: dict[str, Any]) -> None:
+        torch.manual_seed(args.seed)
+        action = env.action_spec_unbatched
+        self.args, self.policy = args, make_policy(args, env)
+        self.explore: Any = EGreedyModule(
+            action, eps_end=args.epsilon, annealing_num_steps=args.epsilon_frames
+        ).to(args.device)
+        loss = DQNLoss(
+            self.policy,
+            action_space=action,
+            delay_value=True,
+            double_dqn=True,
+            loss_function="smooth_l1",
+        )
+        # One-step targets carry the end of an episode back by one of up to 500 steps in a round.
+        loss.make_value_estimator(ValueEstimators.TDLambda, gamma=args.gamma, lmbda=args.lmbda)
+        self.loss = recurrent_loss(loss)  # correct next values where episodes and sequences end
+        self.target = SoftUpdate(self.loss, tau=args.tau)
+        self.optimizer = torch.optim.Adam(self.loss.parameters(), args.learning_rate, eps=1e-5)
+        self.frames = 0
+        self.episodes = 0
+        self.seconds = 0.0
+        self.rows: list[dict[str, float]] = []  # one for each evaluation
+        self.best: dict[str, Any] = {"return": -math.inf}
+        self.returns: deque[float] = deque(maxlen=100)
+        self.losses: deque[float] = deque(maxlen=100)
+        for name in MODULES if checkpoint else ():
+            getattr(self, name).load_state_dict(checkpoint[name])
+        for name in PROGRESS if checkpoint else ():
+            setattr(self, name, checkpoint[name])
+
+    def save(self) -> None:
+        """Replace the checkpoint at once, so that its file is complete at any time."""
+        modules = {name: getattr(self, name).state_dict() for name in MODULES}
+        progress = {name: getattr(self, name) for name in PROGRESS}
+        part = Path(self.args.output) / "checkpoint.part"
+        torch.save({"args": asdict(self.args), **modules, **progress}, part)
+        part.replace(part.with_suffix(".pt"))
+
+    def count(self, data: TensorDictBase) -> None:
+        """Add up frames, episodes and returns."""
+        done = data["next", "done"]
+        self.frames += data.numel()
+        self.episodes += int(done.sum())
+        self.returns.extend(data["next", "episode_reward"][done].tolist())
+        self.explore.step(data.numel())
+
+    def learn(self, batch: TensorDictBase) -> None:
+        """Take one gradient step on sequences ``[slices, slice_len]``."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.args.learning_rate * max(0, 1 - self.frames / self.args.frames)
+        loss = self.loss(batch)["loss"]
+        if not loss.isfinite():
+            sys.exit(f"error: the entry 'loss' is {loss.item()} after {self.frames} frames")
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.loss.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.target.step()
+        self.losses.append(loss.item())
+
+    def summarize(self) -> dict[str, float]:
+        """Return means over the last episodes and gradient steps."""
+        return {
+            "training_return": fmean(self.returns or [math.nan]),
+            "loss": fmean(self.losses or [math.nan]),
+            "epsilon": self.explore.eps.item(),
+        }
+
+    def evaluate(self) -> None:
+        """Play without exploration, keep the weights if they are the best, and record it."""
+        args = self.args
+        returns = evaluate(args, self.policy, args.eval_episodes, SELECTION_SEED + args.seed)
+        if returns.mean() >= self.best["return"]:
+            weights = {name: value.clone() for name, value in self.policy.state_dict().items()}
+            self.best = {"return": returns.mean().item(), "frames": self.frames, "policy": weights}
+        row = {
+            "frames": self.frames,
+            "seconds": round(self.seconds, 1),
+            "episodes": self.episodes,
+            **self.summarize(),
+            "evaluation": returns.mean().item(),
+            "evaluation_min": returns.min().item(),
+            "evaluation_max": returns.max().item(),
+        }
+        self.rows.append(row)
+        write_records(args, self.rows)
+        self.save()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the tutorial."""
-    run_tutorial(Trainer, Settings, argv, __doc__ or "")
+    args, checkpoint = read_args(argv)
+    torch.set_num_threads(args.threads)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # the second one ends the program at once
+        signal.signal(number, lambda n, _: stop.set() or signal.signal(n, signal.SIG_DFL))
+
+    env = make_env(args, args.num_envs)
+    run = Run(args, env, checkpoint)
+    env.append_transform(RewardSum())
+    env.append_transform(RewardScaling(loc=0.0, scale=args.reward_scale))
+    env.append_transform(get_env_transforms_from_module(run.policy))  # is_init, initial states
+    env.set_seed(args.seed + run.frames)  # seeds torch, too
+    actor = TensorDictSequential([run.policy, run.explore])
+    collector = Collector(env, actor, frames_per_batch=args.batch_frames, storing_device="cpu")
+    replay = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(args.capacity, ndim=2),
+        sampler=SliceSampler(slice_len=args.slice_len, traj_key="stream", cache_values=True),
+        batch_size=args.slices * args.slice_len,
+    )
+    # The loss computes the states after each step itself, so that the buffer need not keep them.
+    keys = {"is_init", *run.loss.in_keys} - set(run.policy[1].out_keys)
+    streams = torch.arange(args.num_envs).unsqueeze(-1)
+    logger = get_logger(args.logger, args.output, "log")
+
+    Path(args.output).mkdir(parents=True, exist_ok=True)
+    for name in FILES[-1:] if checkpoint else FILES:  # a resumed run has no result yet
+        Path(args.output, name).unlink(missing_ok=True)
+    if run.frames >= args.frames:
+        print("This run is finished: a larger --frames continues it, --overwrite starts it again.")
+    first_frame, start = run.frames, time.perf_counter() - run.seconds
+    with tqdm(total=args.frames, initial=run.frames, unit=" frames") as bar:
+        while run.frames < args.frames and not stop.is_set():
+            data: Any = collector.next()
+            check_finite(args, data)
+            run.count(data)
+            replay.extend(data.select(*keys).set("stream", streams.expand(data.shape)))
+            if run.frames - first_frame >= args.warmup:
+                for _ in range(args.updates):
+                    run.learn(replay.sample().reshape(-1, args.slice_len).to(args.device))
+            run.seconds = time.perf_counter() - start
+            if run.frames % args.eval_every < data.numel() or run.frames >= args.frames:
+                run.evaluate()
+                if logger is not None:
+                    logger.log_metrics(run.rows[-1], step=run.frames)
+            bar.set_postfix(run.summarize(), refresh=False)
+            bar.update(data.numel())
+    collector.shutdown()
+    run.save()
+    if stop.is_set() or not run.rows:
+        print(f"Stopped after {run.frames} frames. Continue: --resume {args.output}/checkpoint.pt")
+        return
+    run.policy.load_state_dict(run.best["policy"])
+    returns = evaluate(args, run.policy, TEST_EPISODES, TEST_SEED + args.seed)
+    write_records(args, run.rows, returns.mean().item())
+    result = {
+        "test_return": returns.mean().item(),
+        "test_returns": returns.tolist(),
+        "best_evaluation": run.best["return"],
+        "best_frames": run.best["frames"],
+        "frames": run.frames,
+        "seconds": round(run.seconds, 1),
+        "args": asdict(args),
+    }
+    Path(args.output, "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(
+        f"Best weights, of frame {run.best['frames']}: mean return {returns.mean():.1f} over "
+        f"{TEST_EPISODES} new episodes. Picture: {args.output}/learning_curve.png"
+    )
 
 
 if __name__ == "__main__":

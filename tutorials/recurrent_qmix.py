@@ -99,7 +99,6 @@ def make_layer(settings: Settings, group: str) -> TensorDictModuleBase:
         hidden_size=settings.hidden_size,
         in_keys=[(group, "observation"), *((group, state) for state in states)],
         out_keys=[(group, "memory"), *(("next", group, state) for state in states)],
-        store_states="starts",  # read where sequences start, and nowhere else
     )
 
 

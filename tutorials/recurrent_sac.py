@@ -71,7 +71,6 @@ def make_memory(settings: Settings, size: int, name: str) -> TensorDictModuleBas
         hidden_size=settings.hidden_size,
         in_keys=["observation", *(f"{name}_{state}" for state in states)],
         out_keys=[name, *(("next", f"{name}_{state}") for state in states)],
-        store_states="starts",  # SAC reads states where its sequences start, and nowhere else
     )
 
 

@@ -13,7 +13,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from rnnkeys.replay import PrioritizedSampler
-from rnnkeys.transforms import RefreshStates, state_staleness
+from rnnkeys.transforms import RefreshStates, compute_staleness
 from rnnkeys.transforms.windows import EPISODE_KEY, FIRST_KEY
 
 MEASURED_EPISODES = 8
@@ -87,7 +87,7 @@ class WindowReplay:
         RefreshStates(self.policy).refresh_windows(true)
         inside = stored[FIRST_KEY] > 0
         used, true = self._lay_out(stored[inside]), self.windows(true[inside])
-        off = state_staleness(self.policy, used, true, self.settings.burn_in)
+        off = compute_staleness(self.policy, used, true, self.settings.burn_in)
         return {step: values.nanmean().item() for step, values in off.items()}
 
     def _some_long_episodes(self, seed: int) -> TensorDictBase:
@@ -120,7 +120,6 @@ class WindowReplay:
         for key, value in state["windows"].items():
             windows.set(tuple(key.split(".")), value)
         self.buffer.extend(windows[-self.settings.capacity :])
-        self.windows.number_behind(windows[EPISODE_KEY])
         priorities = state["priorities"][-self.settings.capacity :]
         self.buffer.update_priority(torch.arange(len(priorities)), priorities)
 

@@ -7,6 +7,7 @@ lists all checks by name.
 
 from __future__ import annotations
 
+from .actions import find_action_problems as find_action_problems
 from .arguments import as_float as as_float
 from .arguments import as_int as as_int
 from .entries import find_done_problems as find_done_problems

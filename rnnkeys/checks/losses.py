@@ -365,8 +365,3 @@ def refuse_unknown_states(recurrent: Recurrent, reader: str) -> None:
             f"{type(module).__module__.split('.')[0]} writes zeros in place of most. Use rnnkeys': "
             "the same arguments, keys and state_dict."
         )
-    if isinstance(module, RecurrentModule) and module.store_states != "all":
-        raise ValueError(
-            f"{reader} reads the state after every step. Got a {type(module).__name__} with "
-            f"store_states={module.store_states!r}: make it with store_states='all'."
-        )

@@ -10,4 +10,3 @@ from .processes import ProcessActors as ProcessActors
 from .ray_actors import RayActors as RayActors
 from .remote import ActorError as ActorError
 from .remote import ActorsLostError as ActorsLostError
-from .windows import ActorWindows as ActorWindows

@@ -16,8 +16,8 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from ..keys import next_key
 from ..mode import set_recurrent_mode
+from ..modules.network import RecurrentNetwork
 from ..modules.primers import get_primers_from_module
-from ..transforms.burn_in import StateKeys
 
 _AUTORESETS = ("same_step", "next_step", "disabled")
 Ids = Sequence[int] | np.ndarray | Tensor | int | None
@@ -71,7 +71,8 @@ class StatefulPolicy:
         if autoreset not in _AUTORESETS:
             names = ", ".join(map(repr, _AUTORESETS))
             raise ValueError(f"autoreset must be one of {names}. Got {autoreset!r}.")
-        self._keys = StateKeys(policy, in_sequences=False)
+        self._keys = RecurrentNetwork(policy)
+        self._keys.check_is_recurrent()
         self.policy, self.num_envs = policy, num_envs
         self.observation_key, self.action_key = unravel_key(observation_key), action_key
         self.action_spec, self.autoreset, self.exploration = action_spec, autoreset, exploration
@@ -173,7 +174,7 @@ class StatefulPolicy:
                     f"valid_ids {unknown} are not among ids {index.tolist()} of this call."
                 )
             written = torch.isin(index, valid)
-        for key in self._keys.states:
+        for key in self._keys.state_keys:
             after = out.get(next_key(key)).detach()
             held = self._states.get(key)
             if not self._known:
@@ -204,10 +205,10 @@ class StatefulPolicy:
         self._ended[index] = False
         if state is None:
             self._fresh[index] = True
-            for key in self._keys.states:
+            for key in self._keys.state_keys:
                 self._states.get(key)[index] = 0
             return
-        for key in self._keys.states:
+        for key in self._keys.state_keys:
             given = state.get(key, None)
             if given is None or given.shape[:1] != (len(index),):
                 got = "nothing" if given is None else f"shape {tuple(given.shape)}"

@@ -43,7 +43,7 @@ def staleness_by_step(policy: nn.Module, batch: TensorDictBase) -> Staleness:
     the second is exact; elsewhere it still carries some of the stored start, and the measure is a
     lower bound. It is that of "Recurrent Experience Replay in Distributed Reinforcement Learning",
     Kapturowski et al., 2019 (R2D2), section 3; where whole episodes are at hand,
-    ``rnnkeys.transforms.state_staleness`` takes it from recomputed states.
+    ``rnnkeys.transforms.compute_staleness`` takes it from recomputed states.
 
     Args:
         policy: with recurrent modules inside.

@@ -8,7 +8,7 @@ come between it and the features, so inputs are ``[*lead, *agents, I]`` and stat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tensordict import TensorDictBase
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._compat import in_transform
-from ..checks import find_init_problems, raise_first
+from ..checks import find_init_problems
 from ..keys import MASK_KEY, TRAJECTORY_KEY
 from .dtypes import as_dtype
 
@@ -83,10 +83,7 @@ def read(spec: EntrySpec, tensordict: TensorDictBase) -> Entries:
     if not spec.state_keys:
         # Without a state there is nothing to reset.
         return Entries(x, (), x.new_zeros((), dtype=torch.bool).expand(shape), shape)
-    flags: Any = tensordict.get(spec.init_key, None)
-    if flags is None:
-        raise_first(find_init_problems(tensordict, spec.init_key))
-    is_init = _expand_flags(spec, tensordict, flags, shape)
+    is_init = _read_flags(spec, tensordict, shape)
     return Entries(x, _read_states(spec, tensordict, shape), is_init, shape)
 
 
@@ -115,13 +112,12 @@ def _read_states(
     return tuple(states)
 
 
-def _expand_flags(
-    spec: EntrySpec, tensordict: TensorDictBase, flags: Tensor, shape: torch.Size
-) -> Tensor:
+def _read_flags(spec: EntrySpec, tensordict: TensorDictBase, shape: torch.Size) -> Tensor:
     """Expand flags, shared ``[*lead, 1]`` or per agent, to bool ``[*lead, *agents]``."""
+    flags = tensordict.get(spec.init_key, None)
     rank = tensordict.ndim
-    if flags.dtype != torch.bool or flags.ndim <= rank or flags.shape[-1] != 1:
-        raise_first(find_init_problems(tensordict, spec.init_key))
+    if flags is None or flags.dtype != torch.bool or flags.ndim <= rank or flags.shape[-1] != 1:
+        raise next(find_init_problems(tensordict, spec.init_key)).as_error()
     flags = flags.squeeze(-1)
     if flags.shape == shape:
         return flags

@@ -107,7 +107,6 @@ class LSTMModule(_TorchModule):
         default_recurrent_mode: as for :class:`RecurrentModule`.
         init_key: as for :class:`RecurrentModule`.
         state_grad: as for :class:`RecurrentModule`.
-        store_states: as for :class:`RecurrentModule`.
 
     Raises:
         ValueError: if arguments do not fit each other; the message names them.
@@ -157,7 +156,6 @@ class LSTMModule(_TorchModule):
         default_recurrent_mode: bool | None = None,
         init_key: NestedKey | None = None,
         state_grad: bool = False,
-        store_states: str = "all",
     ) -> None:
         sizes = {
             "input_size": input_size,
@@ -186,7 +184,6 @@ class LSTMModule(_TorchModule):
             recurrent_recompute=recurrent_recompute,
             recurrent_matmul_precision=recurrent_matmul_precision,
             state_grad=state_grad,
-            store_states=store_states,
         )
 
 
@@ -222,7 +219,6 @@ class GRUModule(_TorchModule):
         default_recurrent_mode: as for :class:`RecurrentModule`.
         init_key: as for :class:`RecurrentModule`.
         state_grad: as for :class:`RecurrentModule`.
-        store_states: as for :class:`RecurrentModule`.
 
     Raises:
         ValueError: if arguments do not fit each other; the message names them.
@@ -267,7 +263,6 @@ class GRUModule(_TorchModule):
         default_recurrent_mode: bool | None = None,
         init_key: NestedKey | None = None,
         state_grad: bool = False,
-        store_states: str = "all",
     ) -> None:
         sizes = {
             "input_size": input_size,
@@ -295,5 +290,4 @@ class GRUModule(_TorchModule):
             recurrent_recompute=recurrent_recompute,
             recurrent_matmul_precision=recurrent_matmul_precision,
             state_grad=state_grad,
-            store_states=store_states,
         )

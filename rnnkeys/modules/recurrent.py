@@ -28,7 +28,6 @@ from .dtypes import as_dtype, choose_dtype, no_autocast
 from .primers import make_primer
 from .stacks import read_layers
 
-_STORES = ("all", "starts")
 _RECOMPUTES = ("none", "full")
 
 
@@ -66,8 +65,6 @@ class RecurrentModule(TensorDictModuleBase, ABC):
         recurrent_matmul_precision: of the ``"triton"`` backend; see ``rnnkeys.precision``.
         state_grad: whether states written in recurrent mode carry gradients. False by default, so
             that no gradient reaches a target through a stored state.
-        store_states: ``"all"``, or ``"starts"`` to write states only after segments' first steps
-            (others are NaN).
 
     Raises:
         ValueError: if arguments do not fit each other; the message names them.
@@ -91,11 +88,9 @@ class RecurrentModule(TensorDictModuleBase, ABC):
         recurrent_recompute: str = "none",
         recurrent_matmul_precision: str = "auto",
         state_grad: bool = False,
-        store_states: str = "all",
     ) -> None:
         super().__init__()
         check_choice("recurrent_recompute", recurrent_recompute, _RECOMPUTES)
-        check_choice("store_states", store_states, _STORES)
         check_floating_dtype("recurrent_compute_dtype", recurrent_compute_dtype)
         validate_recurrent_matmul_precision(recurrent_matmul_precision)
         self._use_layers(layers)
@@ -106,7 +101,6 @@ class RecurrentModule(TensorDictModuleBase, ABC):
         self.recurrent_recompute = recurrent_recompute
         self.recurrent_matmul_precision = recurrent_matmul_precision
         self.state_grad = state_grad
-        self.store_states = store_states
         self._warned_of_missing_state = False
         self._warned_of_hooks = False
         obstacle = why_not(
@@ -400,7 +394,6 @@ class RecurrentModule(TensorDictModuleBase, ABC):
     def _options(self) -> Options:
         return Options(
             state_grad=self.state_grad,
-            only_starts=self.store_states == "starts",
             vendor=not self._python_based,
             dropout=self._layers.dropout,
             recompute=self.recurrent_recompute,

@@ -2,9 +2,39 @@
 
 from __future__ import annotations
 
+import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 from torch.compiler import is_compiling
+
+
+def sequence_mask(lengths: Tensor, max_len: int | None = None) -> Tensor:
+    """Return the valid mask of padded sequences.
+
+    Args:
+        lengths: integers ``[*]``.
+        max_len: ``T``; by default the longest length.
+
+    Returns:
+        Bool ``[*, T]``, True before each length.
+
+    Raises:
+        ValueError: if a length is negative or more than ``max_len``.
+
+    Examples:
+        >>> sequence_mask(torch.tensor([1, 3]))
+        tensor([[ True, False, False],
+                [ True,  True,  True]])
+    """
+    longest = int(lengths.max()) if lengths.numel() else 0
+    if max_len is None:
+        max_len = longest
+    if longest > max_len or (lengths < 0).any():
+        raise ValueError(
+            f"lengths must be between 0 and max_len={max_len}. Got {lengths.tolist()}: raise "
+            "max_len, or clamp the lengths."
+        )
+    return torch.arange(max_len, device=lengths.device) < lengths.unsqueeze(-1)
 
 
 def zero_masked(

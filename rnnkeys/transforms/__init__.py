@@ -1,10 +1,11 @@
-"""Transforms and samplers for recurrent policies."""
+"""Transforms of batches of sequences: windows, burn-in, recomputed states; and state primers."""
 
 from __future__ import annotations
 
 from ..modules.primers import StatePrimer as StatePrimer
 from ..modules.primers import get_env_transforms_from_module as get_env_transforms_from_module
 from ..modules.primers import get_primers_from_module as get_primers_from_module
+from ..sequences.masks import sequence_mask as sequence_mask
 from .burn_in import BurnIn as BurnIn
 from .next_init import NextInitPrioritizedSliceSampler as NextInitPrioritizedSliceSampler
 from .next_init import NextInitSliceSampler as NextInitSliceSampler
@@ -14,6 +15,6 @@ from .next_init import (
 from .next_init import NextInitStreamingSliceSampler as NextInitStreamingSliceSampler
 from .next_init import NextInitTracker as NextInitTracker
 from .refresh import RefreshStates as RefreshStates
-from .refresh import state_staleness as state_staleness
+from .staleness import compute_staleness as compute_staleness
+from .staleness import measure_staleness as measure_staleness
 from .windows import Windows as Windows
-from .windows import sequence_mask as sequence_mask

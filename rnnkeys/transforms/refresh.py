@@ -1,34 +1,34 @@
-"""Stored states brought up to date, and how far they were from it."""
+"""Recompute the recurrent states that a replay buffer stores."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from tensordict.utils import NestedKey
 from torch import Tensor
+from torchrl.data import ListStorage, TensorStorage
 
+from ..checks import as_int
 from ..keys import MASK_KEY, next_key
-from ..sequences.segment_starts import set_segment_starts
-from .burn_in import StateKeys, check_burn_in, split
+from ..modules.network import RecurrentNetwork
+from .prepare import prepare_sequences, shift_states
 from .windows import EPISODE_KEY, FIRST_KEY
 
 
 class RefreshStates:
-    """Recomputes stored states with today's weights.
+    """Recompute stored recurrent states with the current weights of a network.
 
-    Called with sequences ``[*, T]`` that hold a state for every step, it writes the states that the
-    network has now, each segment from the state stored at its first step. :meth:`refresh_buffer`
-    does so for a replay buffer of ``Windows``, over windows of one episode in their order.
+    A call takes sequences ``[*, T]`` that hold a state for every step. :meth:`refresh_buffer` takes
+    a replay buffer of ``Windows``, and runs the windows of each episode in their order.
 
     Args:
-        network: what computes the states; recurrent modules inside.
-        rows: windows that are run at once.
+        network: the network that computes the states, with recurrent modules inside.
+        chunk_size: number of windows that run at once.
 
     Raises:
-        ValueError: if nothing inside is recurrent.
+        ValueError: if the network contains no recurrent module, or ``chunk_size`` is not positive.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -40,112 +40,165 @@ class RefreshStates:
         torch.Size([2, 7, 1, 5])
     """
 
-    def __init__(self, network: TensorDictModuleBase, rows: int = 256) -> None:
-        self._states = StateKeys(network)
-        self.rows = rows
+    def __init__(self, network: TensorDictModuleBase, chunk_size: int = 256) -> None:
+        self._network = RecurrentNetwork(network)
+        self._network.check_is_recurrent()
+        self.chunk_size = as_int("chunk_size", chunk_size)
 
     @torch.no_grad()
     def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Return a shallow copy with today's states, at the root and in the next view.
+        """Return a shallow copy with recomputed states, at the root and in ``next``.
+
+        Each segment starts from the state that is stored at its first step, or from zeros.
 
         Args:
-            tensordict: ``[*, T]``; states may be missing (segments then start from zeros).
+            tensordict: sequences ``[*, T]``; it stays as it is.
 
         Raises:
-            KeyError: if the marks or an input are missing.
-            ValueError: if there is no time dimension.
+            KeyError: if ``is_init`` flags or an input are missing.
+            ValueError: if there is no time dimension, or time is not contiguous.
         """
-        marked = set_segment_starts(tensordict, self._states.init_keys)
-        out = self._states.run(marked)
+        flagged = prepare_sequences(tensordict, self._network.pairs, "RefreshStates")
+        out = self._network.run_sequences(flagged)
         time = tensordict.ndim - 1
         refreshed = tensordict.copy()
-        for key, init_key in self._states.pairs:
+        for key, init_key in self._network.pairs:
             after = out.get(next_key(key))
             stored = tensordict.get(key, None)
-            stored = torch.zeros_like(after) if stored is None else stored
-            marks = marked.get(init_key)
-            marks = marks.reshape(*marks.shape[:-1], *[1] * (after.ndim - marks.ndim + 1)).clone()
-            marks.select(time, 0).fill_(True)
-            refreshed.set(key, torch.where(marks, stored, after.roll(1, time)))
+            initial = torch.zeros_like(after) if stored is None else stored
+            refreshed.set(key, shift_states(after, initial, flagged.get(init_key), time))
             refreshed.set(next_key(key), after)
         return refreshed
 
     def refresh_buffer(self, buffer: Any) -> int:
-        """Bring the states of all windows in a replay buffer up to date, in place.
+        """Recompute the states of all windows in a replay buffer, in place.
 
-        An episode's first window starts from the state stored there; each later one from the state
-        that the windows before it lead to. Where those are gone from the buffer, the oldest one
-        that is left keeps its state.
+        The first window of an episode starts from the state that is stored there; each later one
+        from the state that the windows before it lead to. Where the buffer has dropped these, the
+        oldest window that is left keeps its state.
 
         Args:
-            buffer: a replay buffer that has ``Windows`` as its transform. Batches that share its
-                memory, such as ``buffer[:]``, change with it: clone what is compared.
+            buffer: a replay buffer whose transform is ``Windows``. Batches that share its memory,
+                such as ``buffer[:]``, change with it: clone them to compare.
 
         Returns:
-            How many windows start from a state that was recomputed.
+            The number of windows whose initial state was recomputed.
 
         Raises:
             KeyError: if the buffer does not hold windows.
+            TypeError: if the kind of storage is not supported.
         """
-        return self.refresh_windows(buffer.storage[:])
+        stored = read_windows(buffer)
+        number = self.refresh_windows(stored)
+        if isinstance(buffer.storage, ListStorage):
+            buffer.storage.set(range(len(stored)), list(stored.unbind(0)))
+        return number
 
     @torch.no_grad()
     def refresh_windows(self, stored: TensorDictBase) -> int:
-        """Bring windows ``[N]`` as a buffer stores them up to date, in place.
-
-        As :meth:`refresh_buffer`, for a part of a buffer or a copy of it.
+        """Recompute the states of windows as a buffer stores them, in place.
 
         Args:
-            stored: whole episodes, or those windows of them that are left, in any order.
+            stored: windows ``[N]`` in any order: whole episodes, or those windows of them that are
+                left. :meth:`refresh_buffer` passes all windows of a buffer.
 
         Returns:
-            How many windows start from a state that was recomputed.
+            The number of windows whose initial state was recomputed.
 
         Raises:
-            KeyError: if these are no windows.
+            KeyError: if the items are not windows, or hold no state.
+            RuntimeError: if they hold a state for every step, and not one for each window.
         """
-        if stored.get(EPISODE_KEY, None) is None:
-            raise KeyError(
-                f"There is no {EPISODE_KEY!r} in the buffer: its items are no windows. Give it "
-                "Windows(...) as its transform, or call RefreshStates on sequences."
-            )
-        follower, gap = _followers(stored)
-        heads = torch.ones(stored.shape[0], dtype=torch.bool)
-        heads[follower[follower >= 0]] = False
-        level, refreshed = heads.nonzero().squeeze(-1), 0
+        self._check_windows(stored)
+        followers = _find_followers(stored)
+        level, refreshed = followers.find_first_windows(), 0
         while level.numel():
-            for chunk in level.split(self.rows):
-                self._advance(stored, chunk, follower, gap)
-            level = follower[level]
+            for chunk in level.split(self.chunk_size):
+                self._run_windows(stored, chunk, followers)
+            level = followers.window[level]
             level = level[level >= 0]
             refreshed += level.numel()
         return refreshed
 
-    def _advance(
-        self, stored: TensorDictBase, index: Tensor, follower: Tensor, gap: Tensor
-    ) -> None:
-        """Run windows, and write the states that their followers start from."""
+    def _check_windows(self, stored: TensorDictBase) -> None:
+        if stored.get(EPISODE_KEY, None) is None:
+            raise KeyError(
+                f"There is no {EPISODE_KEY!r} in the buffer, so its items are not windows. Make it "
+                "with transform=Windows(...), or call RefreshStates on sequences."
+            )
+        for key in self._network.state_keys:
+            state = stored.get(key, None)
+            if state is None:
+                raise KeyError(
+                    f"There is no state {key!r} in the windows. Collect with the network, and with "
+                    "its primers in the environment."
+                )
+
+    def _run_windows(self, stored: TensorDictBase, index: Tensor, followers: _Followers) -> None:
+        """Run windows, and write the initial states of the windows that follow them."""
         steps = stored.get(MASK_KEY).shape[1]
         windows = cast(TensorDictBase, stored[index])
-        rows = windows.select(*self._states.inputs, *self._states.init_keys)
+        rows = windows.select(*self._network.input_keys, *self._network.init_keys)
         rows.batch_size = [len(index), steps]
-        for key in self._states.states:
+        for key in self._network.state_keys:
             state = windows.get(key)
             rows.set(key, state.unsqueeze(1).expand(-1, steps, *state.shape[1:]))
-        out = self._states.run(rows)
-        behind = follower[index]
-        leads = behind >= 0
-        at = leads.nonzero().squeeze(-1)
-        for key in self._states.states:
+        out = self._network.run_sequences(rows)
+        following = followers.window[index]
+        row = (following >= 0).nonzero().squeeze(-1)
+        for key in self._network.state_keys:
             after = out.get(next_key(key))
-            stored.get(key)[behind[leads]] = after[at, gap[index][leads] - 1]
-            ahead = stored.get(next_key(key), None)
-            if ahead is not None:
-                ahead[index] = after[:, 0]
+            stored.get(key)[following[row]] = after[row, followers.gap[index][row] - 1]
+            after_first = stored.get(next_key(key), None)
+            if after_first is not None:
+                after_first[index] = after[:, 0]
 
 
-def _followers(stored: TensorDictBase) -> tuple[Tensor, Tensor]:
-    """Return for each window the one that goes on from it (or -1), and how many steps later."""
+def read_windows(buffer: Any) -> TensorDictBase:
+    """Return all windows of a replay buffer, as :class:`rnnkeys.transforms.Windows` stores them.
+
+    Args:
+        buffer: a replay buffer whose transform is ``Windows``.
+
+    Returns:
+        ``[N]``. The tensors are those of the storage, or copies if the storage is a list.
+
+    Raises:
+        TypeError: if the kind of storage is not supported.
+    """
+    storage = buffer.storage
+    if isinstance(storage, TensorStorage):
+        return storage[:]
+    if isinstance(storage, ListStorage):
+        items = [storage[index] for index in range(len(storage))]
+        return cast(TensorDictBase, torch.stack(items))  # pyright: ignore[reportArgumentType]
+    raise TypeError(
+        "Windows are read from storages of tensors (LazyTensorStorage, LazyMemmapStorage) and of "
+        "lists (ListStorage, CompressedListStorage, LazyStackStorage). Got a "
+        f"{type(storage).__name__}."
+    )
+
+
+class _Followers(NamedTuple):
+    """Which window continues which.
+
+    Attributes:
+        window: for each window the index of the one that continues its episode, or -1, int64
+            ``[N]``.
+        gap: how many steps later that window starts, int64 ``[N]``.
+    """
+
+    window: Tensor
+    gap: Tensor
+
+    def find_first_windows(self) -> Tensor:
+        """Return the indices of the windows that follow no other one."""
+        is_first = torch.ones_like(self.window, dtype=torch.bool)
+        is_first[self.window[self.window >= 0]] = False
+        return is_first.nonzero().squeeze(-1)
+
+
+def _find_followers(stored: TensorDictBase) -> _Followers:
     episode, first = stored.get(EPISODE_KEY).cpu(), stored.get(FIRST_KEY).cpu()
     real = stored.get(MASK_KEY).sum(-1).cpu()
     order = torch.argsort(first, stable=True)
@@ -153,66 +206,6 @@ def _followers(stored: TensorDictBase) -> tuple[Tensor, Tensor]:
     one, two = order[:-1], order[1:]
     step = first[two] - first[one]
     joins = (episode[one] == episode[two]) & (step > 0) & (step <= real[one])
-    follower = torch.full_like(first, -1)
-    gap = torch.zeros_like(first)
-    follower[one[joins]], gap[one[joins]] = two[joins], step[joins]
-    return follower, gap
-
-
-@torch.no_grad()
-def state_staleness(
-    network: TensorDictModuleBase,
-    stored: TensorDictBase,
-    refreshed: TensorDictBase,
-    burn_in: int = 0,
-    value_key: NestedKey = "action_value",
-) -> dict[str, Tensor]:
-    r"""Tell how far values from stored states are from those of states that are up to date.
-
-    .. math:: \Delta Q = \lVert q(\text{stored}) - q(\text{true}) \rVert_2 / |\max_a q(\text{true})|
-
-    at the first and at the last step behind the burn-in. See "Recurrent Experience Replay in
-    Distributed Reinforcement Learning", Kapturowski et al., 2019, section 3.
-
-    Args:
-        network: that writes the values.
-        stored: windows ``[N, L]`` as they were stored.
-        refreshed: the same windows, with states recomputed from their episodes' starts, such as by
-            ``RefreshStates``.
-        burn_in: ``K``, run from either state.
-        value_key: of the values ``[N, L, A]``.
-
-    Returns:
-        ``"first"`` and ``"last"``, each ``[N]``: the last one is at the last unmasked step. NaN
-        where a window has no unmasked step behind the burn-in.
-
-    Raises:
-        ValueError: if shapes differ, or if the burn-in leaves nothing.
-
-    Examples:
-        >>> from tensordict import TensorDict
-        >>> from torchrl.data import OneHot
-        >>> from rnnkeys import drqn_policy
-        >>> policy = drqn_policy(OneHot(2), (4,), hidden_size=8)
-        >>> windows = TensorDict({"observation": torch.zeros(3, 6, 4)}, [3, 6])
-        >>> windows["is_init"] = torch.zeros(3, 6, 1, dtype=torch.bool)
-        >>> state_staleness(policy, windows, windows, burn_in=2)["first"]
-        tensor([0., 0., 0.])
-    """
-    check_burn_in(burn_in)
-    if stored.shape != refreshed.shape or stored.ndim != 2:
-        raise ValueError(
-            f"stored and refreshed must be the same windows [N, L]. Got {list(stored.shape)} and "
-            f"{list(refreshed.shape)}."
-        )
-    split(stored, burn_in)
-    states = StateKeys(network, in_sequences=False)
-    stale, true = (states.run(w).get(value_key)[:, burn_in:] for w in (stored, refreshed))
-    distance = (stale - true).norm(dim=-1) / true.amax(-1).abs()
-    mask = stored.get(MASK_KEY, None)
-    mask = torch.ones_like(distance, dtype=torch.bool) if mask is None else mask[:, burn_in:]
-    last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(-1)
-    measured = distance.masked_fill(~mask, float("nan"))
-    first = mask.int().argmax(-1)
-    rows = torch.arange(len(distance), device=mask.device)
-    return {"first": measured[rows, first], "last": measured[rows, last]}
+    followers = _Followers(torch.full_like(first, -1), torch.zeros_like(first))
+    followers.window[one[joins]], followers.gap[one[joins]] = two[joins], step[joins]
+    return followers

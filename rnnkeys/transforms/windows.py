@@ -1,101 +1,79 @@
-"""Episodes cut into windows of one length, with the state that enters the first step of each."""
+"""Windows: episodes cut into sequences of one length, each with the state that it starts from."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
-from tensordict import TensorDict, TensorDictBase, unravel_key
+from tensordict import (
+    NonTensorStack,
+    TensorDict,
+    TensorDictBase,
+    UnbatchedTensor,
+    unravel_key,
+)
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from ..checks import as_int
 from ..keys import MASK_KEY, as_tuple, next_key
-from ..sequences.segment_starts import check_mask
-from .batches import BatchTransform
+from .base import SequenceTransform
+from .streams import Cuts, Cutter, Stream, find_pieces
 
 RESIDUALS = ("drop", "last", "null", "repeat", "overlap")
 EPISODE_KEY, FIRST_KEY = ("window", "episode"), ("window", "first")
 _STATE_PREFIX = "recurrent_state"
-_ENDS = ("done", "terminated")
+_DONE_NAMES = ("done", "terminated")
 _LOST_EPISODES = 10
 
 
-class _Clock(NamedTuple):
-    """Where a row stands: which episode, which step of it is next, and whether it is over."""
+class Windows(SequenceTransform):
+    """Cut episodes into windows ``[N, L]``; steps that fill no window wait for the next batch.
 
-    episode: int = 0
-    step: int = 0
-    over: bool = True
+    As a transform of a replay buffer it cuts what is stored, batches ``[B, T]`` or ``[T]`` of a
+    collector, and stores one recurrent state for each window, so that states take ``1 / L`` of the
+    memory. A sampled batch ``[N, L]`` has that state at every step, without a copy (stride 0). As a
+    ``postproc`` of a collector, or called, it returns such a batch at once; it may be empty.
 
+    An episode continues from batch to batch. Where batches have trajectory ids
+    (``("collector", "traj_ids")``, as collectors write them), steps of one trajectory belong
+    together, whichever row or batch they come in. Without ids, row ``b`` of a batch continues row
+    ``b`` of the batch before.
 
-def sequence_mask(lengths: Tensor, max_len: int | None = None) -> Tensor:
-    """Return which steps of padded sequences are real.
+    Windows have a valid mask ``("collector", "mask")``, False at padding, which losses leave out.
+    If an episode of ``T`` steps does not fill its last window, ``residual`` decides:
 
-    Args:
-        lengths: integers ``[*]``.
-        max_len: ``T``; by default the longest length.
+    - ``"drop"``: the remaining steps are left out.
+    - ``"last"``: the last ``L`` steps are a window, which overlaps the one before. An episode
+      shorter than ``L`` is padded with null steps.
+    - ``"null"``: null steps pad the window: zeros, with ``done`` and ``terminated``.
+    - ``"repeat"``: the last step of the episode is repeated.
+    - ``"overlap"``: windows start every ``period`` steps until one reaches the end of the episode;
+      null steps pad that one.
 
-    Returns:
-        Bool ``[*, T]``, True before each length.
-
-    Raises:
-        ValueError: if a length is negative or more than ``max_len``.
-
-    Examples:
-        >>> sequence_mask(torch.tensor([1, 3]))
-        tensor([[ True, False, False],
-                [ True,  True,  True]])
-    """
-    longest = int(lengths.max()) if lengths.numel() else 0
-    if max_len is None:
-        max_len = longest
-    if longest > max_len or (lengths < 0).any():
-        raise ValueError(
-            f"lengths must be between 0 and max_len={max_len}. Got {lengths.tolist()}: raise "
-            "max_len, or clamp the lengths."
-        )
-    return torch.arange(max_len, device=lengths.device) < lengths.unsqueeze(-1)
-
-
-class Windows(BatchTransform):
-    """Cuts episodes into windows ``[N, L]``; remainders wait for the batch that goes on with them.
-
-    As a transform of a replay buffer of windows it cuts what comes in, ``[B, T]`` or ``[T]`` as a
-    collector gives it, and stores one state for each window: memory falls by the window's length.
-    A sampled batch ``[N, L]`` has that state at every step, without a copy (stride 0). As a
-    collector's ``postproc``, or called, it returns such a batch at once; it may be empty.
-
-    Rows are streams: row ``b`` of a batch goes on with row ``b`` of the one before it. Every step
-    stands in a window whose ``("collector", "mask")`` tells real steps from fillers; losses leave
-    masked steps out. What happens to the residual of an episode of ``T`` steps:
-
-    - ``"drop"``: it is left out.
-    - ``"last"``: the last ``L`` steps make a window that overlaps the one before. An episode
-      shorter than ``L`` is filled with null steps.
-    - ``"null"``: null steps fill its window: zeros, with ``done``.
-    - ``"repeat"``: its last step is repeated.
-    - ``"overlap"``: windows start every ``period`` steps until one covers the episode's end; null
-      steps fill that one.
-
-    ``("window", "episode")`` and ``("window", "first")`` number a window's episode and its first
-    step, for ``RefreshStates``.
+    ``("window", "episode")`` is a number of the episode, drawn at random so that no two episodes of
+    any process or run share it. ``("window", "first")`` is the number of the window's first step in
+    the episode. :class:`rnnkeys.transforms.RefreshStates` reads both. Entries that are not tensors
+    are kept; at padding they repeat the last step.
 
     Args:
-        length: ``L``.
-        residual: what becomes of the steps that fill no window.
-        period: of ``"overlap"``: from 1 to ``L``. R2D2 takes ``L = 80``, ``period = 40``.
-        state_keys: keys of the states; by default those named ``"recurrent_state..."``, as in the
-            modules' default keys.
-        keep_states: keep the states of every step instead (for ``state_staleness``).
-        init_key: key of the episodes' first steps.
+        length: ``L``, in steps.
+        residual: what happens to the steps that fill no window.
+        period: of ``"overlap"``, from 1 to ``L``. R2D2 has ``L = 80``, ``period = 40``.
+        state_keys: keys of the recurrent states; by default all whose name starts with
+            ``"recurrent_state"``, as the modules' default keys do.
+        keep_states: whether to keep the states of every step, for
+            :func:`rnnkeys.transforms.compute_staleness`.
+        init_key: key of the ``is_init`` flags.
 
     Raises:
         ValueError: if arguments do not fit each other.
 
     Warns:
-        UserWarning: if ``"drop"`` has left nothing of the first ten episodes.
+        UserWarning: if ``"drop"`` leaves nothing of the first ten episodes.
 
     Examples:
         >>> batch = TensorDict({"x": torch.arange(5), "is_init": torch.zeros(5, 1).bool()}, [5])
@@ -105,10 +83,7 @@ class Windows(BatchTransform):
                 [2, 3, 4]])
     """
 
-    _purpose = (
-        "it cuts episodes. Append it to a replay buffer, pass it as the collector's postproc, or "
-        "call it on a batch."
-    )
+    usage = "Append it to a replay buffer, pass it as postproc= of a collector, or call it."
 
     def __init__(
         self,
@@ -121,63 +96,56 @@ class Windows(BatchTransform):
         init_key: NestedKey = "is_init",
     ) -> None:
         super().__init__()
-        if not isinstance(length, int) or length < 1:
-            raise ValueError(f"length must be a positive int. Got {length!r}.")
+        self.length = as_int("length", length)
         if residual not in RESIDUALS:
             names = ", ".join(map(repr, RESIDUALS))
             raise ValueError(f"residual must be one of {names}. Got {residual!r}.")
         if (residual == "overlap") != (period is not None):
             raise ValueError(
-                f"period goes with residual='overlap', and only with it. Got residual={residual!r} "
-                f"and period={period}."
+                f"period belongs to residual='overlap'. Got residual={residual!r} and "
+                f"period={period}."
             )
-        if period is not None and not 1 <= period <= length:
+        self.residual = residual
+        self.period = self.length if period is None else as_int("period", period)
+        if self.period > self.length:
             raise ValueError(f"period must be from 1 to length={length}. Got {period}.")
-        self.length, self.residual = length, residual
-        self.period = length if period is None else period
         self.state_keys = None if state_keys is None else [unravel_key(k) for k in state_keys]
         self.keep_states = keep_states
         self.init_key = unravel_key(init_key)
-        self._episodes = 0
-        # Episodes that ended before any window was made; None once that is settled.
-        self._lost: int | None = 0
+        self._cutter = Cutter(self.length, self.period, residual)
+        # Episodes that have ended without a window; None once a window was made.
+        self._lost_episodes: int | None = 0
         self.clear()
 
-    def get_extra_state(self) -> dict[str, int]:
-        """How many episodes were numbered: those of a buffer that is loaded go on from there."""
-        return {"episodes": self._episodes}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Go on numbering behind the episodes of a checkpoint."""
-        self._episodes = state["episodes"]
-
     def clear(self) -> None:
-        """Forget the steps that wait: the next batch starts new streams."""
-        # For each row: the steps that wait, and how many of them stand in a window already.
-        self._waiting: list[tuple[TensorDictBase, int]] | None = None
-        self._clocks: dict[int, _Clock] = {}
+        """Drop the steps that wait: the next batch starts new episodes."""
+        self._streams: dict[tuple[str, int], Stream] = {}
+        self._waiting: TensorDictBase | None = None
+        self._num_rows: int | None = None
 
     @property
     def waiting(self) -> int:
-        """How many steps wait for the batch that goes on with them."""
-        return sum(steps.shape[0] - covered for steps, covered in self._waiting or [])
+        """Number of steps that wait for the batch that continues their episodes."""
+        return sum(len(one.steps) - one.covered for one in self._streams.values())
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Cut a batch into windows; inside a replay buffer, lay a sample of windows out.
+        """Cut a batch into windows; inside a replay buffer, expand a sample of stored windows.
 
         Args:
-            tensordict: ``[B, T]`` or ``[T]``; a sample of stored windows, ``[N]``.
+            tensordict: ``[B, T]`` or ``[T]``; inside a replay buffer stored windows ``[N]``.
 
         Returns:
-            ``[N, L]``, with the state that enters the first step at every step.
+            ``[N, L]``, with the state of the first step at every step.
 
         Raises:
-            KeyError: if a batch has neither ``("next", "done")`` nor marks.
-            ValueError: if the number of rows has changed.
+            KeyError: if a batch has neither ``("next", "done")`` nor ``is_init`` flags, or if its
+                entries are not those of the batch before.
+            TypeError: if ``done``, flags or the mask are not bool.
+            ValueError: if the number of rows has changed, or if time is not contiguous.
         """
-        if self._in_buffer:
-            return self.lay_out(tensordict)
-        return self.lay_out(self.cut(tensordict))
+        if self.is_in_buffer:
+            return self.to_sequences(tensordict)
+        return self.to_sequences(self.cut(tensordict))
 
     def _inv_call(self, tensordict: TensorDictBase) -> Any:
         stored = self.cut(tensordict)
@@ -187,22 +155,19 @@ class Windows(BatchTransform):
     def flush(self) -> TensorDictBase | None:
         """Return windows of the steps that wait, as if their episodes had ended; None without any.
 
-        They are windows as :meth:`cut` returns them: a buffer that has this transform would cut
-        them again.
+        They are windows as :meth:`cut` returns them. A buffer with this transform would cut them
+        again.
         """
-        waiting, self._waiting = self._waiting, None
+        waiting, streams = self._waiting, self._streams
+        self.clear()
         if waiting is None:
             return None
-        flat = _join([steps for steps, _ in waiting])
-        spans: list[tuple[int, int]] = []
-        first = 0
-        for steps, covered in waiting:
-            spans += self._cut_episode(first, steps.shape[0], covered, True)[0]
-            first += steps.shape[0]
-        return self._gather(flat, spans)
+        return self._gather(waiting, self._cutter.cut_rest(streams))
 
     def cut(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Cut a batch into windows as they are stored.
+        """Cut a batch into windows as a replay buffer stores them.
+
+        A batch that raises an error changes nothing: neither the batch nor the steps that wait.
 
         Args:
             tensordict: ``[B, T]`` or ``[T]``.
@@ -211,190 +176,158 @@ class Windows(BatchTransform):
             Batch size ``[N]``: states ``[N, ...]``, everything else ``[N, L, ...]``.
         """
         rows = tensordict.unsqueeze(0) if tensordict.ndim == 1 else tensordict
+        self._check_rows(rows)
+        pieces = find_pieces(rows, self.init_key)
+        self._check_number_of_rows(rows, any(one.stream[0] == "row" for one in pieces))
+        steps = rows.reshape(-1)
+        offset = 0
+        if self._waiting is not None and len(self._waiting):
+            self._check_entries(steps)
+            offset = len(self._waiting)
+            steps = _cat([self._waiting, steps])
+        pieces = [one._replace(steps=one.steps + offset) for one in pieces]
+        cuts, streams, ends = self._cutter.cut_pieces(self._streams, pieces)
+        windows = self._gather(steps, cuts)
+        self._keep(steps, streams)
+        self._num_rows = rows.shape[0]
+        self._warn_if_all_is_dropped(len(windows), ends)
+        return windows
+
+    def _check_rows(self, rows: TensorDictBase) -> None:
         if rows.ndim != 2:
             raise ValueError(
                 f"Windows are cut from a batch [B, T] or [T]. Got batch size "
-                f"{list(tensordict.batch_size)}: reshape it."
+                f"{list(rows.batch_size)}. Reshape it."
             )
-        streams = self._streams(rows)
-        flat = _join([steps for steps, _, _ in streams])
-        spans, waiting, first = [], [], 0
-        for steps, covered, ends in streams:
-            episode = 0
-            for end in ends:
-                new, *_ = self._cut_episode(first + episode, end - episode, covered, True)
-                spans += new
-                episode, covered = end, 0
-            rest = steps.shape[0] - episode
-            new, keep, covered = self._cut_episode(first + episode, rest, covered, False)
-            spans += new
-            waiting.append((steps[episode + keep :].clone(), covered))
-            first += steps.shape[0]
-        self._waiting = waiting
-        self._warn_if_all_is_dropped(len(spans), sum(len(ends) for *_, ends in streams))
-        return self._gather(flat, spans)
+
+    def _check_number_of_rows(self, rows: TensorDictBase, continues_rows: bool) -> None:
+        if continues_rows and self._num_rows not in (None, rows.shape[0]):
+            raise ValueError(
+                f"The batch has {rows.shape[0]} rows and the one before had {self._num_rows}. "
+                "Without trajectory ids a row continues the same row of the batch before. Call "
+                "clear() where new episodes start in every row, or collect with trajectory ids."
+            )
+
+    def _check_entries(self, steps: TensorDictBase) -> None:
+        assert self._waiting is not None
+        before, now = (set(map(as_tuple, td.keys(True))) for td in (self._waiting, steps))
+        if before != now:
+            added, missing = sorted(now - before), sorted(before - now)
+            raise KeyError(
+                "The batch must have the entries of the batch before, whose last steps wait to "
+                f"share windows with it. Got {added} in addition, and {missing} are missing. Call "
+                "flush() or clear() before the entries change."
+            )
+
+    def _keep(self, steps: TensorDictBase, streams: dict[tuple[str, int], Stream]) -> None:
+        """Keep the steps that wait, and number them in the order of their streams."""
+        positions = [one.steps for one in streams.values()]
+        self._waiting = _index(steps, torch.cat(positions)) if positions else None
+        self._streams, number = {}, 0
+        for key, one in streams.items():
+            count = len(one.steps)
+            renumbered = torch.arange(number, number + count)
+            self._streams[key] = dataclasses.replace(one, steps=renumbered)
+            number += count
 
     def _warn_if_all_is_dropped(self, windows: int, episodes: int) -> None:
-        if self._lost is None or self.residual != "drop" or windows:
-            self._lost = None
+        if self._lost_episodes is None or self.residual != "drop" or windows:
+            self._lost_episodes = None
             return
-        self._lost += episodes
-        if self._lost >= _LOST_EPISODES:
+        self._lost_episodes += episodes
+        if self._lost_episodes >= _LOST_EPISODES:
             warnings.warn(
-                f"{self._lost} episodes have ended and none had length={self.length} steps, so "
-                "that residual='drop' has left nothing. Shorten the windows, or fill them with "
+                f"{self._lost_episodes} episodes have ended and none had length={self.length} "
+                "steps, so that residual='drop' has left nothing. Shorten the windows, or use "
                 "residual='last' or 'null'.",
                 stacklevel=3,
             )
-            self._lost = None
+            self._lost_episodes = None
 
-    def _streams(self, rows: TensorDictBase) -> list[tuple[TensorDictBase, int, list[int]]]:
-        """Return each row with what waited for it: steps, how many are covered, episodes' ends."""
-        ends, starts = self._read_ends(rows)
-        waiting = self._waiting
-        if waiting is not None and len(waiting) != rows.shape[0]:
-            raise ValueError(
-                f"The batch has {rows.shape[0]} rows and the one before had {len(waiting)}: rows "
-                "are streams that go on from batch to batch. Call clear() where new ones start."
-            )
-        mask = rows.get(MASK_KEY, None)
-        check_mask(mask)
-        streams = []
-        for b, row in enumerate(rows.unbind(0)):
-            real = None if mask is None else mask[b].reshape(-1)
-            row_ends, row_starts = ends[b], starts[b]
-            if real is not None:
-                row, row_ends, row_starts = row[real], row_ends[real], row_starts[real]
-            row_ends = row_ends.clone()
-            row_ends[:-1] |= row_starts[1:]
-            found = (row_ends.nonzero().squeeze(-1) + 1).tolist()
-            row = self._number(b, row, row_ends, row_starts)
-            covered = 0
-            if waiting is not None and waiting[b][0].shape[0]:
-                before, covered = waiting[b]
-                number = before.shape[0]
-                found = [end + number for end in found]
-                if row_starts[:1].any():
-                    found.insert(0, number)
-                row = _join([before, row.select(*before.keys(True, True))])
-            streams.append((row, covered, found))
-        return streams
+    def _gather(self, steps: TensorDictBase, cuts: Cuts) -> TensorDictBase:
+        """Return windows ``[N]`` of steps ``[S]``."""
+        once = set() if self.keep_states else self._find_states(steps)
+        device = steps.device or _device_of(steps)
+        windows = TensorDict({}, [len(cuts.first)], device=steps.device)
+        padding = None
+        if self.residual != "repeat" and not cuts.mask.all():
+            padding = ~cuts.mask.to(device)
+        for key, value in _leaves(_index(steps.exclude(*once), cuts.steps)):
+            windows.set(key, value if padding is None else _make_null(key, value, padding))
+        for key, value in _leaves(_index(steps.select(*once), cuts.steps[:, 0])):
+            windows.set(key, value)
+        windows.set(EPISODE_KEY, cuts.episode.to(device))
+        windows.set(FIRST_KEY, cuts.first.to(device))
+        return windows.set(MASK_KEY, cuts.mask.to(device))
 
-    def _number(self, b: int, row: TensorDictBase, ends: Tensor, starts: Tensor) -> TensorDictBase:
-        """Number the episodes and steps of a row, on from where its clock stands."""
-        clock = self._clocks.setdefault(b, _Clock())
-        row = row.copy()
-        episodes, steps = [], []
-        for begins, is_end in zip(starts.tolist(), ends.tolist(), strict=True):
-            if begins or clock.over:
-                self._episodes += 1
-                clock = _Clock(self._episodes, 0)
-            episodes.append(clock.episode)
-            steps.append(clock.step)
-            clock = clock._replace(step=clock.step + 1, over=is_end)
-        self._clocks[b] = clock
-        numbers = torch.tensor([episodes, steps], dtype=torch.long).to(row.device or "cpu")
-        row.set(EPISODE_KEY, numbers[0])
-        row.set(FIRST_KEY, numbers[1])
-        return row
-
-    def _read_ends(self, rows: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """Return bool ``[B, T]`` twice: where episodes end, and where they start."""
-        done, marks = rows.get(("next", "done"), None), rows.get(self.init_key, None)
-        if done is None and marks is None:
-            raise KeyError(
-                "Windows need to know where episodes end: there is neither ('next', 'done') nor "
-                f"the init key {self.init_key!r}. Append InitTracker() to the environment, or pass "
-                "init_key=."
-            )
-        no = torch.zeros(rows.batch_size, dtype=torch.bool)
-        found = (
-            no if entry is None else entry.reshape(*rows.batch_size, -1).any(-1).cpu()
-            for entry in (done, marks)
-        )
-        ends, starts = found
-        return ends, starts
-
-    def _cut_episode(
-        self, first: int, number: int, covered: int, ended: bool
-    ) -> tuple[list[tuple[int, int]], int, int]:
-        """Cut an episode of which ``number`` steps are here and ``covered`` stand in a window.
-
-        Returns:
-            Spans (shifted by ``first``), the first step to keep, and how many of those kept are
-            covered.
-        """
-        length, spans = self.length, []
-        start = max(covered - (length - self.period), 0) if covered else 0
-        while start + length <= number:
-            spans.append((start, start + length))
-            covered = start + length
-            start += self.period
-        if ended and covered < number:
-            if self.residual == "last":
-                spans.append((max(number - length, 0), number))
-            elif self.residual != "drop":
-                spans.append((start, number))
-        keep = max(covered - length + 1, 0) if self.residual == "last" else min(start, covered)
-        return [(first + a, first + b) for a, b in spans], keep, covered - keep
-
-    def _gather(self, flat: TensorDictBase, spans: list[tuple[int, int]]) -> TensorDictBase:
-        bounds = torch.tensor(spans, dtype=torch.long).reshape(-1, 2)
-        steps = bounds[:, :1] + torch.arange(self.length)
-        mask = steps < bounds[:, 1:]
-        steps = torch.minimum(steps, bounds[:, 1:] - 1)
-        once = {EPISODE_KEY, FIRST_KEY}
-        once |= set() if self.keep_states else self._states(flat)
-        device = next(iter(flat.values(True, True))).device
-        steps, mask = steps.to(device), mask.to(device)
-        windows = TensorDict({}, batch_size=[len(spans)], device=flat.device)
-        for key, value in flat.items(True, True):
-            if as_tuple(key) in once:
-                windows.set(key, value[steps[:, 0]])
-            else:
-                windows.set(key, self._fill(as_tuple(key), value[steps], mask))
-        return windows.set(MASK_KEY, mask)
-
-    def _fill(self, key: tuple[str, ...], value: Tensor, mask: Tensor) -> Tensor:
-        """Make null steps of what is masked."""
-        if self.residual == "repeat" or not isinstance(value, Tensor):
-            return value
-        filler = key[0] == "next" and key[-1] in _ENDS
-        return value.masked_fill(~mask.reshape(*mask.shape, *[1] * (value.ndim - 2)), filler)
-
-    def _states(self, tensordict: TensorDictBase) -> set[tuple[str, ...]]:
-        """Return the keys of states, those of the next view included, that are there."""
+    def _find_states(self, tensordict: TensorDictBase) -> set[tuple[str, ...]]:
+        """Return the keys of states that are there, in the root and in ``next``."""
+        every = set(map(as_tuple, tensordict.keys(True, True)))
         if self.state_keys is not None:
             keys = {as_tuple(k) for k in self.state_keys}
-            return keys | {next_key(k) for k in keys}
-        every = map(as_tuple, tensordict.keys(True, True))
+            return every & (keys | {next_key(k) for k in keys})
         return {key for key in every if key[-1].startswith(_STATE_PREFIX)}
 
-    def lay_out(self, stored: TensorDictBase) -> TensorDictBase:
-        """Return windows ``[N, L]`` from windows as they are stored, without a copy.
+    def to_sequences(self, stored: TensorDictBase) -> TensorDictBase:
+        """Return stored windows ``[N]`` as sequences ``[N, L]``, without a copy.
 
-        The state of the first step stands at every step.
+        The state of the first step is at every step.
+
+        Args:
+            stored: windows as :meth:`cut` returns them.
+
+        Raises:
+            KeyError: if they are not windows.
         """
         mask = stored.get(MASK_KEY, None)
-        if mask is None:
+        if mask is None or stored.get(EPISODE_KEY, None) is None:
             raise KeyError(
-                f"There is no {MASK_KEY!r}: these are no windows. A buffer that samples windows "
-                "has Windows(...) as its transform from the start."
+                f"There is no {EPISODE_KEY!r}, so these are not windows. A buffer that samples "
+                "windows has Windows(...) as its transform from the beginning."
             )
-        # In a sample of stored windows the batch is theirs; in one that was laid out it is [N, L].
+        # A batch that is [N, L] already was expanded before it was stored.
         if stored.ndim > 1:
             return stored
-        states = set() if self.keep_states else self._states(stored)
-        shape = mask.shape
-        windows = TensorDict({}, batch_size=shape, device=stored.device)
-        for key, value in stored.items(True, True):
+        states = set() if self.keep_states else self._find_states(stored)
+        sequences = TensorDict({}, batch_size=mask.shape, device=stored.device)
+        for key, value in _leaves(stored):
             # A replay buffer adds one index for each window.
-            if as_tuple(key) in states or value.ndim < 2:
-                value = value.unsqueeze(1).expand(*shape, *value.shape[1:])
-            windows.set(key, value)
-        return windows
+            per_window = key in states or value.shape[:2] != mask.shape
+            if per_window and not isinstance(value, UnbatchedTensor):
+                value = value.unsqueeze(1)
+                value = value.expand(*mask.shape, *value.shape[2:])
+            sequences.set(key, value)
+        return sequences
 
 
-def _join(parts: list[Any]) -> TensorDictBase:
-    """Lay streams end to end."""
-    return cast(TensorDictBase, torch.cat(parts))  # its types know nothing of TensorDicts
+def _make_null(key: tuple[str, ...], value: Any, padding: Tensor) -> Any:
+    """Zero out a tensor ``[N, L, ...]`` at padding; set ``done`` there."""
+    if not isinstance(value, Tensor) or isinstance(value, UnbatchedTensor):
+        return value
+    fill = key[0] == "next" and key[-1] in _DONE_NAMES
+    return value.masked_fill(padding.reshape(*padding.shape, *[1] * (value.ndim - 2)), fill)
+
+
+def _leaves(tensordict: TensorDictBase) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield all entries that hold data, those that are not tensors included."""
+
+    def is_leaf(kind: type) -> bool:
+        return not issubclass(kind, TensorDictBase) or issubclass(kind, NonTensorStack)
+
+    for key, value in tensordict.items(True, True, is_leaf=is_leaf):
+        yield as_tuple(key), value
+
+
+def _index(steps: TensorDictBase, positions: Tensor) -> TensorDictBase:
+    return cast(TensorDictBase, steps[positions.to(steps.device or _device_of(steps))])
+
+
+def _device_of(tensordict: TensorDictBase) -> torch.device:
+    """Return the device of a TensorDict that names none: that of its first tensor."""
+    first = next(iter(tensordict.values(True, True)), None)
+    return first.device if isinstance(first, Tensor) else torch.device("cpu")
+
+
+def _cat(parts: Sequence[TensorDictBase]) -> TensorDictBase:
+    # The types of torch.cat know no TensorDicts.
+    return cast(TensorDictBase, torch.cat(parts))  # pyright: ignore[reportArgumentType, reportCallIssue]

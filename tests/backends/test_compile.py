@@ -120,17 +120,6 @@ def test_options_hold_in_one_graph(kind, arguments):
 
 
 @of_both_cells
-def test_states_at_starts_hold_in_one_graph(kind):
-    module, loop = _pair(kind, store_states="starts")
-    data = recurrent.batch(module, (3, 4))
-    actual, expected = _compiled(in_mode(module))(data.clone()), in_mode(loop)(data.clone())
-    for key in module.state_keys:
-        a, b = actual.get(("next", key)), expected.get(("next", key))
-        assert torch.equal(a.isnan(), b.isnan()) and b.isnan().any()
-        assert_equal(a.nan_to_num(), b.nan_to_num(), F64)
-
-
-@of_both_cells
 def test_a_family_of_modules_in_vmap_is_one_graph(kind):
     """As TD3's two critics are run."""
     family = [recurrent.make(kind, dtype=F64) for _ in range(2)]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.modules.test_custom_cells import KINDS
-from tests.objectives.test_r2d2 import make_loss, make_network, make_windows
 from tests.support.compiled import assert_same, in_mode, run_with_gradients
+from tests.support.r2d2 import make_loss, make_network, make_windows
 from tests.support.recurrent import F64, batch
 from tests.support.tolerances import assert_equal
 

@@ -286,21 +286,6 @@ def test_states_carry_a_gradient_only_if_asked_for(way, cell, dtype):
 
 
 @in_every_way_once
-def test_states_stored_at_starts_equal_those_stored_everywhere(way, cell, dtype):
-    """What is not stored is NaN, never a value that could be believed; outputs are the same."""
-    problem = problems.for_way(way, cell, "two in a row", dtype=dtype, num_layers=2)
-    options = WAYS[way].options._replace(only_starts=True)
-    d_y, d_states = problem.cotangents(False)
-    every = problems.run(problem, WAYS[way], d_y, d_states)
-    few = problems.run(problem, WAYS[way]._replace(options=options), d_y, d_states)
-    starts = problem.starts
-    for a, b in zip(few.states, every.states, strict=True):
-        assert_equal(a[starts], b[starts], dtype)
-        assert a[~starts].isnan().all()
-    assert_same_run(few._replace(states=()), every._replace(states=()), dtype)
-
-
-@in_every_way_once
 def test_recomputed_activations_change_no_number_and_are_not_kept(way, cell, dtype):
     problem = problems.for_way(way, cell, dtype=dtype, steps=40, num_layers=2)
     d_y, d_states = problem.cotangents(WAYS[way].options.state_grad)

@@ -32,7 +32,6 @@ from benchmarks.contestants import (
     PAD,
     PAD_OWN,
     SCAN,
-    STARTS,
     TORCHRL_PAD,
     TORCHRL_SCAN,
     VENDOR,
@@ -190,7 +189,7 @@ def test_all_parts_run_and_are_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # What takes seconds is made small, or left out: TorchRL's scan traces before it runs.
-    fast = (AUTO, STARTS, PAD, SCAN, TORCHRL_PAD, VENDOR, CUT)
+    fast = (AUTO, PAD, SCAN, TORCHRL_PAD, VENDOR, CUT)
     monkeypatch.setattr(contestants, "ALL", fast)
     monkeypatch.setattr(bench_cpu, "quick_grid", lambda: _grid(Case("GRU", TINY, 0.1)))
     monkeypatch.setattr(contestants, "check_agreement", lambda: None)
@@ -268,7 +267,6 @@ def _record(resets: float, T: int = 64, cell: str = "LSTM", **changes: float) ->
     """A case in which ``auto`` takes a second, and everybody else as long as told."""
     seconds = {
         AUTO: 1.0,
-        STARTS: 1.0,
         PAD: 1.0,
         SCAN: 1.0,
         LOOP: 1.0,
@@ -323,20 +321,12 @@ def test_a_goal_is_missed_by_its_mean_or_by_one_case() -> None:
 
 def test_vendor_is_compared_with_and_without_resets() -> None:
     results = _sequences(_record(0.0, nn=0.8), _record(0.1, nn=0.5))
-    without = _goal(results, 'resets; `store_states="all"`, batches without resets')
+    without = _goal(results, "resets; batches without resets")
     assert without.reached == "1.25 times; most 1.25, 1 cases"
     assert without.met
-    with_resets = _goal(results, 'resets; `store_states="all"`, batches with resets')
+    with_resets = _goal(results, "resets; batches with resets")
     assert with_resets.reached == "2.00 times; most 2.00, 1 cases"
     assert not with_resets.met
-
-
-def test_without_resets_starts_may_be_nowhere_slower_than_torchrl() -> None:
-    results = _sequences(_record(0.0, torchrl_pad=0.5), _record(0.0, torchrl_pad=2.0))
-    assert _goal(results, "TorchRL's `pad` (which").met
-    starts_goal = _goal(results, "the same, with")
-    assert starts_goal.reached == "1.00 times; most 2.00, 2 cases"
-    assert not starts_goal.met
 
 
 def test_price_of_resets_is_read_where_both_took_turns() -> None:

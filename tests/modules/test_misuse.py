@@ -232,7 +232,6 @@ _BAD: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
         ValueError,
         ("recurrent_compute_dtype", "torch.int8", "torch.bfloat16"),
     ),
-    "what is stored": ({"store_states": "none"}, ValueError, ("store_states", "'starts'")),
     "a default mode": (
         {"default_recurrent_mode": "parallel"},
         ValueError,

@@ -43,7 +43,7 @@ _MODULES = ("LSTMModule", "GRUModule")
 _FUNCTIONS = ("set_recurrent_mode", "recurrent_mode", "canonicalize_rnn_subset")
 _IN_UTILS = ("get_primers_from_module", "get_env_transforms_from_module")
 _OWN_DEFAULTS = {"recurrent_backend": "auto", "init_key": None}
-_OWN_ARGUMENTS = {"dtype", "init_key", "state_grad", "store_states"}
+_OWN_ARGUMENTS = {"dtype", "init_key", "state_grad"}
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -439,22 +439,6 @@ def test_written_states_are_detached_unless_asked_for(kind, backend):
         assert all(
             v.requires_grad is state_grad for k, v in outputs(module, out).items() if "next" in k
         )
-
-
-@in_both_kinds
-@on_every_backend
-def test_states_may_be_stored_at_starts_only(kind, backend):
-    whole = make(kind, recurrent_backend=backend, num_layers=2)
-    starts = make(kind, recurrent_backend=backend, num_layers=2, store_states="starts")
-    starts.load_state_dict(whole.state_dict())
-    data = batch(whole)
-    expected, actual = recurrently(whole, data), recurrently(starts, data)
-    at_start = data["is_init"].squeeze(-1).clone()
-    at_start[:, 0] = True
-    assert_equal(actual["embed"], expected["embed"], torch.float32)
-    for key in whole.out_keys[1:]:
-        assert_equal(actual.get(key)[at_start], expected.get(key)[at_start], torch.float32)
-        assert actual.get(key)[~at_start].isnan().all()
 
 
 @in_both_kinds

@@ -14,7 +14,6 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
-from rnnkeys import GRUModule
 from rnnkeys.objectives import SequenceMinibatches, recurrent_loss
 from tests.support.policy_gradients import Agent, collect, make_agent, move
 from tests.support.recurrent import by_hand
@@ -225,9 +224,6 @@ def test_refresh_needs_states_after_every_step() -> None:
     theirs = torchrl.modules.GRUModule(3, 5, in_key="observation", out_key="embed")
     with pytest.raises(ValueError, match="GRUModule of torchrl writes zeros"):
         SequenceMinibatches(networks=theirs, refresh=True)
-    starts = GRUModule(3, 5, in_key="observation", out_key="embed", store_states="starts")
-    with pytest.raises(ValueError, match="store_states='starts'"):
-        SequenceMinibatches(networks=[starts], refresh=True)
 
 
 @pytest.mark.parametrize("key", [("next", "reward"), "advantage", "value_target"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any, NamedTuple, cast
+import re
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,202 +18,27 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.objectives import HardUpdate, SoftUpdate
 
 from rnnkeys import GRUModule
-from rnnkeys.modules.parameters import Layers
+from rnnkeys.checks import set_value_checks
 from rnnkeys.objectives import R2D2Loss, value_rescale, value_rescale_inverse
 from rnnkeys.replay import PrioritizedSampler
 from rnnkeys.transforms import Windows
-from tests.support import reference
+from tests.support.r2d2 import (
+    ARGUMENTS,
+    MASK,
+    A,
+    B,
+    H,
+    I,
+    T,
+    as_numpy,
+    expect,
+    make_loss,
+    make_network,
+    make_windows,
+    rescale,
+)
 from tests.support.recurrent import F64, chain, recurrently
 from tests.support.tolerances import assert_equal
-
-MASK = ("collector", "mask")
-B, T, I, H, A = 7, 11, 3, 4, 3
-
-
-class Network(NamedTuple):
-    """Parameters in NumPy: a GRU and a linear head."""
-
-    gru: reference.Weights
-    w: np.ndarray
-    b: np.ndarray
-
-
-def make_network(seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    gru = GRUModule(I, H, in_key="observation", out_key="embed", dtype=F64)
-    head = nn.Linear(H, A, dtype=F64)
-    nn.init.uniform_(head.weight, -3, 3)
-    return chain(gru, TensorDictModule(head, ["embed"], ["action_value"]))
-
-
-def as_numpy(network: Any) -> Network:
-    weights = Layers(network[0].gru).weights(0)
-    arrays: list[Any] = [None if w is None else w.detach().numpy() for w in weights[:5]]
-    head = network[1].module
-    return Network(
-        reference.Weights(*arrays), head.weight.detach().numpy(), head.bias.detach().numpy()
-    )
-
-
-def make_windows(one_hot: bool = True, masked: bool = True) -> TensorDict:
-    """Random windows in which episodes terminate, are truncated, or are reset without a done."""
-    torch.manual_seed(2)
-    generator = np.random.default_rng(3)
-    events = generator.choice(4, size=(B, T), p=[0.7, 0.1, 0.1, 0.1])
-    events[0], events[1, -1], events[2, -1] = 0, 1, 2
-    terminated, truncated, reset = (torch.from_numpy(events == k) for k in (1, 2, 3))
-    over = terminated | truncated | reset
-    starts = torch.zeros(B, T, dtype=torch.bool)
-    starts[:, 1:] = over[:, :-1]
-    starts[0, 0] = starts[1, 0] = True
-    observation = torch.randn(B, T, I, dtype=F64)
-    behind = torch.randn(B, T, I, dtype=F64)
-    goes_on = ~over[:, :-1]
-    behind[:, :-1][goes_on] = observation[:, 1:][goes_on]
-    action = torch.randint(A, (B, T))
-    data = TensorDict(
-        {
-            "observation": observation,
-            "recurrent_state": torch.randn(B, T, 1, H, dtype=F64),
-            "is_init": starts.unsqueeze(-1),
-            "action": nn.functional.one_hot(action, A) if one_hot else action,
-            "priority_weight": torch.rand(B, 1, dtype=F64).expand(B, T),
-            "next": {
-                "observation": behind,
-                "reward": 5 * torch.randn(B, T, 1, dtype=F64),
-                "done": (terminated | truncated).unsqueeze(-1),
-                "terminated": terminated.unsqueeze(-1),
-            },
-        },
-        [B, T],
-    )
-    if masked:
-        mask = torch.ones(B, T, dtype=torch.bool)
-        mask[3, 8:] = mask[4, 5:] = mask[5] = False
-        data[MASK] = mask
-    return data
-
-
-def rescale(x: float, eps: float | None) -> float:
-    if eps is None:
-        return x
-    return float(np.sign(x) * (np.sqrt(abs(x) + 1) - 1) + eps * x)
-
-
-def unscale(y: float, eps: float | None) -> float:
-    """By bisection, so that no formula of the inverse is believed."""
-    if eps is None:
-        return y
-    low, high = -1e6, 1e6
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if rescale(middle, eps) < y else (low, middle)
-    return (low + high) / 2
-
-
-class Window:
-    """One window seen by one network, step by step."""
-
-    def __init__(self, network: Network, data: dict[str, np.ndarray], b: int) -> None:
-        self.network = network
-        self.state = np.zeros((T, H))
-        h = data["state"][b, 0]
-        for t in range(T):
-            if t and data["init"][b, t]:
-                h = data["state"][b, t]
-            h = self.step(h, data["observation"][b, t])
-            self.state[t] = h
-        self.behind = data["behind"][b]
-
-    def step(self, h: np.ndarray, observation: np.ndarray) -> np.ndarray:
-        (h_next,), _ = reference.GRU().step(self.network.gru, observation[None], (h[None],))
-        return h_next[0]
-
-    def values(self, h: np.ndarray) -> np.ndarray:
-        return self.network.w @ h + self.network.b
-
-    def values_behind(self, t: int) -> np.ndarray:
-        """Values of the observation that step ``t`` led to."""
-        return self.values(self.step(self.state[t], self.behind[t]))
-
-
-def expect(
-    online: Network,
-    target: Network,
-    windows: TensorDict,
-    *,
-    burn_in: int = 4,
-    n_steps: int = 3,
-    gamma: float = 0.9,
-    eps: float | None = 1e-2,
-    eta: float = 0.9,
-    squared: bool = False,
-    double_dqn: bool = True,
-    weighted: bool = True,
-    learn_starts: bool = False,
-) -> tuple[float, np.ndarray, np.ndarray]:
-    """Return the loss, priorities ``[B]``, and TD errors ``[B, T]`` (NaN where there is none)."""
-    data = {
-        "observation": windows["observation"].numpy(),
-        "behind": windows["next", "observation"].numpy(),
-        "state": windows["recurrent_state"][:, :, 0].numpy(),
-        "init": windows["is_init"][..., 0].numpy(),
-    }
-    done, terminated = (windows["next", key][..., 0].numpy() for key in ("done", "terminated"))
-    reward = windows["next", "reward"][..., 0].numpy()
-    action = windows["action"]
-    action = (action.argmax(-1) if action.ndim == 3 else action).numpy()
-    mask = windows.get(MASK, torch.ones(B, T, dtype=torch.bool)).numpy()
-    errors = np.full((B, T), np.nan)
-    for b in range(B):
-        ours, theirs = Window(online, data, b), Window(target, data, b)
-        for t in range(T):
-            if not mask[b, t]:
-                continue
-            fresh = data["init"][b, : t + 1].any()
-            if t < burn_in and not (learn_starts and fresh):
-                continue
-            total, last = 0.0, t
-            for k in range(n_steps):
-                last = t + k
-                total += gamma**k * reward[b, last]
-                alone = last + 1 == T or data["init"][b, last + 1] or not mask[b, last + 1]
-                if done[b, last] or alone:
-                    break
-            if not terminated[b, last]:
-                values = theirs.values_behind(last)
-                chooser = ours.values_behind(last) if double_dqn else values
-                bootstrap = unscale(float(values[chooser.argmax()]), eps)
-                total += gamma ** (last - t + 1) * bootstrap
-            errors[b, t] = rescale(total, eps) - ours.values(ours.state[t])[action[b, t]]
-    real = ~np.isnan(errors)
-    weights = windows["priority_weight"][:, :1].numpy() if weighted else np.ones((B, 1))
-    loss = (weights * np.where(real, errors, 0) ** 2).sum() / max(real.sum(), 1)
-    priorities = np.zeros(B)
-    for b in range(B):
-        if real[b].any():
-            size = errors[b][real[b]] ** 2 if squared else abs(errors[b][real[b]])
-            priorities[b] = eta * size.max() + (1 - eta) * size.mean()
-    return loss, priorities, errors
-
-
-ARGUMENTS: dict[str, Any] = {"burn_in": 4, "n_steps": 3, "gamma": 0.9, "eps": 1e-2}
-
-
-def make_loss(online: Any, target: Any, **arguments: Any) -> R2D2Loss:
-    """A loss whose target network has parameters of its own."""
-    loss = R2D2Loss(copy.deepcopy(online), **{**ARGUMENTS, **arguments})
-    if loss.delay_value:
-        SoftUpdate(loss, tau=0.5)
-        for key, value in _parameters(target).items():
-            loss.target_value_network_params[key].data.copy_(value)
-    return loss
-
-
-def _parameters(network: Any) -> dict[Any, Tensor]:
-    params: Any = cast(Any, TensorDict).from_module(network)
-    return {k: v.data for k, v in params.items(True, True)}
-
 
 CASES: dict[str, dict[str, Any]] = {
     "as in the paper": {},
@@ -230,7 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_priorities_equal_numpys(case, masked):
+def test_r2d2_loss_and_priorities_equal_numpy(case, masked):
     online, target = make_network(0), make_network(1)
     windows = make_windows(masked=masked)
     loss = make_loss(online, target, **CASES[case])
@@ -244,7 +71,7 @@ def test_loss_and_priorities_equal_numpys(case, masked):
     assert (windows["td_error"] == windows["td_error"][:, :1]).all()
 
 
-def test_a_done_that_no_mark_follows_ends_an_episode():
+def test_r2d2_done_without_a_flag_ends_an_episode():
     network, windows = make_network(), make_windows(masked=False)
     bare = windows.clone()
     over = windows["next", "done"][:, :-1]
@@ -255,42 +82,164 @@ def test_a_done_that_no_mark_follows_ends_an_episode():
     assert torch.equal(loss(bare)["loss"], loss(windows)["loss"])
 
 
-def test_a_reward_that_is_no_number_is_refused_unless_it_is_masked():
+ENTRIES: list[Any] = ["observation", ("next", "observation"), ("next", "reward"), "recurrent_state"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ENTRIES, ids=str)
+def test_r2d2_entry_not_finite_raises_by_name_and_writes_no_priority(key, value):
     loss = make_loss(make_network(), make_network(1))
     windows = make_windows()
-    masked = ~windows[MASK]
-    windows["next", "reward"][masked] = float("nan")
-    assert loss(windows)["loss"].isfinite()
-    windows["next", "reward"][0, 5] = float("nan")
-    windows[MASK][0, 5] = True
-    del windows["td_error"]
-    with pytest.raises(ValueError, match="reward.*not finite at 1 of 77 steps, first at"):
+    if key == "recurrent_state":
+        windows[key][0] = value
+    else:
+        windows[key][0, -1] = value
+    before = windows.clone()
+    name = re.escape(repr(key))
+    with pytest.raises(ValueError, match=f"{name} is not finite.*first at .0, (0|10)"):
+        loss(windows)
+    assert set(windows.keys(True, True)) == set(before.keys(True, True))
+    with set_value_checks(False):
+        assert not loss(windows)["loss"].isfinite()
+
+
+def test_r2d2_parameter_not_finite_raises_by_name():
+    loss = make_loss(make_network(), make_network(1))
+    for parameter in loss.parameters():
+        parameter.data.fill_(float("nan"))
+    windows = make_windows()
+    with pytest.raises(ValueError, match="because the parameter 'value_network_params.*is not"):
         loss(windows)
     assert "td_error" not in windows.keys()
 
 
+def test_r2d2_overflow_raises():
+    windows = make_windows()
+    windows["priority_weight"] = torch.full((B, T), float("nan"))
+    with pytest.raises(ValueError, match="every entry and parameter is.*importance weights"):
+        make_loss(make_network(), make_network(1))(windows)
+
+
+def _one_hot(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def write(windows: Any) -> None:
+        windows["action"] = change(windows["action"].clone())
+
+    return write
+
+
+def _index(value: Any) -> Callable[[Any], Any]:
+    def write(windows: Any) -> None:
+        windows["action"] = windows["action"].argmax(-1).to(torch.as_tensor(value).dtype)
+        windows["action"][0, 5] = value
+
+    return write
+
+
+def _done(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def write(windows: Any) -> None:
+        windows["next", "done"] = change(windows["next", "done"])
+
+    return write
+
+
+WRONG: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
+    "all sevens": (_one_hot(lambda a: a * 0 + 7), ValueError, "'action' is not one-hot at 57"),
+    "all zero": (_one_hot(lambda a: a * 0), ValueError, "'action' is not one-hot at 57 steps"),
+    "two ones": (_one_hot(lambda a: a * 0 + 1), ValueError, "'action' is not one-hot"),
+    "probabilities": (_one_hot(lambda a: a.float().softmax(-1)), ValueError, "is not one-hot"),
+    "index of .9": (_index(0.9), TypeError, "'action' .* must be an integer.*Got torch.float32"),
+    "index too large": (_index(A), ValueError, "from 0 to 2 at 1 steps, first at .0, 5"),
+    "index negative": (_index(-1), ValueError, "'action' is not an index from 0 to 2"),
+    "other actions": (
+        _one_hot(lambda a: a[..., :2]),
+        ValueError,
+        r"3 actions.*\[7, 11, 2\]",
+    ),
+    "done uint8": (_done(lambda d: d.to(torch.uint8)), TypeError, "'done'.*bool. Got torch.uint8"),
+    "done int64": (_done(lambda d: d.long()), TypeError, "'done'.*bool. Got torch.int64"),
+    "done [B, T]": (_done(lambda d: d.squeeze(-1)), ValueError, r"'done'.*shape.*\.unsqueeze"),
+    "done per agent": (
+        _done(lambda d: d.unsqueeze(-2).expand(B, T, 2, 1)),
+        ValueError,
+        "one value for each step.*'done'.*QMixerLoss",
+    ),
+    "mask of two columns": (
+        lambda windows: windows.set(MASK, windows[MASK].unsqueeze(-1).expand(B, T, 2)),
+        ValueError,
+        r"mask .* one value for each step, \[7, 11\]. Got \[7, 11, 2\]",
+    ),
+    "mask of integers": (
+        lambda windows: windows.set(MASK, windows[MASK].long()),
+        TypeError,
+        "mask .* must be bool. Got torch.int64",
+    ),
+    "nothing valid": (
+        lambda windows: windows.set(MASK, windows[MASK] & False),
+        ValueError,
+        "False everywhere, so R2D2Loss has no step",
+    ),
+    "trajectories change": (
+        lambda windows: windows.set(("collector", "traj_ids"), torch.arange(B * T).view(B, T)),
+        ValueError,
+        "not contiguous.*traj_ids",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_r2d2_invalid_entry_raises_and_batch_is_unchanged(name):
+    change, error, text = WRONG[name]
+    windows = make_windows()
+    change(windows)
+    before = windows.clone()
+    with pytest.raises(error, match=text):
+        make_loss(make_network(), make_network(1))(windows)
+    assert set(windows.keys(True, True)) == set(before.keys(True, True))
+    assert all(torch.equal(windows[k], before[k]) for k in before.keys(True, True))
+
+
+def test_r2d2_agents_in_the_value_network_raise():
+    gru = GRUModule(I, H, in_key="observation", out_key="embed", dtype=F64)
+    network = chain(gru, TensorDictModule(nn.Linear(H, A, dtype=F64), ["embed"], ["action_value"]))
+    windows = make_windows(masked=False).exclude("recurrent_state")
+    for key in ("observation", ("next", "observation")):
+        windows[key] = windows[key].unsqueeze(-2).expand(B, T, 2, I)
+    with pytest.raises(
+        ValueError, match=r"'action_value' of shape.*Got \[7, 7, 2, 3\].*QMixerLoss"
+    ):
+        make_loss(network, network)(windows)
+
+
+def test_r2d2_numpy_numbers_are_accepted():
+    windows = make_windows()
+    numbers: Any = {"burn_in": np.int64(4), "n_steps": np.int32(3), "gamma": np.float32(0.5)}
+    loss = make_loss(make_network(), make_network(1), **numbers)
+    other = make_loss(make_network(), make_network(1), burn_in=4, n_steps=3, gamma=0.5)
+    assert torch.equal(loss(windows)["loss"], other(windows)["loss"])
+
+
 @pytest.mark.parametrize(("name", "value"), [("gamma", 7.0), ("n_steps", 0), ("n_steps", True)])
-def test_values_that_come_later_are_checked(name, value):
+def test_r2d2_value_estimator_out_of_range_raises(name, value):
     loss = make_loss(make_network(), make_network(1))
-    with pytest.raises(ValueError, match=f"{name} must be .*Got {value}"):
+    with pytest.raises(ValueError, match=f"{name} must be .*Got {name}={value}"):
         loss.make_value_estimator(**{name: value})
 
 
-def test_priorities_may_be_changed_in_place():
+def test_r2d2_priorities_may_be_changed_in_place():
     windows = make_windows()
     make_loss(make_network(), make_network(1))(windows)
     windows["td_error"][0, 0] = 5.0
     assert windows["td_error"][0, 1] != 5.0
 
 
-def test_multi_step_transitions_are_refused():
+def test_r2d2_multi_step_transitions_raise():
     windows = make_windows()
     windows["steps_to_next_obs"] = torch.ones(B, T, 1)
     with pytest.raises(ValueError, match="multi-step transitions.*n_steps="):
         make_loss(make_network(), make_network(1))(windows)
 
 
-def test_squared_priorities_indices_and_no_target_network():
+def test_r2d2_squared_priorities_indices_and_no_target_network():
     online, target = make_network(0), make_network(1)
     windows = make_windows(one_hot=False)
     loss = make_loss(online, target, squared_priority=True)
@@ -302,7 +251,7 @@ def test_squared_priorities_indices_and_no_target_network():
     assert_equal(alone(windows)["loss"], torch.tensor(expected), F64)
 
 
-def test_gradients_equal_finite_differences_with_targets_and_burn_in_fixed():
+def test_r2d2_gradient_is_that_of_the_learned_values():
     """Only the learned part's predictions are differentiated: the rest is data."""
     online, target = make_network(0), make_network(1)
     windows = make_windows()
@@ -315,7 +264,7 @@ def test_gradients_equal_finite_differences_with_targets_and_burn_in_fixed():
     mask = ~fixed.isnan()
     index = windows["action"].argmax(-1, keepdim=True)
     returns = fixed + plain["action_value"].gather(-1, index).squeeze(-1)
-    # The same by autograd through single steps from the state behind the burn-in.
+    # The same by autograd through single steps from the state after the burn-in.
     state = plain["next", "recurrent_state"][:, 3]
     total = torch.zeros((), dtype=F64)
     for t in range(4, T):
@@ -346,7 +295,7 @@ def test_gradients_equal_finite_differences_with_targets_and_burn_in_fixed():
     assert all(p.grad is None for p in loss.target_value_network_params.values(True, True))
 
 
-def test_what_is_masked_reaches_nothing_not_even_a_nan():
+def test_r2d2_padding_has_no_effect_even_if_nan():
     online, target = make_network(0), make_network(1)
     results = []
     for dirty in (False, True):
@@ -366,29 +315,29 @@ def test_what_is_masked_reaches_nothing_not_even_a_nan():
     assert (results[0][1][5] == 0).all()
 
 
-def test_a_mask_that_leaves_nothing_gives_zero_and_says_so():
+def test_r2d2_no_step_after_burn_in_warns_and_is_zero():
     windows = make_windows()
     windows[MASK][:, 4:] = False
     loss = make_loss(make_network(0), make_network(1))
-    with pytest.warns(UserWarning, match="leaves no step behind a burn-in of 4"):
+    with pytest.warns(UserWarning, match="No valid step .* remains after the burn-in of 4"):
         value = loss(windows)["loss"]
     value.backward()
     assert value == 0 and (windows["td_error"] == 0).all()
     assert all(not p.grad.any() for p in loss.parameters() if p.grad is not None)
 
 
-def test_short_episodes_are_learned_from_though_they_end_within_the_burn_in():
+def test_r2d2_learn_starts_learns_from_episodes_shorter_than_the_burn_in():
     windows = cast(Any, make_windows(masked=False)[:2].clone())
     windows[MASK] = torch.ones(2, T, dtype=torch.bool)
     windows[MASK][:, 3:] = False
     loss = make_loss(make_network(0), make_network(1), learn_starts=True)
     assert loss(windows)["loss"] > 0 and (windows["td_error"] > 0).all()
     windows["is_init"][:, 0] = False
-    with pytest.warns(UserWarning, match="leaves no step behind a burn-in of 4"):
+    with pytest.warns(UserWarning, match="No valid step .* remains after the burn-in of 4"):
         assert loss(windows)["loss"] == 0
 
 
-def test_windows_filled_with_nulls_or_repeated_steps_give_one_loss():
+def test_r2d2_null_and_repeated_steps_give_one_loss():
     """An episode's terminal reward is learned from, however its window is filled."""
     episode = cast(Any, make_windows(masked=False)[0].clone())
     del episode["priority_weight"]
@@ -406,7 +355,7 @@ def test_windows_filled_with_nulls_or_repeated_steps_give_one_loss():
     assert_equal(values[0], values[1], F64)
 
 
-def test_a_prioritised_buffer_of_windows_takes_the_priorities():
+def test_r2d2_priorities_reach_a_prioritised_buffer():
     episode = make_windows(masked=False).exclude("priority_weight")
     buffer = TensorDictReplayBuffer(
         storage=LazyTensorStorage(50),
@@ -432,7 +381,7 @@ def test_a_prioritised_buffer_of_windows_takes_the_priorities():
     assert_equal(stored.double(), expected, torch.float32)
 
 
-def test_missing_importance_weights_are_named_or_count_as_one():
+def test_r2d2_missing_importance_weights_raise_or_are_one():
     online, target = make_network(0), make_network(1)
     windows = make_windows()
     plain, *_ = expect(as_numpy(online), as_numpy(target), windows, weighted=False)
@@ -444,7 +393,7 @@ def test_missing_importance_weights_are_named_or_count_as_one():
         make_loss(online, target, importance_weights=True)(windows)
 
 
-def test_keys_may_have_other_names():
+def test_r2d2_set_keys_reads_other_entries():
     online, target = make_network(0), make_network(1)
     windows = make_windows()
     expected = make_loss(online, target)(windows.clone())["loss"]
@@ -460,7 +409,7 @@ def test_keys_may_have_other_names():
 
 
 @pytest.mark.parametrize("updater", ["soft", "hard"])
-def test_target_updaters_move_the_target(updater):
+def test_r2d2_target_updater_moves_the_target(updater):
     loss = R2D2Loss(make_network(0), **ARGUMENTS)
     update = (
         SoftUpdate(loss, tau=0.5)
@@ -477,23 +426,23 @@ def test_target_updaters_move_the_target(updater):
     assert all((after[k] != before[k]).any() for k in before.keys(True, True))
 
 
-def test_copies_pickles_and_checkpoints_compute_the_same():
+def test_r2d2_copies_pickles_and_checkpoints_compute_the_same():
     loss = make_loss(make_network(0), make_network(1))
     windows = make_windows()
     expected = loss(windows)["loss"]
     fresh = make_loss(make_network(5), make_network(6))
     assert not torch.equal(fresh(windows)["loss"], expected)
     fresh.load_state_dict(loss.state_dict(), strict=True)
-    for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), fresh):
-        assert torch.equal(twin(windows)["loss"], expected)
-    twin = copy.deepcopy(loss)
-    for p in twin.parameters():
+    for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), fresh):
+        assert torch.equal(other(windows)["loss"], expected)
+    other = copy.deepcopy(loss)
+    for p in other.parameters():
         p.data.zero_()
-    assert not torch.equal(twin(windows)["loss"], expected)
+    assert not torch.equal(other(windows)["loss"], expected)
     assert torch.equal(loss(windows)["loss"], expected)
 
 
-def test_the_value_estimator_is_its_own():
+def test_r2d2_other_value_estimator_raises():
     loss = make_loss(make_network(0), make_network(1))
     loss.make_value_estimator(gamma=0.5, n_steps=2)
     assert (loss.gamma, loss.n_steps) == (0.5, 2)
@@ -506,24 +455,95 @@ def test_the_value_estimator_is_its_own():
     [
         ({"burn_in": -1}, "burn_in must be"),
         ({"n_steps": 0}, "n_steps must be"),
-        ({"gamma": 1.5}, "gamma must be from 0 to 1"),
-        ({"eta": -0.1}, "eta must be from 0 to 1"),
+        ({"gamma": 1.5}, "gamma must be a number from 0"),
+        ({"eta": -0.1}, "eta must be a number from 0"),
         ({"delay_value": False}, "delay_value=True"),
     ],
 )
-def test_arguments_out_of_range_are_refused(arguments, text):
+def test_r2d2_argument_out_of_range_raises(arguments, text):
     with pytest.raises(ValueError, match=text):
         R2D2Loss(make_network(), **arguments)
 
 
-def test_batches_that_cannot_be_learned_from_are_refused():
+def test_r2d2_invalid_batch_or_network_raises():
     loss = make_loss(make_network(0), make_network(1))
     with pytest.raises(ValueError, match=r"takes windows \[\*, T\].*slice_len"):
         loss(make_windows().reshape(-1))
-    with pytest.raises(ValueError, match="burn_in=4 leaves nothing of sequences of 4 steps"):
+    with pytest.raises(ValueError, match="burn_in=4 leaves no step of windows of 4 steps"):
         loss(make_windows()[:, :4])
     with pytest.raises(ValueError, match="no recurrent module"):
         R2D2Loss(make_network()[1])
+
+
+NAN = float("nan")
+Change = Callable[[Any], None]
+
+
+def learn(windows: Any, **arguments: Any) -> list[Tensor]:
+    """Return the loss of windows, their priorities, and the gradients."""
+    loss = make_loss(make_network(0), make_network(1), **arguments)
+    value = loss(windows)["loss"]
+    value.backward()
+    grads = [p.grad for p in loss.parameters() if p.grad is not None]
+    return [value.detach(), windows["td_error"], *grads]
+
+
+def spoil_padding(key: Any, value: float) -> Change:
+    """Return a change of an entry at padding, or for weights in the window that is all padding."""
+
+    def change(windows: Any) -> None:
+        entry = windows.get(key).clone(memory_format=torch.contiguous_format)
+        gone = ~windows[MASK]
+        entry[gone if key != "priority_weight" else gone.all(1)] = value
+        windows.set(key, entry)
+
+    return change
+
+
+SPOILED: dict[str, Change] = {
+    "observations": spoil_padding("observation", NAN),
+    "next observations": spoil_padding(("next", "observation"), NAN),
+    "rewards": spoil_padding(("next", "reward"), NAN),
+    "states": spoil_padding("recurrent_state", NAN),
+    "infinite states": spoil_padding("recurrent_state", float("inf")),
+    "weights": spoil_padding("priority_weight", NAN),
+    "actions out of range": spoil_padding("action", -1),
+}
+
+
+@pytest.mark.parametrize("burn_in", [0, 4])
+@pytest.mark.parametrize("case", SPOILED)
+def test_r2d2_entry_at_padding_changes_nothing(case, burn_in):
+    clean, spoiled = make_windows(one_hot=False), make_windows(one_hot=False)
+    assert torch.equal(clean["observation"], spoiled["observation"])
+    SPOILED[case](spoiled)
+    for expected, actual in zip(
+        learn(clean, burn_in=burn_in), learn(spoiled, burn_in=burn_in), strict=True
+    ):
+        assert torch.equal(actual, expected) and expected.any()
+
+
+def test_r2d2_observation_after_a_terminal_step_has_no_effect():
+    """Environments that reset themselves may leave anything there."""
+    clean, spoiled = make_windows(), make_windows()
+    terminated = spoiled["next", "terminated"].squeeze(-1)
+    assert (terminated & spoiled[MASK]).any()
+    spoiled["next", "observation"][terminated] = NAN
+    for expected, actual in zip(learn(clean), learn(spoiled), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_r2d2_without_windows_raises():
+    with pytest.raises(ValueError, match=r"at least one step. Got batch size \[0, 11\]"):
+        learn(make_windows()[:0].clone())
+
+
+def test_r2d2_mask_with_a_last_dimension_is_accepted():
+    windows = make_windows()
+    expected = learn(windows.clone())
+    windows[MASK] = windows[MASK].unsqueeze(-1)
+    for one, other in zip(learn(windows), expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
@@ -533,7 +553,7 @@ def test_batches_that_cannot_be_learned_from_are_refused():
         (1e-3, {1.0: 0.415214, 100.0: 9.149876, 1000.0: 31.638584}),
     ],
 )
-def test_rescaling_has_the_papers_values(eps, values):
+def test_value_rescale_equals_known_values(eps, values):
     for x, y in values.items():
         for sign in (1, -1):
             found = value_rescale(torch.tensor(sign * x, dtype=F64), eps).item()
@@ -541,7 +561,7 @@ def test_rescaling_has_the_papers_values(eps, values):
 
 
 @pytest.mark.parametrize("eps", [1e-2, 1e-3])
-def test_rescaling_is_undone_without_cancellation(eps):
+def test_value_rescale_inverse_has_no_cancellation(eps):
     x = torch.logspace(-8, 6, 200)
     x = torch.cat([-x, torch.zeros(1), x])
     back = value_rescale_inverse(value_rescale(x, eps), eps)
@@ -552,7 +572,7 @@ def test_rescaling_is_undone_without_cancellation(eps):
     assert_equal(value_rescale(x.double(), eps), exact, F64)
 
 
-def test_rescaling_needs_a_slope():
+def test_value_rescale_without_slope_raises():
     for function in (value_rescale, value_rescale_inverse):
         with pytest.raises(ValueError, match="eps must be > 0"):
             function(torch.zeros(1), 0.0)

@@ -229,7 +229,7 @@ def agents_exchanged(original: Any, entry: Tensor, lead: Any, shape: Any):
 
 
 @seen_by(
-    "tests/test_mode.py::test_an_exception_puts_the_mode_back",
+    "tests/test_mode.py::test_context_left_by_an_exception_restores_the_mode",
     target=MODE + "set_recurrent_mode.__exit__",
 )
 def mode_left_after_an_exception(original: Any, self: Any, kind: Any, *rest: Any):

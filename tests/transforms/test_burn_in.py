@@ -1,9 +1,10 @@
-"""What is left after a burn-in runs from the state that today's network has there."""
+"""The steps after a burn-in start from the state that the network has there now."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDictBase
@@ -16,7 +17,7 @@ from rnnkeys.keys import as_tuple
 from rnnkeys.transforms import BurnIn, RefreshStates, Windows
 from tests.support.recurrent import F64, batch, by_hand, chain, recurrently
 from tests.support.tolerances import assert_equal
-from tests.transforms.test_windows import episode
+from tests.support.windows import episode
 
 KINDS = ("lstm", "gru", "lstm_ln")
 AGENTS: Any = {
@@ -35,7 +36,7 @@ def _module(kind: str = "gru", **arguments: Any) -> Any:
 
 
 def _with_next(module: Any, data: TensorDictBase) -> TensorDictBase:
-    """States beside the ones stored, as an older network would have left them."""
+    """Add next states, as an older network would have written them."""
     for key in module.state_keys:
         data.set(("next", *as_tuple(key)), torch.randn_like(data.get(key)))
     return data
@@ -44,8 +45,8 @@ def _with_next(module: Any, data: TensorDictBase) -> TensorDictBase:
 @pytest.mark.parametrize("marks", [0.0, 0.4])
 @pytest.mark.parametrize("states", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_left_of_rows_equals_the_whole_by_hand(kind, states, marks):
-    """Resets anywhere, the cut included: outputs behind it are those of the whole sequence."""
+def test_burn_in_remaining_steps_equal_the_whole_sequence_by_hand(kind, states, marks):
+    """With resets anywhere, step K included."""
     module = _module(kind)
     data = batch(module, (6, 9), states=states, marks=marks)
     if marks:
@@ -59,7 +60,7 @@ def test_what_is_left_of_rows_equals_the_whole_by_hand(kind, states, marks):
         assert_equal(actual.get(key), expected.get(key)[:, 4:], F64, str(key))
 
 
-def test_next_states_at_the_cut_are_of_today():
+def test_burn_in_updates_the_first_next_state():
     module = _module()
     data = _with_next(module, batch(module, (3, 9), marks=0.0))
     expected = by_hand(module, data)["next", "recurrent_state"]
@@ -69,7 +70,7 @@ def test_next_states_at_the_cut_are_of_today():
     assert torch.equal(left["next", "recurrent_state"][:, 1:], later)
 
 
-def test_the_batch_stays_as_it_was_and_no_gradient_passes():
+def test_burn_in_leaves_batch_unchanged_and_passes_no_gradient():
     module = _module()
     data = batch(module, (3, 9))
     before = data.clone()
@@ -84,13 +85,13 @@ def test_the_batch_stays_as_it_was_and_no_gradient_passes():
         assert torch.equal(p.grad, grads[name])
 
 
-def test_no_burn_in_is_the_identity():
+def test_burn_in_of_zero_steps_is_the_identity():
     module = _module()
     data = batch(module)
     assert BurnIn(module, 0)(data) is data
 
 
-def test_nested_keys_with_agents_and_two_networks():
+def test_burn_in_nested_keys_of_agents_and_two_networks():
     one = LSTMModule(3, 5, dtype=F64, **AGENTS)
     two = recurrent_module("gru", 3, 5, dtype=F64, in_key="observation", out_key="embed")
     data = batch(one, (4, 8), agents=(2,))
@@ -103,49 +104,33 @@ def test_nested_keys_with_agents_and_two_networks():
             assert_equal(actual.get(key), expected.get(key)[:, 3:], F64, str(key))
 
 
-@pytest.mark.parametrize("inner", [False, True])
-def test_flat_slices_of_one_length(inner):
-    """With their length given, slices may go on into other episodes."""
+@pytest.mark.parametrize("run", [lambda m: BurnIn(m, 2), RefreshStates], ids=["burn-in", "refresh"])
+def test_sequences_done_without_a_flag_ends_an_episode(run):
+    """TorchRL's PrioritizedSliceSampler sets no flags."""
     module = _module()
-    data = batch(module, (4, 8), marks=0.3 if inner else 0.0)
-    expected = by_hand(module, data)["embed"][:, 3:]
-    data["is_init"][:, 0] = True
-    left = BurnIn(module, 3, slice_len=8)(data.reshape(-1))
-    assert left.shape == (20,)
-    actual = recurrently(module, left)["embed"]
-    assert_equal(actual.view(4, 5, -1), expected, F64)
-
-
-def test_flat_slices_of_any_length():
-    module = _module()
-    data = _with_next(module, batch(module, (20,), marks=0.0))
-    starts = [0, 6, 8, 15]  # of lengths 6, 2, 7, 5
-    data["is_init"][starts] = True
-    expected = by_hand(module, data)
-    kept = [3, 4, 5, 11, 12, 13, 14, 18, 19]
-    left = BurnIn(module, 3)(data)
-    assert left["is_init"].squeeze(-1).nonzero().flatten().tolist() == [0, 3, 7]
-    assert_equal(recurrently(module, left)["embed"], expected["embed"][kept], F64)
-    cuts = left["next", "recurrent_state"][[0, 3, 7]]
-    assert_equal(cuts, expected["next", "recurrent_state"][[3, 11, 18]], F64)
-
-
-def test_a_done_that_no_mark_follows_ends_a_slice():
-    """TorchRL's PrioritizedSliceSampler marks no starts."""
-    module = _module()
-    data = _with_next(module, batch(module, (20,), marks=0.0))
-    data["is_init"][[0, 5, 10, 15]] = True
-    data["next", "done"] = data["is_init"].roll(-1, 0)
+    data = _with_next(module, batch(module, (2, 20), marks=0.0))
+    data["is_init"][:, [0, 5, 10, 15]] = True
+    data["next", "done"] = data["is_init"].roll(-1, 1)
     bare = data.clone()
-    bare["is_init"][1:] = False
-    for run in (BurnIn(module, 2), RefreshStates(module)):
-        expected, actual = run(data), run(bare)
-        assert expected.shape == actual.shape
-        for key in ("recurrent_state", ("next", "recurrent_state")):
-            assert torch.equal(actual[key], expected[key])
+    bare["is_init"][:, 1:] = False
+    expected, actual = run(module)(data), run(module)(bare)
+    assert expected.shape == actual.shape
+    for key in ("recurrent_state", ("next", "recurrent_state")):
+        assert torch.equal(actual[key], expected[key])
 
 
-def test_in_a_buffer_of_windows_it_runs_on_what_is_sampled():
+@pytest.mark.parametrize("run", [lambda m: BurnIn(m, 2), RefreshStates], ids=["burn-in", "refresh"])
+def test_sequences_unflagged_trajectory_change_raises(run):
+    module = _module()
+    data = batch(module, (2, 8), marks=0.0)
+    data["collector", "traj_ids"] = torch.tensor([[1] * 4 + [2] * 4] * 2)
+    with pytest.raises(ValueError, match="not contiguous"):
+        run(module)(data)
+    data["is_init"][:, 4] = True
+    run(module)(data)
+
+
+def test_burn_in_in_buffer_of_windows_runs_on_samples():
     module = recurrent_module("gru", 1, 1, in_key="observation", out_key="embed")
     buffer = TensorDictReplayBuffer(
         storage=LazyTensorStorage(10), transform=Windows(5, "drop"), batch_size=4
@@ -163,17 +148,17 @@ def test_in_a_buffer_of_windows_it_runs_on_what_is_sampled():
         assert_equal(recurrently(module, row)["embed"], expected, torch.float32)
 
 
-def test_in_a_buffer_of_steps_it_is_refused():
+def test_burn_in_in_buffer_of_steps_raises():
     module = _module()
     buffer = TensorDictReplayBuffer(
         storage=LazyTensorStorage(100), transform=BurnIn(module, 2), batch_size=4
     )
     buffer.extend(batch(module, (20,)))
-    with pytest.raises(RuntimeError, match="too early"):
+    with pytest.raises(ValueError, match=r"windows \[\*, T\].*reshape\(-1, slice_len\)"):
         buffer.sample()
 
 
-def test_it_sets_the_mode_and_restores_it():
+def test_burn_in_enters_recurrent_mode_by_itself():
     module = _module()
     data = batch(module)
     with set_recurrent_mode(False):
@@ -181,30 +166,37 @@ def test_it_sets_the_mode_and_restores_it():
     assert torch.equal(inside["recurrent_state"], BurnIn(module, 2)(data)["recurrent_state"])
 
 
-def test_networks_are_neither_owned_nor_copied():
+def test_burn_in_does_not_own_its_networks():
     module = chain(_module())
     transform = BurnIn(module, 2)
     assert not list(transform.parameters())
 
 
-def test_what_leaves_nothing_is_refused():
+def test_burn_in_invalid_length_raises():
     module = _module()
     for burn_in in (7, 8):
-        for data in (batch(module), batch(module, (7,), marks=0.0)):
-            with pytest.raises(ValueError, match=f"burn_in={burn_in} leaves nothing.*7 steps"):
-                BurnIn(module, burn_in)(data)
-    for wrong in (-1, 2.0):
+        with pytest.raises(ValueError, match=f"burn_in={burn_in} leaves no step.*7 steps"):
+            BurnIn(module, burn_in)(batch(module))
+    steps: Any = np.int64(6)
+    assert BurnIn(module, steps)(batch(module)).shape == (2, 1)
+    for wrong in (-1, 2.0, True):
         with pytest.raises(ValueError, match="burn_in must be an int"):
             BurnIn(module, wrong)  # pyright: ignore[reportArgumentType]
     with pytest.raises(KeyError, match="is_init"):
         BurnIn(module, 2)(batch(module).exclude("is_init"))
 
 
-def test_a_network_that_stores_no_states_within_sequences_is_refused():
-    with pytest.raises(ValueError, match="store_states='all'"):
-        BurnIn(_module(store_states="starts"), 2)
-
-
-def test_a_network_without_memory_is_refused():
+def test_burn_in_feed_forward_network_raises():
     with pytest.raises(ValueError, match="no recurrent module inside TensorDictModule"):
         BurnIn(TensorDictModule(nn.Linear(3, 3), ["a"], ["b"]), 2)
+
+
+def test_burn_in_nan_in_later_padding_changes_nothing():
+    module = recurrent_module("gru", 3, 5, in_key="observation", out_key="embed")
+    data = batch(module, (2, 7), marks=0.0)
+    dirty = data.clone()
+    dirty["observation"][:, 5:] = float("nan")
+    clean, left = BurnIn(module, 2)(data), BurnIn(module, 2)(dirty)
+    assert torch.equal(left["recurrent_state"][:, 0], clean["recurrent_state"][:, 0])
+    actual, expected = (recurrently(module, one)["embed"][:, :3] for one in (left, clean))
+    assert torch.equal(actual, expected)

@@ -19,15 +19,12 @@ from torchrl.data import (
 )
 from torchrl.envs import Compose, InitTracker, StepCounter, TransformedEnv
 
-from rnnkeys import GRUModule
 from rnnkeys.transforms import (
-    BurnIn,
     NextInitPrioritizedSliceSampler,
     NextInitSliceSampler,
     NextInitSliceSamplerWithoutReplacement,
     NextInitStreamingSliceSampler,
     NextInitTracker,
-    Windows,
 )
 from tests.support.target_cases import ShortEpisodes
 
@@ -199,16 +196,10 @@ def test_runs_too_early_where_a_sampler_cuts_slices(storing: dict[str, int]) -> 
         rb.sample()
 
 
-def _burn_in() -> BurnIn:
-    return BurnIn(GRUModule(1, 2, in_key="observation", out_key="embed"), 2)
-
-
 @pytest.mark.parametrize(
     ("make", "remedy"),
     [
         (NextInitTracker, r"InitTracker\(\)"),
-        (_burn_in, r"replay buffer of windows \(Windows\)"),
-        (lambda: Windows(4), "replay buffer, .* postproc"),
     ],
 )
 @pytest.mark.parametrize("wrap", [lambda transform: transform, Compose])

@@ -1,30 +1,33 @@
-"""Stored states brought up to date are those of the network as it is now."""
+"""Recomputed states are those of the network's current weights."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from tensordict import TensorDict
 from torchrl.data import (
+    CompressedListStorage,
     LazyMemmapStorage,
+    LazyStackStorage,
     LazyTensorStorage,
-    OneHot,
+    ListStorage,
     TensorDictReplayBuffer,
 )
 
-from rnnkeys import drqn_policy, recurrent_module
+from rnnkeys import recurrent_module
 from rnnkeys.keys import as_tuple
-from rnnkeys.transforms import BurnIn, RefreshStates, Windows, state_staleness
-from tests.support.recurrent import F64, batch, by_hand, recurrently
+from rnnkeys.transforms import RefreshStates, Windows
+from tests.support.recurrent import F64, batch, by_hand
 from tests.support.tolerances import assert_equal
+from tests.support.windows import collect_episodes, disturb, make_policy
 
 NAMES: Any = {"in_key": "observation", "out_key": "embed"}
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru", "lstm_ln"])
-def test_sequences_hold_the_states_of_single_steps(kind):
+def test_refresh_sequences_hold_the_states_of_single_steps(kind):
     module = recurrent_module(kind, 3, 5, num_layers=2, dtype=F64, **NAMES)
     data = batch(module, (3, 9))
     before = data.clone()
@@ -34,50 +37,19 @@ def test_sequences_hold_the_states_of_single_steps(kind):
     for key in module.state_keys:
         after = expected.get(("next", *as_tuple(key)))
         assert_equal(refreshed.get(("next", *as_tuple(key))), after, F64)
-        goes_on = ~data["is_init"][:, 1:, 0]
+        continues = ~data["is_init"][:, 1:, 0]
         entering = refreshed.get(key)
-        assert_equal(entering[:, 1:][goes_on], after[:, :-1][goes_on], F64)
-        assert torch.equal(entering[:, 1:][~goes_on], data.get(key)[:, 1:][~goes_on])
+        assert_equal(entering[:, 1:][continues], after[:, :-1][continues], F64)
+        assert torch.equal(entering[:, 1:][~continues], data.get(key)[:, 1:][~continues])
         assert torch.equal(entering[:, 0], data.get(key)[:, 0])
-
-
-def make_policy(cell: str = "lstm") -> Any:
-    return drqn_policy(OneHot(2), (4,), cell=cell, hidden_size=6, encoder_sizes=())
-
-
-def _collected(policy: Any, lengths: list[list[int]]) -> Any:
-    """Two rows of whole episodes, with the states that single steps had."""
-    rows: list[Any] = []
-    for row in lengths:
-        number = sum(row)
-        marks = torch.zeros(number, 1, dtype=torch.bool)
-        ends = torch.zeros(number, 1, dtype=torch.bool)
-        step = 0
-        for length in row:
-            marks[step] = ends[step + length - 1] = True
-            step += length
-        data = cast(
-            Any, TensorDict({"observation": torch.randn(number, 4), "is_init": marks}, [number])
-        )
-        for key in policy[1].state_keys:
-            data[key] = torch.zeros(number, 1, 6)
-        data = cast(Any, RefreshStates(policy)(data))
-        data["next", "done"] = ends
-        rows.append(data)
-    return torch.stack(rows)
-
-
-def _disturb(policy: Any) -> None:
-    for p in policy.parameters():
-        p.data.add_(0.3 * torch.randn_like(p))
 
 
 @pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage])
 @pytest.mark.parametrize("window", [(5, "last"), (5, "null"), (6, "overlap", 2), (4, "drop")])
-def test_a_buffer_holds_what_a_fresh_collection_would(window, storage):
-    """Windows arrive in pieces, out of the order of their episodes."""
+def test_refresh_buffer_holds_the_states_of_a_new_collection(window, storage):
+    """Episodes arrive in pieces, so that their windows are not stored in order."""
     policy = make_policy()
-    data: Any = _collected(policy, [[13, 4, 9], [2, 24]])
+    data: Any = collect_episodes(policy, [[13, 4, 9], [2, 24]])
     buffers: list[Any] = []
     for _ in range(2):
         buffer = TensorDictReplayBuffer(
@@ -86,14 +58,14 @@ def test_a_buffer_holds_what_a_fresh_collection_would(window, storage):
         for start, end in ((0, 7), (7, 19), (19, 26)):
             buffer.extend(data[:, start:end])
         buffers.append(buffer)
-        _disturb(policy)
+        disturb(policy)
         data = cast(Any, RefreshStates(policy)(data))
         assert (data["next", "done"].sum(1) == torch.tensor([[3], [2]])).all()
     old = buffers[0]
     copied = cast(Any, old.storage[:]).clone()
-    moved = RefreshStates(policy, rows=3).refresh_buffer(old)
+    moved = RefreshStates(policy, chunk_size=3).refresh_buffer(old)
     assert 0 < moved < len(old)
-    assert RefreshStates(policy, rows=3).refresh_windows(copied) == moved
+    assert RefreshStates(policy, chunk_size=3).refresh_windows(copied) == moved
     assert all((copied[k] == old.storage[:][k]).all() for k in policy[1].state_keys)
     # What the second buffer holds is one disturbance old; a third has today's states.
     fresh = Windows(*window)
@@ -106,16 +78,16 @@ def test_a_buffer_holds_what_a_fresh_collection_would(window, storage):
             assert not torch.allclose(before, expected[view], atol=1e-3)
 
 
-def test_windows_whose_past_is_gone_keep_their_state():
+def test_refresh_buffer_window_without_predecessor_keeps_its_state():
     policy = make_policy("gru")
-    data: Any = _collected(policy, [[20]])
+    data: Any = collect_episodes(policy, [[20]])
     buffer = TensorDictReplayBuffer(
         storage=LazyTensorStorage(3), transform=Windows(4, "drop"), batch_size=4
     )
     buffer.extend(data[:, :16])
     buffer.extend(data[:, 16:])  # five windows in a buffer of three
     before = buffer.storage[:].clone()
-    _disturb(policy)
+    disturb(policy)
     assert RefreshStates(policy).refresh_buffer(buffer) == 2
     after = buffer.storage[:]
     oldest = before["window", "first"].argmin()
@@ -123,45 +95,58 @@ def test_windows_whose_past_is_gone_keep_their_state():
     assert same.nonzero().flatten().tolist() == [oldest]
 
 
-def test_staleness_is_the_papers_measure():
+@pytest.mark.parametrize("storage", [ListStorage, CompressedListStorage, LazyStackStorage])
+def test_refresh_buffer_of_a_list_storage_equals_that_of_a_tensor_storage(storage):
     policy = make_policy("gru")
-    data: Any = _collected(policy, [[24]])
-    _disturb(policy)
-    stored = cast(Any, Windows(8, "null")(data))
-    true = Windows(8, "null")(RefreshStates(policy)(data))
-    found = state_staleness(policy, stored, true, burn_in=2)
-    q, q_true = (recurrently(policy, w)["action_value"] for w in (stored, true))
-    for name, t in (("first", 2), ("last", 7)):
-        top = q_true[:, t].max(-1).values.abs()
-        expected = ((q[:, t] - q_true[:, t]) ** 2).sum(-1).sqrt() / top
-        assert_equal(found[name], expected, torch.float32, name)
-    assert found["first"][0] == 0  # the first window starts with its episode
-    # A burn-in forgets: staleness falls, and it is what BurnIn's states lead to.
-    left = recurrently(policy, BurnIn(policy, 2)(stored))["action_value"]
-    assert_equal(left, q[:, 2:], torch.float32)
+    data: Any = collect_episodes(policy, [[13, 4, 9]])
+    buffers = [
+        TensorDictReplayBuffer(storage=kind(100), transform=Windows(5, "null"), batch_size=4)
+        for kind in (storage, LazyTensorStorage)
+    ]
+    disturb(policy)
+    moved = []
+    for buffer in buffers:
+        buffer.extend(data)
+        moved.append(RefreshStates(policy).refresh_buffer(buffer))
+        buffer.sample()
+    assert moved[0] == moved[1] > 0
+    actual, expected = ([b.storage[i]["recurrent_state"] for i in range(len(b))] for b in buffers)
+    assert torch.equal(torch.stack(actual), torch.stack(expected))
+    assert any(state.any() for state in actual)
 
 
-def test_staleness_of_masked_windows():
+def test_refresh_buffer_of_two_windows_keeps_their_episodes_apart():
+    """Two workers with a Windows each write episodes without trajectory ids into one buffer."""
     policy = make_policy("gru")
-    data: Any = _collected(policy, [[10]])
-    stored = cast(Any, Windows(8, "null")(data))
-    other = stored.clone()
-    other["recurrent_state"] = other["recurrent_state"] + 1
-    whole = state_staleness(policy, stored, other, burn_in=1)
-    assert (whole["first"] > 0).all() and (whole["last"] > 0).all()
-    assert torch.equal(whole["first"][1], whole["last"][1])  # one real step behind the burn-in
-    nothing = state_staleness(policy, stored, other, burn_in=3)
-    assert nothing["first"][0] > 0 and nothing["first"][1].isnan() and nothing["last"][1].isnan()
+    data: Any = collect_episodes(policy, [[13, 11], [10, 14]])
+    disturb(policy)
+    expected = Windows(5, "null").cut(cast(Any, RefreshStates(policy)(data)))
+    workers = [Windows(5, "null"), Windows(5, "null")]
+    stored = cast(Any, torch.cat([one.cut(row) for one, row in zip(workers, data, strict=True)]))
+    RefreshStates(policy).refresh_windows(stored)
+    assert_equal(stored["recurrent_state"], expected["recurrent_state"], torch.float32)
 
 
-def test_what_cannot_be_refreshed_is_refused():
+def test_refresh_invalid_buffer_raises():
     module = recurrent_module("gru", 3, 5, **NAMES)
-    data = batch(module)
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(10), batch_size=2)
-    buffer.extend(data)
-    with pytest.raises(KeyError, match="its items are no windows"):
+    buffer.extend(batch(module))
+    with pytest.raises(KeyError, match="its items are not windows"):
         RefreshStates(module).refresh_buffer(buffer)
-    with pytest.raises(ValueError, match="must be the same windows"):
-        state_staleness(module, data, cast(Any, data[:, :3]))
-    with pytest.raises(ValueError, match="burn_in=7 leaves nothing"):
-        state_staleness(module, data, data, burn_in=7)
+    ensemble: Any = SimpleNamespace(storage=object())
+    with pytest.raises(TypeError, match="read from storages of tensors.*Got a object"):
+        RefreshStates(module).refresh_buffer(ensemble)
+    windows: Any = Windows(3)(batch(module).exclude("recurrent_state"))
+    with pytest.raises(KeyError, match="no state 'recurrent_state'.*primers"):
+        RefreshStates(module).refresh_windows(windows)
+    with pytest.raises(ValueError, match="chunk_size must be an int"):
+        RefreshStates(module, chunk_size=0)
+
+
+def test_refresh_buffer_empty_raises():
+    module = recurrent_module("gru", 3, 5, in_key="observation", out_key="embed")
+    buffer = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(10), transform=Windows(4), batch_size=2
+    )
+    with pytest.raises((KeyError, RuntimeError), match=r"buffer|storage"):
+        RefreshStates(module).refresh_buffer(buffer)

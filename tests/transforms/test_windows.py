@@ -1,52 +1,39 @@
-"""Episodes are cut into windows exactly as said, whatever batches they come in."""
+"""Windows of episodes, whatever batches the episodes arrive in."""
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensordict import TensorDict
+from tensordict import (
+    MetaData,
+    NonTensorData,
+    NonTensorStack,
+    UnbatchedTensor,
+)
 from torchrl.collectors import Collector
 from torchrl.data import (
     LazyTensorStorage,
     TensorDictReplayBuffer,
 )
-from torchrl.envs import GymEnv, SerialEnv, TransformedEnv
+from torchrl.envs import Compose, GymEnv, SerialEnv, TransformedEnv
 
-from rnnkeys import drqn_policy, get_env_transforms_from_module
+from rnnkeys import GRUModule, drqn_policy, get_env_transforms_from_module
 from rnnkeys.replay import PrioritizedSampler
-from rnnkeys.transforms import Windows, sequence_mask
+from rnnkeys.transforms import BurnIn, Windows, sequence_mask
 from tests.support.recurrent import recurrently
 from tests.support.tolerances import assert_equal
+from tests.support.windows import episode
 
 MASK = ("collector", "mask")
-# Steps of an episode are numbered from 1, so that a null step, 0, is none of them.
+# Steps of an episode are numbered from 1, so that 0 is a null step.
 NULL = 0
-
-
-def episode(length: int, done: bool = True, first: int = 1) -> Any:
-    """Steps ``first, first + 1, ...``; the state that enters step ``x`` is ``x - 1``."""
-    x = torch.arange(first, first + length)
-    ends = torch.zeros(length, 1, dtype=torch.bool)
-    ends[-1] = done
-    state = x[:, None, None] - 1.0
-    return TensorDict(
-        {
-            "x": x,
-            "is_init": (torch.arange(length) == 0)[:, None],
-            "recurrent_state": state,
-            "next": {
-                "done": ends,
-                "terminated": ends.clone(),
-                "reward": x[:, None].float(),
-                "recurrent_state": state + 1,
-            },
-        },
-        [length],
-    )
 
 
 def cut(transform: Windows, data: Any) -> list[list[int]]:
@@ -74,7 +61,7 @@ VECTORS: list[tuple[int, int, str, list[list[int]]]] = [
 
 
 @pytest.mark.parametrize(("steps", "length", "residual", "expected"), VECTORS)
-def test_residuals(steps, length, residual, expected):
+def test_windows_residual_policy_gives_its_windows(steps, length, residual, expected):
     assert cut(Windows(length, residual), episode(steps)) == expected
 
 
@@ -86,18 +73,18 @@ def test_residuals(steps, length, residual, expected):
         (3, [[1, 2, 3, NULL]]),
     ],
 )
-def test_overlapping_windows_start_every_period(steps, expected):
+def test_windows_overlap_starts_every_period(steps, expected):
     assert cut(Windows(4, "overlap", 2), episode(steps)) == expected
 
 
-def test_fillers_are_done_and_masked_and_nothing_else():
+def test_windows_null_steps_are_zero_done_and_masked():
     windows = Windows(4, "null")(episode(10, done=False))
-    assert len(windows) == 2  # the episode goes on: two steps wait
+    assert len(windows) == 2  # the episode has not ended: two steps wait
     transform = Windows(4, "null")
     transform(episode(10, done=False))
     rest = transform.flush()
     assert rest is not None
-    rest = transform.lay_out(rest)
+    rest = transform.to_sequences(rest)
     assert rest["next", "done"].squeeze(-1).tolist() == [[False, False, True, True]]
     assert rest[MASK].tolist() == [[True, True, False, False]]
     assert not rest["next", "reward"][0, 2:].any()
@@ -109,7 +96,7 @@ def test_fillers_are_done_and_masked_and_nothing_else():
 
 
 @pytest.mark.parametrize("residual", ["last", "null", "repeat"])
-def test_the_state_is_the_one_that_enters_the_first_step(residual):
+def test_windows_state_is_the_one_entering_the_first_step(residual):
     windows = Windows(4, residual)(episode(10))
     first = windows["x"][:, 0].float()
     assert torch.equal(windows["recurrent_state"][:, 0, 0, 0], first - 1)
@@ -123,7 +110,7 @@ def test_the_state_is_the_one_that_enters_the_first_step(residual):
 
 
 def _rows(lengths: list[list[int]], steps: int) -> list[Any]:
-    """Rows of episodes, laid end to end and cut to one length; every episode is new steps."""
+    """Rows of episodes of the given lengths, cut to one length; no step occurs twice."""
     rows, first = [], 1
     for row in lengths:
         parts: list[Any] = []
@@ -150,9 +137,9 @@ def _cuts(draw: st.DrawFn, residual: str) -> tuple[Any, ...]:
 @pytest.mark.parametrize("residual", ["drop", "last", "null", "repeat", "overlap"])
 @settings(max_examples=12)
 @given(data=st.data())
-def test_batches_that_cut_episodes_change_no_window(residual, data):
-    """Windows of rows at once are those of each episode alone, in whatever batches they come."""
-    lengths, cuts, length, period, only_marks = data.draw(_cuts(residual))
+def test_windows_batch_boundaries_change_no_window(residual, data):
+    """Windows of several rows at once are those of each episode alone."""
+    lengths, cuts, length, period, only_flags = data.draw(_cuts(residual))
     rows = _rows(lengths, 24)
     expected = []
     for row in rows:
@@ -162,7 +149,7 @@ def test_batches_that_cut_episodes_change_no_window(residual, data):
             alone["next", "done"][-1] = True
             expected += cut(Windows(length, residual, period), alone)
     batch: Any = torch.stack(rows)
-    if only_marks:  # an episode may end without done, where a collector resets
+    if only_flags:  # an episode may end without done, where a collector resets
         batch["next", "done"][:] = False
     transform, actual = Windows(length, residual, period), []
     bounds = [0, *cuts, 24]
@@ -174,21 +161,21 @@ def test_batches_that_cut_episodes_change_no_window(residual, data):
     assert sorted(actual) == sorted(expected)
 
 
-def test_only_what_can_still_be_needed_waits():
+def test_windows_waiting_steps_are_fewer_than_a_window():
     transform = Windows(8, "last")
     transform(episode(1000, done=False))
     assert transform.waiting == 0
-    assert transform._waiting is not None and transform._waiting[0][0].shape[0] == 7
+    assert transform._waiting is not None and len(transform._waiting) == 7
 
 
-def test_masked_steps_of_padded_trajectories_are_left_out():
+def test_windows_padding_in_a_batch_is_left_out():
     batch: Any = torch.stack([episode(6), torch.cat([episode(3), episode(3)])])
     batch[MASK] = sequence_mask(torch.tensor([6, 3]), 6)
     assert cut(Windows(3, "drop"), batch) == [[1, 2, 3], [4, 5, 6], [1, 2, 3]]
 
 
 @pytest.mark.parametrize("prioritised", [False, True])
-def test_a_buffer_stores_one_state_a_window_and_samples_it_everywhere(prioritised):
+def test_windows_in_buffer_store_one_state_per_window(prioritised):
     sampler = PrioritizedSampler(100, alpha=0.9, beta=0.4) if prioritised else None
     buffer = TensorDictReplayBuffer(
         storage=LazyTensorStorage(100),
@@ -211,8 +198,8 @@ def test_a_buffer_stores_one_state_a_window_and_samples_it_everywhere(prioritise
         buffer.update_tensordict_priority(sample)
 
 
-def test_a_collector_gives_windows_that_sequences_agree_with():
-    """Real environments that end and reset, two at once: each window runs from its own state."""
+def test_windows_of_a_collector_equal_what_was_collected():
+    """Two environments that end and reset: each window, run from its state, gives its values."""
     spec = GymEnv("CartPole-v1").action_spec
     policy = drqn_policy(spec, (4,), cell="gru", hidden_size=8, encoder_sizes=())
     make = SerialEnv(2, lambda: GymEnv("CartPole-v1"))
@@ -227,7 +214,7 @@ def test_a_collector_gives_windows_that_sequences_agree_with():
     assert_equal(again["action_value"][mask], windows["action_value"][mask], torch.float32)
 
 
-def test_masks_of_lengths():
+def test_sequence_mask_is_true_before_each_length():
     lengths = torch.tensor([[0, 2], [3, 1]])
     mask = sequence_mask(lengths, 4)
     assert mask.shape == (2, 2, 4) and torch.equal(mask.sum(-1), lengths)
@@ -241,19 +228,20 @@ def test_masks_of_lengths():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ((0,), "length must be a positive int"),
+        ((0,), "length must be an int of at least 1"),
         ((4, "pad"), "residual must be one of .*'pad'"),
-        ((4, "overlap"), "period goes with residual='overlap'"),
-        ((4, "last", 2), "period goes with residual='overlap'"),
+        ((4, "overlap"), "period belongs to residual='overlap'"),
+        ((4, "last", 2), "period belongs to residual='overlap'"),
         ((4, "overlap", 5), "period must be from 1 to length=4. Got 5"),
+        ((4, "overlap", 0), "period must be an int of at least 1"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(arguments, text):
+def test_windows_invalid_argument_raises(arguments, text):
     with pytest.raises(ValueError, match=text):
         Windows(*arguments)
 
 
-def test_batches_that_do_not_fit_are_refused():
+def test_windows_invalid_batch_raises():
     transform = Windows(2)
     transform(episode(3))
     two: Any = torch.stack([episode(3), episode(3)])
@@ -261,26 +249,22 @@ def test_batches_that_do_not_fit_are_refused():
         transform(two)
     transform.clear()
     transform(two)
-    with pytest.raises(KeyError, match="where episodes end"):
+    with pytest.raises(KeyError, match="where episodes end.*InitTracker"):
         Windows(2)(episode(3).select("x"))
     with pytest.raises(ValueError, match=r"\[B, T\] or \[T\]"):
         Windows(2)(two.unsqueeze(0))
-    with pytest.raises(KeyError, match="these are no windows"):
-        Windows(2).lay_out(episode(3))
+    with pytest.raises(KeyError, match="these are not windows"):
+        Windows(2).to_sequences(episode(3))
     masked = episode(3).set(MASK, torch.ones(3, dtype=torch.long))
     with pytest.raises(TypeError, match=r"mask .* must be bool. Got torch.int64.*\.bool\(\)"):
         Windows(2)(masked)
+    done = episode(3)
+    done["next", "done"] = done["next", "done"].to(torch.uint8)
+    with pytest.raises(TypeError, match=r"'done'.* must be bool. Got torch.uint8"):
+        Windows(2)(done)
 
 
-def test_episodes_of_a_checkpoint_are_numbered_on():
-    before, after = Windows(3), Windows(3)
-    old = before.cut(episode(6).unsqueeze(0))["window", "episode"]
-    after.load_state_dict(before.state_dict())
-    new = after.cut(episode(6).unsqueeze(0))["window", "episode"]
-    assert not set(old.flatten().tolist()) & set(new.flatten().tolist())
-
-
-def test_windows_that_are_longer_than_every_episode_are_reported_once():
+def test_windows_drop_without_a_window_warns_once():
     transform = Windows(8, "drop")
     for _ in range(9):
         transform(episode(5))
@@ -293,6 +277,135 @@ def test_windows_that_are_longer_than_every_episode_are_reported_once():
         settled(episode(3))
 
 
-def test_a_batch_without_a_whole_window_is_empty_not_wrong():
+def test_windows_without_a_whole_window_are_empty():
     empty = Windows(8, "drop")(episode(5))
     assert empty.batch_size == (0, 8) and empty["recurrent_state"].shape == (0, 8, 1, 1)
+
+
+def with_ids(ids: list[int], first: list[int]) -> Any:
+    """A row of unfinished pieces of three steps: of each trajectory, from step ``first`` on."""
+    pieces = []
+    for number, start in zip(ids, first, strict=True):
+        piece = episode(3, done=False, first=100 * number + start)
+        piece["is_init"][0] = start == 1
+        piece["collector", "traj_ids"] = torch.full((3,), number)
+        pieces.append(piece)
+    joined: Any = torch.cat(pieces)
+    return joined
+
+
+def test_windows_trajectory_ids_keep_mixed_streams_apart():
+    """Rows mix two workers' trajectories, without a flag where one follows the other."""
+    transform = Windows(4, "null")
+    assert not len(transform(with_ids([1, 2], [1, 1])))
+    assert transform.waiting == 6
+    windows = transform(with_ids([2, 1], [4, 4]))
+    assert windows["x"].tolist() == [[201, 202, 203, 204], [101, 102, 103, 104]]
+    assert len(set(windows["window", "episode"][:, 0].tolist())) == 2
+    rest = transform.flush()
+    assert rest is not None
+    assert rest["x"].tolist() == [[205, 206, 0, 0], [105, 106, 0, 0]]
+    assert rest["window", "first"].tolist() == [4, 4]
+
+
+def test_windows_trajectory_ids_allow_batches_with_other_numbers_of_rows():
+    transform = Windows(6, "null")
+    one, two = with_ids([1], [1]), with_ids([2], [1])
+    transform(torch.stack([one, two]))
+    assert cut(transform, with_ids([2], [4])) == [[201, 202, 203, 204, 205, 206]]
+    assert cut(transform, with_ids([1], [4])) == [[101, 102, 103, 104, 105, 106]]
+
+
+def test_windows_same_trajectory_id_in_two_rows_raises():
+    rows: Any = torch.stack([with_ids([1], [1]), with_ids([1], [1])])
+    with pytest.raises(ValueError, match="Two trajectories .* have the id 1.*one Windows for each"):
+        Windows(4)(rows)
+
+
+def test_windows_trajectory_that_never_continues_is_cut_as_ended():
+    transform, windows = Windows(4, "null"), []
+    transform(with_ids([1], [1]))
+    for number in range(2, 103):
+        windows += cut(transform, with_ids([number], [1]))
+    assert windows == [[101, 102, 103, 0]]
+
+
+def test_windows_copies_give_different_episodes_different_numbers():
+    """Workers with a copy each, and a run that is resumed, write into one buffer."""
+    transform = Windows(3)
+    transform(episode(6))
+    copies = [transform, copy.deepcopy(transform), pickle.loads(pickle.dumps(Windows(3)))]
+    numbers = [one.cut(episode(6))["window", "episode"] for one in copies]
+    assert [len(set(one.tolist())) for one in numbers] == [1, 1, 1]
+    assert len(set(torch.cat(numbers).tolist())) == 3
+
+
+def test_windows_rejected_batch_changes_nothing():
+    transform, other = Windows(4, "null"), Windows(4, "null")
+    for one in (transform, other):
+        one(episode(7, done=False))
+    bad = episode(5, first=8)
+    bad["is_init"][:] = False
+    for wrong in (bad.clone().set("new", torch.zeros(5)), bad.exclude("x")):
+        before = wrong.clone()
+        with pytest.raises(KeyError, match=r"must have the entries.*'(new|x)'.*flush\(\) or clear"):
+            transform(wrong)
+        assert (wrong == before).all()
+    windows, expected = (one.cut(bad) for one in (transform, other))
+    assert windows["x"].tolist() == expected["x"].tolist() == [[5, 6, 7, 8], [9, 10, 11, 12]]
+    assert windows["window", "first"].tolist() == [4, 8]
+
+
+# Its annotations make it abstract.
+Stack: Any = NonTensorStack
+TEXTS: dict[str, Callable[[int], Any]] = {
+    "NonTensorData": lambda n: NonTensorData("left", batch_size=[n]),
+    "NonTensorStack": lambda n: Stack(*map(str, range(n))),
+    "MetaData": lambda n: MetaData("left"),
+    "UnbatchedTensor": lambda n: UnbatchedTensor(torch.arange(7.0)),
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_windows_keep_entries_that_are_no_tensors(kind):
+    transform = Windows(4, "null")
+    pieces = [episode(6, done=False), episode(5, first=7)]
+    pieces[1]["is_init"][0] = False
+    cuts = []
+    for piece in pieces:
+        piece["text"] = TEXTS[kind](len(piece))
+        piece["next", "text"] = TEXTS[kind](len(piece))
+        cuts.append(transform(piece))
+    assert cuts[1]["x"].tolist() == [[5, 6, 7, 8], [9, 10, 11, 0]]
+    for text in (cuts[1]["text"], cuts[1]["next", "text"]):
+        if kind == "NonTensorStack":
+            assert [list(row) for row in text] == [["4", "5", "0", "1"], ["2", "3", "4", "4"]]
+        elif kind == "UnbatchedTensor":
+            assert torch.equal(torch.as_tensor(text.data), torch.arange(7.0))
+        else:
+            assert text == "left" or [list(row) for row in text] == 2 * [4 * ["left"]]
+
+
+def test_windows_with_text_are_stored_and_sampled():
+    buffer = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(10), transform=Windows(3, "null"), batch_size=4
+    )
+    data = episode(5)
+    data["text"] = Stack(*"abcde")
+    buffer.extend(data)
+    sample = buffer.sample()
+    for x, text in zip(sample["x"].tolist(), sample["text"], strict=True):
+        assert list(text) == (["a", "b", "c"] if x[0] == 1 else ["d", "e", "e"])
+
+
+@pytest.mark.parametrize("wrap", [lambda one: one, lambda one: Compose(one)])
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: Windows(4), "one time step at a time.*replay buffer.*postproc"),
+        (lambda: BurnIn(GRUModule(3, 4, in_key="o", out_key="e"), 2), "replay buffer of Windows"),
+    ],
+)
+def test_sequence_transform_in_environment_raises(make, text, wrap):
+    with pytest.raises(RuntimeError, match=f"cannot be appended to an environment.*{text}"):
+        TransformedEnv(GymEnv("CartPole-v1"), wrap(make()))

@@ -1,0 +1,279 @@
+"""Episodes that arrive in pieces: which steps belong to one episode, and which of them wait."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from ..checks import find_done_problems, find_init_problems, find_mask_problems, raise_first
+from ..keys import MASK_KEY, TRAJECTORY_KEY, as_tuple
+
+# After so many batches that do not continue it, an episode counts as over: its actor is gone.
+_PATIENCE = 100
+
+
+class Piece(NamedTuple):
+    """Consecutive steps of one episode inside one row of a batch.
+
+    Attributes:
+        stream: what continues from batch to batch: ``("trajectory", id)`` or ``("row", b)``.
+        steps: positions in the flattened batch, int64 ``[n]``.
+        is_start: whether an episode starts at the first of them.
+        is_end: whether the episode ends at the last of them.
+    """
+
+    stream: tuple[str, int]
+    steps: Tensor
+    is_start: bool
+    is_end: bool
+
+
+def find_pieces(rows: TensorDictBase, init_key: NestedKey) -> list[Piece]:
+    """Split the rows of a batch at the ends and starts of episodes and trajectories.
+
+    Args:
+        rows: ``[B, T]`` as a collector returns it.
+        init_key: key of the ``is_init`` flags.
+
+    Returns:
+        The pieces in the order of the rows; steps at padding are left out.
+
+    Raises:
+        KeyError: if there is neither ``done`` nor a flag.
+        TypeError: if ``done``, a flag or the mask is not bool.
+        ValueError: if the shape of one of them is wrong.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> done = torch.tensor([[[False], [True], [False]]])
+        >>> flags = torch.tensor([[[True], [False], [True]]])
+        >>> rows = TensorDict({"is_init": flags, "next": {"done": done}}, [1, 3])
+        >>> [(piece.steps.tolist(), piece.is_end) for piece in find_pieces(rows, "is_init")]
+        [([0, 1], True), ([2], False)]
+    """
+    ends, starts = _read_ends_and_starts(rows, init_key)
+    raise_first(find_mask_problems(rows, "Windows"))
+    mask = rows.get(MASK_KEY, None)
+    mask = torch.ones_like(ends) if mask is None else mask.reshape(rows.shape).cpu()
+    ids = rows.get(TRAJECTORY_KEY, None)
+    has_ids = ids is not None and ids.numel() == ends.numel()
+    if ids is None or not has_ids:
+        ids = torch.zeros_like(ends, dtype=torch.long)
+    ids = ids.reshape(rows.shape).cpu()
+    pieces = []
+    for b in range(rows.shape[0]):
+        steps = mask[b].nonzero().squeeze(-1)
+        row = (ends[b, steps], starts[b, steps], ids[b, steps])
+        for first, last, is_start, is_end in _split_row(*row, has_ids):
+            stream = ("trajectory", int(row[2][first])) if has_ids else ("row", b)
+            position = b * rows.shape[1] + steps[first:last]
+            pieces.append(Piece(stream, position, is_start, is_end))
+    return pieces
+
+
+def _split_row(
+    ends: Tensor, starts: Tensor, ids: Tensor, has_ids: bool
+) -> Iterator[tuple[int, int, bool, bool]]:
+    """Yield the first step of each piece, the one after its last, and whether it starts and ends.
+
+    A flag ends what was before it in its row, unless trajectory ids say that rows are mixed.
+    """
+    if not len(ends):
+        return
+    follows_end = torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])
+    is_start = starts | follows_end
+    cuts = is_start | torch.cat([torch.ones_like(ends[:1]), ids[1:] != ids[:-1]])
+    bounds = [*cuts.nonzero().squeeze(-1).tolist(), len(ends)]
+    for first, last in zip(bounds, bounds[1:], strict=False):
+        is_end = bool(ends[last - 1])
+        if not has_ids and last < len(ends):
+            is_end = True
+        yield first, last, bool(is_start[first]), is_end
+
+
+def _read_ends_and_starts(rows: TensorDictBase, init_key: NestedKey) -> tuple[Tensor, Tensor]:
+    done_key = _find_done_key(rows, init_key)
+    flags = rows.get(init_key, None)
+    if done_key is None and flags is None:
+        raise KeyError(
+            "Windows need to know where episodes end, and the batch has neither ('next', 'done') "
+            f"nor the init key {init_key!r}. Append InitTracker() to the environment, or pass "
+            "init_key=."
+        )
+    neither = torch.zeros(rows.shape, dtype=torch.bool)
+    ends = starts = neither
+    if done_key is not None:
+        raise_first(find_done_problems(rows, done_key))
+        ends = rows.get(done_key).flatten(2).any(-1).cpu()
+    if flags is not None:
+        raise_first(find_init_problems(rows, init_key))
+        starts = flags.flatten(2).any(-1).cpu()
+    return ends, starts
+
+
+def _find_done_key(rows: TensorDictBase, init_key: NestedKey) -> tuple[str, ...] | None:
+    """Return the key of the environment's ``done``, or else of that of the flags' group."""
+    for key in (("next", "done"), ("next", *as_tuple(init_key)[:-1], "done")):
+        if rows.get(key, None) is not None:
+            return key
+    return None
+
+
+@dataclass
+class Stream:
+    """An episode that is not over, as far as it has arrived.
+
+    Attributes:
+        episode: its number, a random one, which no other process or run draws again.
+        steps: positions of the steps that wait, int64 ``[W]``.
+        first: number of the first of them in the episode.
+        covered: how many of them are in a window already.
+        idle: number of batches since its last step arrived.
+    """
+
+    episode: int
+    steps: Tensor
+    first: int = 0
+    covered: int = 0
+    idle: int = 0
+
+    @staticmethod
+    def start() -> Stream:
+        """Return an episode without steps."""
+        return Stream(secrets.randbits(63), torch.zeros(0, dtype=torch.long))
+
+
+class Cuts(NamedTuple):
+    """Windows, as positions of their steps.
+
+    Attributes:
+        steps: int64 ``[N, L]``; at padding the last step is repeated.
+        mask: bool ``[N, L]``, False at padding.
+        episode: number of each window's episode, int64 ``[N]``.
+        first: number of each window's first step in its episode, int64 ``[N]``.
+    """
+
+    steps: Tensor
+    mask: Tensor
+    episode: Tensor
+    first: Tensor
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Cut episodes that arrive in pieces into windows of one length.
+
+    Args:
+        length: steps in a window.
+        period: steps between the first steps of two windows.
+        residual: as of :class:`rnnkeys.transforms.Windows`.
+    """
+
+    length: int
+    period: int
+    residual: str
+
+    def cut_pieces(
+        self, streams: dict[tuple[str, int], Stream], pieces: list[Piece]
+    ) -> tuple[Cuts, dict[tuple[str, int], Stream], int]:
+        """Continue streams with the pieces of a batch, and cut the windows that are complete.
+
+        Args:
+            streams: open episodes; they stay as they are.
+            pieces: of the batch. Positions are those in one sequence of steps: first the steps that
+                wait, then the batch.
+
+        Returns:
+            The windows, the episodes that are open now, and how many episodes have ended.
+
+        Raises:
+            ValueError: if two open episodes have one trajectory id.
+        """
+        still_open = {
+            key: Stream(one.episode, one.steps, one.first, one.covered, one.idle + 1)
+            for key, one in streams.items()
+        }
+        windows: list[Cuts] = []
+        number_of_ends = 0
+        for piece in pieces:
+            stream = still_open.pop(piece.stream, None)
+            if stream is not None and piece.is_start:
+                if not stream.idle:
+                    raise _same_id_twice(piece)
+                windows.append(self._cut(stream, is_end=True))
+                number_of_ends += 1
+                stream = None
+            stream = stream or Stream.start()
+            stream.steps, stream.idle = torch.cat([stream.steps, piece.steps]), 0
+            windows.append(self._cut(stream, piece.is_end))
+            number_of_ends += piece.is_end
+            if not piece.is_end:
+                still_open[piece.stream] = stream
+        for key in [key for key, stream in still_open.items() if stream.idle > _PATIENCE]:
+            windows.append(self._cut(still_open.pop(key), is_end=True))
+            number_of_ends += 1
+        return self._join(windows), still_open, number_of_ends
+
+    def cut_rest(self, streams: dict[tuple[str, int], Stream]) -> Cuts:
+        """Cut the steps that wait, as if their episodes had ended."""
+        return self._join([self._cut(stream, is_end=True) for stream in streams.values()])
+
+    def _cut(self, stream: Stream, is_end: bool) -> Cuts:
+        """Cut windows off an episode, which keeps the steps that later windows need."""
+        spans, keep, covered = self._find_spans(len(stream.steps), stream.covered, is_end)
+        bounds = torch.tensor(spans, dtype=torch.long).reshape(-1, 2)
+        step = bounds[:, :1] + torch.arange(self.length)
+        mask = step < bounds[:, 1:]
+        cuts = Cuts(
+            stream.steps[torch.minimum(step, bounds[:, 1:] - 1)],
+            mask,
+            torch.full((len(spans),), stream.episode),
+            bounds[:, 0] + stream.first,
+        )
+        stream.steps = stream.steps[keep:]
+        stream.first += keep
+        stream.covered = covered
+        return cuts
+
+    def _find_spans(
+        self, number: int, covered: int, is_end: bool
+    ) -> tuple[list[tuple[int, int]], int, int]:
+        """Find windows in ``number`` steps of which the first ``covered`` are in a window already.
+
+        Returns:
+            The first step of each window and the step after its last; the first step to keep; and
+            how many of the steps to keep are covered.
+        """
+        length, spans = self.length, []
+        start = max(covered - (length - self.period), 0) if covered else 0
+        while start + length <= number:
+            spans.append((start, start + length))
+            covered = start + length
+            start += self.period
+        if is_end and covered < number:
+            if self.residual == "last":
+                spans.append((max(number - length, 0), number))
+            elif self.residual != "drop":
+                spans.append((start, number))
+        keep = max(covered - length + 1, 0) if self.residual == "last" else min(start, covered)
+        return spans, keep, covered - keep
+
+    def _join(self, windows: list[Cuts]) -> Cuts:
+        none = torch.zeros(0, dtype=torch.long)
+        empty = Cuts(none.reshape(0, self.length), none.reshape(0, self.length).bool(), none, none)
+        return Cuts(*(torch.cat(parts) for parts in zip(empty, *windows, strict=True)))
+
+
+def _same_id_twice(piece: Piece) -> ValueError:
+    return ValueError(
+        f"Two trajectories of this batch have the id {piece.stream[1]} at {TRAJECTORY_KEY!r}: the "
+        "ids of two collectors. Make one Windows for each collector, or give trajectories ids of "
+        "their own."
+    )

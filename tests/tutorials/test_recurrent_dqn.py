@@ -1,0 +1,314 @@
+"""The recurrent-DQN tutorial, run with small budgets. ``make learn`` measures that it learns."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from rnnkeys import set_recurrent_mode
+from tests.support.tutorials import (
+    ROOT,
+    assert_complete,
+    assert_same,
+    interrupt_script,
+    load_tutorial,
+    read_checkpoint,
+    read_result,
+    read_rows,
+    start_script,
+)
+
+SCRIPT = ROOT / "tutorials" / "recurrent_dqn.py"
+SMALL = ["--warmup", "256", "--slices", "8", "--slice-len", "8", "--eval-episodes", "4"]
+SHORT = [*SMALL, "--hidden-size", "16", "--frames", "1024", "--eval-every", "512"]
+NO_SIGNALS = pytest.mark.skipif(sys.platform == "win32", reason="no signals between processes")
+
+tutorial = load_tutorial("recurrent_dqn")
+Run = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _restore_signal_handlers() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    def main(*argv: str) -> Path:
+        tutorial.main([*argv, "--output", str(tmp_path)])
+        return tmp_path
+
+    return main
+
+
+def count_gradient_steps(checkpoint: dict[str, Any]) -> int:
+    return int(checkpoint["optimizer"]["state"][0]["step"])
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "lstm_ln", "feed_forward"])
+def test_run_with_each_cell_writes_all_files(
+    run: Run, cell: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(*SHORT, "--cell", cell)
+    assert_complete(folder, [512, 1024])
+    assert count_gradient_steps(read_checkpoint(folder)) == 4 * (1024 - 256 + 128) // 128
+    out, bar = capsys.readouterr()
+    assert f"mean return {read_result(folder)['test_return']:.1f} over 20 new episodes" in out
+    for shown in ("1024/1024", "frames/s", "training_return=", "loss=", "epsilon="):
+        assert shown in bar
+
+
+@pytest.mark.parametrize(
+    ("env", "size"), [("FrozenLake-v1", 16), ("Blackjack-v1", 45), ("Acrobot-v1", 6)]
+)
+def test_make_policy_of_other_environment_reads_all_entries(env: str, size: int) -> None:
+    args = tutorial.Args(env=env, hidden_size=8)
+    policy = tutorial.make_policy(args, tutorial.make_env(args, 1))
+    assert policy[1].lstm.input_size == size
+    assert tutorial.evaluate(args, policy, 2, seed=0).isfinite().all()
+
+
+def test_make_policy_of_cart_pole_ignores_velocities(tmp_path: Path) -> None:
+    args, _ = tutorial.read_args(["--hidden-size", "8", "--output", str(tmp_path)])
+    policy = tutorial.make_policy(args, tutorial.make_env(args, 1))
+    observation = torch.tensor([[1.2, 0.0, 0.2095, 0.0], [1.2, 3.0, 0.2095, -3.0]])
+    is_init = torch.ones(2, 1, dtype=torch.bool)
+    out = policy(TensorDict(observation=observation, is_init=is_init, batch_size=[2]))
+    torch.testing.assert_close(out["features"], torch.tensor([[0.5, 1.0], [0.5, 1.0]]))
+    assert torch.equal(out["action_value"][0], out["action_value"][1])
+
+
+def test_resume_with_more_frames_continues(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "runs" / "recurrent_dqn" / "result.json"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    folder = run(*SHORT)
+    before, rows = read_checkpoint(folder), read_rows(folder)
+    monkeypatch.chdir(tmp_path)  # where a run in the default output must stay
+    tutorial.main(["--resume", str(folder / "checkpoint.pt"), "--frames", "2048"])
+    after = read_checkpoint(folder)
+    assert other.exists()
+    assert_complete(folder, [512, 1024, 1536, 2048])
+    assert read_rows(folder)[:2] == rows
+    new = {"frames": 2048, "resume": str(folder / "checkpoint.pt")}
+    assert after["args"] == {**before["args"], **new}
+    # The buffer starts empty: the first gradient steps follow the warmup.
+    assert count_gradient_steps(after) - count_gradient_steps(before) == 4 * 7
+    assert after["explore"]["eps"] == pytest.approx(1 - 0.98 * 2048 / 15_000, abs=1e-4)
+    assert after["episodes"] > before["episodes"]
+
+
+def test_resume_of_a_finished_run_tests_the_same_weights(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(*SHORT)
+    before, result = read_checkpoint(folder), read_result(folder)
+    tutorial.main(["--resume", str(folder / "checkpoint.pt")])
+    assert "This run is finished: a larger --frames continues it" in capsys.readouterr().out
+    assert_same(read_checkpoint(folder)["loss"], before["loss"])
+    assert read_result(folder)["test_returns"] == result["test_returns"]
+
+
+def test_resume_restores_the_saved_state(run: Run) -> None:
+    folder = run(*SHORT)
+    saved = read_checkpoint(folder)
+    args = tutorial.Args(**saved["args"])
+    tutorial.Run(args, tutorial.make_env(args, 1), saved).save()
+    assert_same(read_checkpoint(folder), saved)
+
+
+def test_run_with_one_seed_repeats_itself(tmp_path: Path) -> None:
+    rows = []
+    for name in ("a", "b"):
+        tutorial.main([*SHORT, "--output", str(tmp_path / name)])
+        rows.append([{**row, "seconds": 0.0} for row in read_rows(tmp_path / name)])
+    assert_same(rows[0], rows[1])
+
+
+def test_run_in_a_folder_with_a_run_needs_resume_or_overwrite(run: Run) -> None:
+    folder = run(*SHORT)
+    saved = (folder / "checkpoint.pt").read_bytes()
+    with pytest.raises(
+        SystemExit, match=r"contains a run. Continue it with --resume .*--overwrite"
+    ):
+        run(*SHORT, "--seed", "1")
+    with pytest.raises(SystemExit, match="doesn't exist"):
+        run(*SHORT, "--env", "Nowhere-v0", "--overwrite")
+    assert (folder / "checkpoint.pt").read_bytes() == saved
+    run(*SHORT, "--seed", "1", "--overwrite")
+    assert read_checkpoint(folder)["args"]["seed"] == 1
+    assert read_result(folder)["args"]["seed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--cell", "gru"], "--cell must be lstm, as in"),
+        (["--env", "Acrobot-v1"], "--env must be CartPole-v1, as in"),
+        (["--seed", "3"], "--seed must be 0, as in"),
+        (["--output", "elsewhere"], "--output must be "),
+    ],
+)
+def test_resume_of_another_run_raises(run: Run, argv: list[str], message: str) -> None:
+    folder = run(*SMALL, "--hidden-size", "8", "--frames", "257", "--eval-episodes", "1")
+    with pytest.raises(SystemExit, match=message):
+        tutorial.main(["--resume", str(folder / "checkpoint.pt"), *argv])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--resume", "nowhere.pt"], "--resume is nowhere.pt, not a checkpoint of this program"),
+        (["--resume", str(SCRIPT)], "not a checkpoint of this program"),
+        (["--batch-frames", "100"], "--batch_frames is 100: expected a multiple of num_envs"),
+        (["--warmup", "100"], "--warmup is 100: expected at least num_envs \\* slice_len"),
+        (["--frames", "0"], "--frames is 0: expected at least 1"),
+        (["--frames", "2000"], "--frames is 2000: expected more than warmup, 2000"),
+        (["--gamma", "1.5"], "--gamma is 1.5: expected a number from 0 to 1"),
+        (["--env", "Pendulum-v1"], "--env is Pendulum-v1, with actions Box.*: expected Discrete"),
+        (["--env", "Nowhere-v0"], "--env is Nowhere-v0: .*doesn't exist"),
+        (["--keep-observations", "4"], "expected indices from 0 to 3"),
+        (["--observation-scales", "0"], "one number for all of them, or one each, but no 0"),
+    ],
+)
+def test_main_with_a_bad_value_raises(
+    tmp_path: Path, argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(tutorial, "Collector")  # before anything is collected
+    with pytest.raises(SystemExit, match=message):
+        tutorial.main([*argv, "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--frame", "3"], "--frame"),
+        (["--cell", "rnn"], "rnn"),
+        (["--frames", "many"], "--frames"),
+    ],
+)
+def test_main_with_an_unknown_option_raises(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        tutorial.main(argv)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [{"weights": 1}, {"args": {"smell": 1}}, None])
+def test_resume_of_another_file_raises(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "checkpoint.pt"
+    if content is None:
+        path.touch()
+    else:
+        torch.save(content, path)
+    with pytest.raises(SystemExit, match="not a checkpoint of this program"):
+        tutorial.main(["--resume", str(path)])
+
+
+@NO_SIGNALS
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_script_after_a_signal_saves_the_run(tmp_path: Path, number: signal.Signals) -> None:
+    argv = [*SMALL, "--frames", "10000000", "--eval-every", "512"]
+    out = interrupt_script(SCRIPT, argv, tmp_path, number)
+    checkpoint = read_checkpoint(tmp_path / "out")
+    assert f"Stopped after {checkpoint['frames']} frames" in out
+    assert "--resume out/checkpoint.pt" in out
+    assert len(read_rows(tmp_path / "out")) == checkpoint["frames"] // 512
+
+
+def test_script_in_another_folder_runs(tmp_path: Path) -> None:
+    process = start_script(SCRIPT, SHORT, tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert_complete(tmp_path / "runs" / "recurrent_dqn", [512, 1024])
+
+
+@pytest.mark.parametrize("key", ["observation", "reward"])
+def test_run_with_nan_from_the_environment_names_the_entry(
+    run: Run, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect = tutorial.Collector.next
+
+    def break_entry(collector: Any) -> Any:
+        data = collect(collector)
+        data["next", key][3, 5] = float("nan")
+        return data
+
+    monkeypatch.setattr(tutorial.Collector, "next", break_entry)
+    with pytest.raises(SystemExit, match=rf"CartPole-v1 returned NaN or inf in .*'next', '{key}'"):
+        run(*SHORT)
+
+
+def test_run_with_infinite_loss_names_it(run: Run) -> None:
+    with pytest.raises(SystemExit, match="the entry 'loss' is (nan|inf) after"):
+        run(*SHORT, "--reward-scale", "1e38")
+
+
+class PushTowardsTheLean(nn.Module):
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        right = tensordict["observation"][..., 2] > 0
+        return tensordict.set("action", torch.stack([~right, right], -1).long())
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_evaluate_returns_the_returns_of_first_episodes(num_envs: int) -> None:
+    args, policy = tutorial.Args(), PushTowardsTheLean()
+    returns = tutorial.evaluate(args, policy, num_envs, seed=7)
+    env = tutorial.make_env(args, num_envs)
+    env.set_seed(7)
+    done = env.rollout(150, policy, break_when_any_done=False)["next", "done"]
+    first_end = done.reshape(num_envs, -1).int().argmax(-1)
+    assert len(set(returns.tolist())) == num_envs  # equal lengths would hide a mix-up
+    torch.testing.assert_close(returns, first_end + 1.0)
+
+
+def test_run_samples_sequences_with_the_states_of_the_policy(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unrolled from its first stored state, a sampled sequence gives every other stored state."""
+    batches: list[tuple[Any, TensorDictBase]] = []
+    monkeypatch.setattr(tutorial.Run, "learn", lambda run, batch: batches.append((run, batch)))
+    argv = ["--slice-len", "32", "--warmup", "512", "--frames", "1024", "--eval-episodes", "1"]
+    run(*SHORT, *argv)
+    policy, batch = batches[0][0].policy, batches[0][1]
+    starts = batch["is_init"].clone()
+    assert starts[:, 0].all() and starts[:, 1:].any() and not starts[:, 1:].all()
+    states = ["recurrent_state_h", "recurrent_state_c"]
+    step: Any = batch[:, 0].select("observation", "is_init", *states)
+    step["is_init"] = torch.zeros_like(step["is_init"])  # the sampler's flag: no episode starts
+    for t in range(1, 32):
+        with torch.no_grad(), set_recurrent_mode(False):
+            policy(step)
+        inside: Tensor = ~starts[:, t, 0]
+        for key in states:
+            torch.testing.assert_close(step["next", key][inside], batch[key][inside, t])
+            assert not batch[key][~inside, t].any()
+        step = batch[:, t].select("observation", "is_init", *states)
+        step["is_init"] = starts[:, t]
+
+
+def test_readme_example_plays_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tutorial.main([*SHORT, "--output", str(tmp_path / "demo")])
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    [example] = [block for block in blocks if "demo/checkpoint.pt" in block]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "tutorials"))
+    exec(example, {})
+    assert "poles fell in 499 steps of 8 environments" in capsys.readouterr().out
