@@ -101,6 +101,11 @@ class AnyTrees:
         # A property of TorchRL's class, which a declaration here would hide.
         setattr(self, "_max_priority", None)  # noqa: B010
 
+    def update_priority(self, index: Any, priority: Any, **storage: Any) -> None:
+        """Set priorities of any floating dtype; the extension takes only that of its trees."""
+        cast = torch.as_tensor(priority).to(self.dtype)
+        super().update_priority(index, cast, **storage)  # pyright: ignore[reportAttributeAccessIssue]
+
 
 class PrioritizedSampler(AnyTrees, samplers.PrioritizedSampler):
     """TorchRL's ``PrioritizedSampler``, with or without its compiled extension.

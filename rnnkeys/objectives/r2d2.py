@@ -318,7 +318,8 @@ class R2D2Loss(LossModule):
         size = torch.where(mask, size, 0.0)
         mean = size.sum(-1) / mask.sum(-1).clamp(min=1)
         priority = self.eta * size.amax(-1) + (1 - self.eta) * mean
-        priority = priority.unsqueeze(-1).expand(-1, tensordict.shape[-1])
+        # TorchRL's samplers keep priorities in float32 and reject any other dtype.
+        priority = priority.float().unsqueeze(-1).expand(-1, tensordict.shape[-1])
         return priority.reshape(tensordict.shape).contiguous()
 
     def _read_weights(self, tensordict: TensorDictBase, like: Tensor) -> Tensor:

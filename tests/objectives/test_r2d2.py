@@ -40,6 +40,7 @@ from tests.support.r2d2 import (
 from tests.support.recurrent import F64, chain, recurrently
 from tests.support.tolerances import assert_equal
 
+F32 = torch.float32
 CASES: dict[str, dict[str, Any]] = {
     "as in the paper": {},
     "no burn-in": {"burn_in": 0},
@@ -67,7 +68,7 @@ def test_r2d2_loss_and_priorities_equal_numpy(case, masked):
     actual = loss(windows)["loss"]
     assert_equal(actual, torch.tensor(expected), F64, "loss")
     assert windows["td_error"].shape == (B, T)
-    assert_equal(windows["td_error"][:, 0], torch.from_numpy(priorities), F64, "priorities")
+    assert_equal(windows["td_error"][:, 0], torch.from_numpy(priorities), F32, "priorities")
     assert (windows["td_error"] == windows["td_error"][:, :1]).all()
 
 
@@ -245,7 +246,7 @@ def test_r2d2_squared_priorities_indices_and_no_target_network():
     loss = make_loss(online, target, squared_priority=True)
     expected, priorities, _ = expect(as_numpy(online), as_numpy(target), windows, squared=True)
     assert_equal(loss(windows)["loss"], torch.tensor(expected), F64)
-    assert_equal(windows["td_error"][:, 0], torch.from_numpy(priorities), F64)
+    assert_equal(windows["td_error"][:, 0], torch.from_numpy(priorities), F32)
     alone = make_loss(online, online, delay_value=False, double_dqn=False)
     expected, *_ = expect(as_numpy(online), as_numpy(online), windows, double_dqn=False)
     assert_equal(alone(windows)["loss"], torch.tensor(expected), F64)
@@ -355,11 +356,12 @@ def test_r2d2_null_and_repeated_steps_give_one_loss():
     assert_equal(values[0], values[1], F64)
 
 
-def test_r2d2_priorities_reach_a_prioritised_buffer():
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_r2d2_priorities_reach_a_prioritised_buffer(dtype):
     episode = make_windows(masked=False).exclude("priority_weight")
     buffer = TensorDictReplayBuffer(
         storage=LazyTensorStorage(50),
-        sampler=PrioritizedSampler(50, alpha=1.0, beta=0.4),
+        sampler=PrioritizedSampler(50, alpha=1.0, beta=0.4, dtype=dtype),
         transform=Windows(5, "last"),
         priority_key="td_error",
         batch_size=16,
@@ -378,7 +380,7 @@ def test_r2d2_priorities_reach_a_prioritised_buffer():
     tree: Any = buffer.sampler
     stored = torch.as_tensor([tree._sum_tree[int(i)] for i in index.flatten()])
     expected = everything["td_error"][:, 0]
-    assert_equal(stored.double(), expected, torch.float32)
+    assert_equal(stored, expected, F32)
 
 
 def test_r2d2_missing_importance_weights_raise_or_are_one():
