@@ -28,7 +28,6 @@ SHORT = [
     *("--minibatch-steps", "64", "--hidden-size", "8", "--head-size", "8"),
     *("--eval-every", "256", "--eval-episodes", "2"),
 ]
-ROUNDS = ["--episodes", "12", "--num-envs", "4", "--hidden-size", "8"]
 
 Main = Callable[..., Path]
 
@@ -56,52 +55,6 @@ def read(folder: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
         rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     assert (folder / "learning_curve.png").read_bytes().startswith(PNG_SIGNATURE)
     return rows, json.loads((folder / "result.json").read_text())
-
-
-# --- REINFORCE ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [[], ["--broken"], ["--observation", "positions"], ["--memoryless"]],
-    ids=["right", "broken", "positions", "memoryless"],
-)
-def test_reinforce(run: Main, argv: list[str]) -> None:
-    rows, result = read(run("recurrent_reinforce", *ROUNDS, *argv))
-    assert len(rows) == result["episodes"] == 12
-    assert sum(row["return"] for row in rows) == result["steps"]
-    assert len(result["test_returns"]) == 20
-
-
-def test_episodes_are_whole_and_masked_behind_their_end() -> None:
-    reinforce = tutorial("recurrent_reinforce")
-    learner = reinforce.Learner(reinforce.Settings(hidden_size=8))
-    env = reinforce.make_env("CartPole-v1", "all", 4)
-    env.append_transform(reinforce.get_env_transforms_from_module(learner.both))
-    env.set_seed(0)
-    episodes, returns = reinforce.play(env, learner.both)
-    mask, done = episodes["collector", "mask"], episodes["next", "done"].squeeze(-1)
-    lengths = returns.long().tolist()
-    assert len(set(lengths)) > 1 and max(lengths) == episodes.shape[1]
-    for row, length in enumerate(lengths):
-        assert mask[row].tolist() == [t < length for t in range(episodes.shape[1])]
-        assert done[row].nonzero()[0].item() == length - 1
-    assert episodes["is_init"][:, 0].all()
-    assert episodes["action"][..., 0].float().std() > 0  # drawn, not always the likeliest
-
-
-def test_the_mistake_forgets_every_state_and_changes_no_action() -> None:
-    reinforce = tutorial("recurrent_reinforce")
-    learner = reinforce.Learner(reinforce.Settings(hidden_size=8))
-    env = reinforce.make_env("CartPole-v1", "all", 2)
-    env.append_transform(reinforce.get_env_transforms_from_module(learner.both))
-    episodes, _ = reinforce.play(env, learner.both)
-    assert episodes["policy_state"].any()
-    steps = reinforce.as_single_steps(episodes)
-    assert steps.shape == (episodes.numel(), 1) and steps["is_init"].all()
-    assert not steps["policy_state"].any() and not steps["critic_state"].any()
-    assert torch.equal(steps["action"], episodes["action"].reshape(-1, 1, 2))
-    assert episodes["policy_state"].any()
 
 
 def read_settings(*argv: str) -> Any:

@@ -50,6 +50,7 @@ from rnnkeys.objectives import recurrent_loss
 matplotlib.use("Agg")  # pictures go to files: no display is needed
 from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen before pyplot loads)
 
+# Arguments that --resume cannot change.
 FIXED = ("output", "env", "keep_observations", "observation_scales", "cell", "hidden_size", "seed")
 MODULES = ("loss", "optimizer", "explore")  # in a checkpoint, beside the arguments and
 PROGRESS = ("frames", "episodes", "seconds", "rows", "best")
@@ -194,8 +195,7 @@ def check_finite(args: Args, data: TensorDictBase) -> None:
 def evaluate(args: Args, policy: TensorDictSequential, episodes: int, seed: int) -> Tensor:
     """Play without exploration, and return the returns, float32 ``[episodes]``."""
     env = make_env(args, episodes).append_transform(get_env_transforms_from_module(policy))
-    with torch.random.fork_rng(devices=[]):  # env.set_seed seeds torch, too
-        env.set_seed(seed)
+    env.set_seed(seed)
     step = env.reset()
     running = torch.ones(step.shape, dtype=torch.bool, device=step.device)
     returns = torch.zeros(step.shape, device=step.device)
@@ -330,7 +330,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     env.append_transform(RewardSum())
     env.append_transform(RewardScaling(loc=0.0, scale=args.reward_scale))
     env.append_transform(get_env_transforms_from_module(run.policy))  # is_init, initial states
-    env.set_seed(args.seed + run.frames)  # seeds torch, too
+    env.set_seed(args.seed + run.frames)  # other episodes and draws after --resume
+    torch.manual_seed(args.seed + run.frames)
     actor = TensorDictSequential([run.policy, run.explore])
     collector = Collector(env, actor, frames_per_batch=args.batch_frames, storing_device="cpu")
     replay = TensorDictReplayBuffer(

@@ -1,156 +1,192 @@
-"""Why does my recurrent policy not learn? REINFORCE with a GRU of two layers, right and wrong.
+"""Why does my recurrent policy not learn? REINFORCE with a GRU, right and wrong, in one file.
 
-    python tutorials/recurrent_reinforce.py                          # learns CartPole-v1
-    python tutorials/recurrent_reinforce.py --broken                 # the mistake: does not
-    python tutorials/recurrent_reinforce.py --observation positions  # without velocities
-    python tutorials/recurrent_reinforce.py --observation positions --memoryless   # cannot
+    python recurrent_reinforce.py                           # learns CartPole-v1
+    python recurrent_reinforce.py --broken                  # the mistake: does not
+    python recurrent_reinforce.py --keep-observations 0 2 --observation-scales 2.4 0.2095
+                                                            # learns without velocities, too
+    python recurrent_reinforce.py --cell feed_forward       # the feed-forward baseline
+    python recurrent_reinforce.py --resume runs/recurrent_reinforce/checkpoint.pt
 
-Every round plays one episode in each of ``--num-envs`` environments, works out how much better each
-step went than expected, and makes the actions of good steps more likely: one gradient step on
-whole episodes, side by side. ``--broken`` does the same on single steps, each from a zero state,
-although they were played with the memory of all steps before.
-``docs/why_my_rnn_does_not_learn.md`` explains.
+A round plays one episode in each of ``--num-envs`` environments, computes how much better each step
+turned out than the critic expected, and makes the actions of good steps more likely: one gradient
+step on whole episodes. ``--broken`` learns from the same steps, each alone and with a zero state,
+although the policy played them with its recurrent state: see docs/why_my_rnn_does_not_learn.md.
 
-A run leaves learning_curve.csv, learning_curve.png and result.json in its --output folder.
+The environment is any of Gymnasium's with discrete actions. A run writes to its --output folder
+learning_curve.csv and .png, with a row for each episode; checkpoint.pt, with everything that
+--resume needs; and, at the end, result.json, with the returns of the last weights in new episodes.
+Ctrl-C and SIGTERM stop a run after its current round.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
+import pickle
+import signal
+import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import gymnasium as gym
 import matplotlib
 import torch
-from command_line import StopOnInterrupt, add_options, check_ranges, option
-from environments import make_env
-from evaluation import Evaluation
+import tyro
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
-from torchrl.envs import TransformedEnv
+from torchrl.envs import GymWrapper, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import OneHotCategorical, ProbabilisticActor
 from torchrl.objectives import ReinforceLoss
 from torchrl.objectives.value import TD1Estimator
+from torchrl.record.loggers import get_logger
 from tqdm import tqdm
 
-from rnnkeys import GRUModule, get_env_transforms_from_module
+from rnnkeys import get_env_transforms_from_module, recurrent_module
 from rnnkeys.objectives import SequenceMinibatches, recurrent_loss
 
-matplotlib.use("Agg")  # a picture in a file: no display is needed
+matplotlib.use("Agg")  # pictures go to files: no display is needed
 from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen before pyplot loads)
 
-ENV = "CartPole-v1"
-SIZES = {"all": 4, "positions": 2}
-WINDOW = 100  # episodes whose mean return tells how good the policy is
+STATES = {"gru": ("h",), "lstm": ("h", "c"), "lstm_ln": ("h", "c"), "feed_forward": ()}
+FIXED = (  # arguments that --resume cannot change
+    *("output", "env", "seed", "num_envs", "keep_observations", "observation_scales"),
+    *("cell", "num_layers", "hidden_size", "broken"),
+)
+FILES = ("checkpoint.pt", "learning_curve.csv", "learning_curve.png", "result.json")
+WINDOW = 100  # episodes whose mean return decides that the task is learned
 TEST_EPISODES = 20
-TEST_SEED = 200_000_000
+TEST_SEED = 200_000_000  # of the episodes that training has not used
 
 
 @dataclass
-class Settings:
-    """What a run can be told; each entry is an option of the command line."""
+class Args:
+    env: str = "CartPole-v1"  # Gymnasium's name of an environment with discrete actions
+    keep_observations: tuple[int, ...] = ()  # indices of the entries that are read; none: all
+    observation_scales: tuple[float, ...] = (1.0,)  # divisor of these entries; one, or one each
+    cell: Literal["gru", "lstm", "lstm_ln", "feed_forward"] = "gru"  # kind of recurrent layer
+    num_layers: int = 2  # layers in the policy, and as many in the critic
+    hidden_size: int = 64  # size of the hidden state
+    broken: bool = False  # learn from single steps with a zero state: the mistake
+    episodes: int = 4_000  # episodes to learn from, at most
+    target: float = 475.0  # stop when the mean return of the last 100 episodes reaches it
+    seed: int = 0  # of all random numbers
+    device: str = "cpu"  # of the networks: cpu, cuda, cuda:1
+    threads: int = 1  # CPU threads of torch; small networks are fastest with one
+    num_envs: int = 16  # episodes in a round, played side by side
+    gamma: float = 0.99  # discount
+    learning_rate: float = 5e-3  # Adam's
+    max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
+    output: str = "runs/recurrent_reinforce"  # folder of the run
+    resume: str | None = None  # checkpoint.pt of the run to continue
+    overwrite: bool = False  # delete the run in the output folder and start again
+    logger: Literal["csv", "tensorboard", "wandb"] | None = None  # log through TorchRL, too
 
-    observation: str = option("all", "what the policy sees of the state", list(SIZES))
-    broken: bool = option(False, "learn from single steps with a zero state: the mistake")
-    memoryless: bool = option(False, "a linear layer in place of the GRU")
-    episodes: int = option(4_000, "episodes to learn from, at most")
-    target: float = option(475.0, "stop when the last 100 episodes reach this mean return")
-    seed: int = option(0, "start of all random numbers", least=0)
-    output: str = option("runs/recurrent_reinforce", "folder for all that the run leaves")
-    num_envs: int = option(16, "episodes in a round, played side by side")
-    hidden_size: int = option(64, "size of both layers of the GRU")
-    gamma: float = option(0.99, "discount")
-    learning_rate: float = option(5e-3, "Adam's")
-    max_grad_norm: float = option(0.5, "longer gradients are cut to this length")
-    threads: int = option(1, "CPU threads of torch")
+
+def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any]]:
+    """Return the arguments and, after --resume, the checkpoint with their defaults."""
+    args, checkpoint = tyro.cli(Args, args=argv, description=__doc__), {}
+    if args.resume is not None and not args.overwrite:
+        try:
+            checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
+            old = Args(**{**checkpoint["args"], "output": str(Path(args.resume).parent)})
+        except (OSError, EOFError, LookupError, TypeError, RuntimeError, pickle.PickleError) as e:
+            sys.exit(f"error: --resume is {args.resume}, not a checkpoint of this program ({e})")
+        args = tyro.cli(Args, args=argv, default=old, description=__doc__)
+        for name in FIXED:
+            if getattr(args, name) != getattr(old, name):
+                sys.exit(f"error: --{name} must be {getattr(old, name)}, as in {args.resume}")
+    elif not args.overwrite and any(Path(args.output, name).exists() for name in FILES):
+        sys.exit(
+            f"error: {args.output} contains a run. Continue it with --resume "
+            f"{args.output}/checkpoint.pt, delete it with --overwrite, or choose another --output."
+        )
+    for name, value in vars(args).items():
+        if type(value) is int and value < (name != "seed"):
+            sys.exit(f"error: --{name} is {value}: expected at least 1")
+    if not 0 <= args.gamma <= 1:
+        sys.exit(f"error: --gamma is {args.gamma}: expected a number from 0 to 1")
+    if args.broken and args.cell == "feed_forward":
+        sys.exit("error: --broken: a feed-forward network has no states to lose")
+    return args, checkpoint
 
 
-def make_networks(settings: Settings) -> tuple[Any, TensorDictSequential]:
-    """Make the policy, and the critic that says what return to expect: each has its own memory."""
-    memory = make_memory(settings, "policy")
-    head = TensorDictModule(nn.Linear(settings.hidden_size, 2), ["policy"], ["logits"])
+def make_env(args: Args, num_envs: int) -> TransformedEnv:
+    """Make environments that this process steps together and that TorchRL resets."""
+    try:
+        envs = gym.make_vec(
+            args.env,
+            num_envs,
+            vectorization_mode="sync",
+            vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.DISABLED},
+            wrappers=(gym.wrappers.FlattenObservation,),
+        )
+    except (gym.error.Error, ImportError, NotImplementedError) as error:
+        sys.exit(f"error: --env is {args.env}: {error}")
+    space = envs.single_action_space
+    if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
+        sys.exit(f"error: --env is {args.env}, with actions {space}: expected Discrete from 0")
+    return TransformedEnv(GymWrapper(envs, device=args.device))
+
+
+def make_networks(args: Args, env: TransformedEnv) -> tuple[Any, TensorDictSequential]:
+    """Make the policy and the critic, which predicts returns: each has its own recurrent layers."""
+    size, actions = env.observation_spec["observation"].shape[-1], env.action_spec.shape[-1]
+    kept, scales = args.keep_observations or tuple(range(size)), args.observation_scales
+    if not set(kept) <= set(range(size)) or len(scales) not in (1, len(kept)) or 0 in scales:
+        sys.exit(
+            f"error: --keep_observations is {kept}, --observation_scales is {scales}: expected "
+            f"indices from 0 to {size - 1}, and one number for all of them, or one each, but no 0"
+        )
+    divisor = torch.tensor(scales, device=args.device)
+
+    def make_network(name: str, output: str, output_size: int) -> TensorDictSequential:
+        states = [f"{name}_{state}" for state in STATES[args.cell]]
+        layers = recurrent_module(
+            args.cell,
+            len(kept),
+            args.hidden_size,
+            args.num_layers,
+            in_keys=[f"{name}_features", *states],
+            out_keys=[f"{name}_hidden", *(("next", state) for state in states)],
+        )
+        features = TensorDictModule(
+            lambda x: x[..., kept].float() / divisor, ["observation"], [f"{name}_features"]
+        )
+        head = nn.Linear(args.hidden_size, output_size)
+        modules = [features, layers, TensorDictModule(head, [f"{name}_hidden"], [output])]
+        return TensorDictSequential(modules).to(args.device)
+
     policy = ProbabilisticActor(
-        TensorDictSequential(memory, head), in_keys=["logits"], distribution_class=OneHotCategorical
+        make_network("policy", "logits", actions),
+        in_keys=["logits"],
+        distribution_class=OneHotCategorical,
     )
-    value = TensorDictModule(nn.Linear(settings.hidden_size, 1), ["critic"], ["state_value"])
-    return policy, TensorDictSequential(make_memory(settings, "critic"), value)
-
-
-def make_memory(settings: Settings, name: str) -> TensorDictModuleBase:
-    """Make two layers that remember or, for comparison, two that cannot."""
-    size, hidden = SIZES[settings.observation], settings.hidden_size
-    if settings.memoryless:
-        layers = nn.Sequential(nn.Linear(size, hidden), nn.Tanh(), nn.Linear(hidden, hidden))
-        return TensorDictModule(nn.Sequential(layers, nn.Tanh()), ["observation"], [name])
-    return GRUModule(
-        input_size=size,
-        hidden_size=hidden,
-        num_layers=2,
-        in_keys=["observation", f"{name}_state"],
-        out_keys=[name, ("next", f"{name}_state")],
-    )
-
-
-class Learner:
-    """Policy, critic, loss and optimiser."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.policy, self.critic = make_networks(settings)
-        # What plays: all that remembers, so that the critic's states are stored with each step too.
-        self.both = TensorDictSequential(self.policy, self.critic[0])
-        loss = ReinforceLoss(self.policy, self.critic)
-        # TD(1): the advantage of a step is the return that came after it, minus the critic's guess.
-        estimator = TD1Estimator(gamma=settings.gamma, value_network=self.critic)
-        # These two calls are all that memory asks of the losses.
-        self.loss = loss if settings.memoryless else recurrent_loss(loss)
-        self.advantage = estimator if settings.memoryless else recurrent_loss(estimator)
-        self.minibatches = SequenceMinibatches(normalize_advantage=True)
-        self.optimizer = torch.optim.Adam(self.loss.parameters(), settings.learning_rate)
-
-    def learn(self, episodes: TensorDictBase) -> None:
-        """Take one gradient step on episodes ``[num_envs, T]``."""
-        self.advantage(episodes)
-        [batch] = self.minibatches(episodes)
-        if self.settings.broken:
-            batch = as_single_steps(batch)
-        out = self.loss(batch)
-        self.optimizer.zero_grad()
-        (out["loss_actor"] + out["loss_value"]).backward()
-        nn.utils.clip_grad_norm_(self.loss.parameters(), self.settings.max_grad_norm)
-        self.optimizer.step()
-
-
-def as_single_steps(batch: TensorDictBase) -> TensorDictBase:
-    """Make the mistake: a batch of steps ``[N, 1]``, none of which knows what came before it."""
-    steps = batch.reshape(-1, 1)
-    for key in ("policy_state", "critic_state"):
-        steps[key] = torch.zeros_like(steps[key])
-    steps["is_init"] = torch.ones_like(steps["is_init"])
-    return steps
+    return policy, make_network("critic", "state_value", 1)
 
 
 @torch.no_grad()
-@set_exploration_type(ExplorationType.RANDOM)
-def play(env: TransformedEnv, policy: TensorDictModuleBase) -> tuple[TensorDictBase, Tensor]:
+def play(
+    args: Args, env: TransformedEnv, policy: TensorDictModuleBase, exploration: ExplorationType
+) -> tuple[TensorDictBase, Tensor]:
     """Play one episode in each environment, side by side.
 
     Returns:
-        The episodes, ``[num_envs, T]``, with a mask over what was played after the end of an
-        episode while others still went on; and their returns, ``[num_envs]``.
+        The episodes, ``[num_envs, T]``, with a valid mask: steps after the end of an episode, while
+        others continue, are padding. And the returns of the episodes, ``[num_envs]``.
     """
     step = env.reset()
-    running = torch.ones(step.shape, dtype=torch.bool)
+    running = torch.ones(step.shape, dtype=torch.bool, device=step.device)
     steps, masks = [], []
     while running.any():
-        done_step, step = env.step_and_maybe_reset(policy(step))
+        with set_exploration_type(exploration):
+            done_step, step = env.step_and_maybe_reset(policy(step))
+        check_finite(args, done_step)
         steps.append(done_step)
         masks.append(running)
         running = running & ~done_step["next", "done"].squeeze(-1)
@@ -160,103 +196,128 @@ def play(env: TransformedEnv, policy: TensorDictModuleBase) -> tuple[TensorDictB
     return episodes, (episodes["next", "reward"].squeeze(-1) * mask).sum(1)
 
 
-class Records:
-    """The return of every episode, and the files that tell of them."""
-
-    def __init__(self, folder: Path, settings: Settings) -> None:
-        self.folder, self.settings = folder, settings
-        self.returns: list[float] = []
-        self.seconds: list[float] = []
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, returns: Tensor, seconds: float) -> None:
-        self.returns += returns.tolist()
-        self.seconds += [seconds] * len(returns)
-
-    def recent(self, end: int | None = None) -> float:
-        last = self.returns[:end][-WINDOW:]
-        return sum(last) / len(last) if last else 0.0
-
-    def write(self, test: Tensor) -> None:
-        with (self.folder / "learning_curve.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["episode", "seconds", "return", f"mean_of_last_{WINDOW}"])
-            for i, (seconds, value) in enumerate(zip(self.seconds, self.returns, strict=True), 1):
-                writer.writerow([i, round(seconds, 2), value, round(self.recent(i), 2)])
-        result = {
-            "episodes": len(self.returns),
-            "steps": int(sum(self.returns)),
-            "seconds": round(self.seconds[-1], 1),
-            "last_100": self.recent(),
-            "test_returns": test.tolist(),
-            "settings": asdict(self.settings),
-        }
-        (self.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        self.draw()
-
-    def draw(self) -> None:
-        count = range(1, len(self.returns) + 1)
-        fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-        ax.plot(count, self.returns, ".", ms=2, color="tab:gray", label="an episode")
-        ax.plot(count, [self.recent(i) for i in count], label=f"mean of the last {WINDOW}")
-        ax.axhline(self.settings.target, color="tab:green", ls="--", lw=1)
-        ax.set(xlabel="episodes", ylabel="return", ylim=(0, 515))
-        ax.legend(loc="best", fontsize="small")
-        ax.grid(alpha=0.3)
-        fig.savefig(self.folder / "learning_curve.png", dpi=120)
-        plt.close(fig)
+def check_finite(args: Args, data: TensorDictBase) -> None:
+    for key in ("observation", ("next", "observation"), ("next", "reward")):
+        if not data[key].isfinite().all():
+            sys.exit(f"error: {args.env} returned NaN or inf in the entry {key!r}")
 
 
-def train(settings: Settings, records: Records, stop: StopOnInterrupt) -> Learner:
-    """Play and learn until the target is reached, the episodes are used up, or Ctrl-C."""
-    torch.manual_seed(settings.seed)
-    learner = Learner(settings)
-    env = make_env(ENV, settings.observation, settings.num_envs)
-    env.append_transform(get_env_transforms_from_module(learner.both))
-    env.set_seed(settings.seed)
-    start = time.perf_counter()
-    with tqdm(total=settings.episodes, unit=" episodes") as bar:
-        while len(records.returns) < settings.episodes and not stop.asked:
-            episodes, returns = play(env, learner.both)
-            records.add(returns, time.perf_counter() - start)
-            bar.update(len(returns))
-            bar.set_postfix_str(f"mean of the last {WINDOW}: {records.recent():.0f}")
-            if len(records.returns) >= WINDOW and records.recent() >= settings.target:
-                break
-            learner.learn(episodes)
-    env.close()
-    return learner
+def as_single_steps(args: Args, batch: TensorDictBase) -> TensorDictBase:
+    """Make the mistake: a batch of steps ``[N, 1]``, each of which starts from a zero state."""
+    steps: Any = batch.reshape(-1, 1)
+    for key in (f"{name}_{s}" for name in ("policy", "critic") for s in STATES[args.cell]):
+        steps[key] = torch.zeros_like(steps[key])
+    steps["is_init"] = torch.ones_like(steps["is_init"])
+    return steps
 
 
-def read_settings(argv: Sequence[str] | None) -> Settings:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser, Settings)
-    settings = Settings(**vars(parser.parse_args(argv)))
-    if settings.broken and settings.memoryless:
-        parser.error("--broken with --memoryless: without a memory there is none to forget")
-    try:
-        check_ranges(settings)
-    except ValueError as error:
-        parser.error(str(error))
-    return settings
+def mean_of_last(returns: Sequence[float]) -> float:
+    last = returns[-WINDOW:]
+    return sum(last) / max(len(last), 1)
+
+
+def is_finished(args: Args, returns: Sequence[float]) -> bool:
+    is_learned = len(returns) >= WINDOW and mean_of_last(returns) >= args.target
+    return is_learned or len(returns) >= args.episodes
+
+
+def write_records(args: Args, returns: list[float], seconds: list[float]) -> None:
+    """Write learning_curve.csv and draw learning_curve.png."""
+    count = range(1, len(returns) + 1)
+    means = [mean_of_last(returns[:i]) for i in count]
+    with Path(args.output, "learning_curve.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["episode", "seconds", "return", f"mean_of_last_{WINDOW}"])
+        writer.writerows(zip(count, seconds, returns, means, strict=True))
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    ax.plot(count, returns, ".", ms=2, color="tab:gray", label="an episode")
+    ax.plot(count, means, label=f"mean of the last {WINDOW}")
+    ax.axhline(args.target, color="tab:green", ls="--", lw=1, label="target")
+    ax.set(title=f"{args.env}, {args.cell}, seed {args.seed}", xlabel="episodes", ylabel="return")
+    ax.legend(fontsize="small")
+    fig.savefig(Path(args.output, "learning_curve.png"), dpi=120)
+    plt.close(fig)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the tutorial."""
-    settings = read_settings(argv)
-    torch.set_num_threads(settings.threads)
-    records = Records(Path(settings.output), settings)
-    with StopOnInterrupt() as stop:
-        learner = train(settings, records, stop)
-    test = Evaluation(make_env(ENV, settings.observation, TEST_EPISODES), learner.policy)
-    returns = test(TEST_SEED + settings.seed)
-    records.write(returns)
+    args, checkpoint = read_args(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # the second one ends the program at once
+        signal.signal(number, lambda n, _: stop.set() or signal.signal(n, signal.SIG_DFL))
+
+    env = make_env(args, args.num_envs)
+    policy, critic = make_networks(args, env)
+    # The critic's layers play along, so that its states are stored with every step, too.
+    actor = TensorDictSequential([policy, critic])
+    env.append_transform(get_env_transforms_from_module(actor))  # is_init flags, initial states
+    # These two calls are all that recurrent layers need from the losses.
+    loss_module = recurrent_loss(ReinforceLoss(policy, critic))
+    advantage = recurrent_loss(TD1Estimator(gamma=args.gamma, value_network=critic))
+    minibatches = SequenceMinibatches(normalize_advantage=True)
+    optimizer = torch.optim.Adam(loss_module.parameters(), args.learning_rate)
+    returns, seconds = checkpoint.get("returns", []), checkpoint.get("seconds", [])
+    if checkpoint:
+        loss_module.load_state_dict(checkpoint["loss"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    logger = get_logger(args.logger, args.output, "log")
+
+    Path(args.output).mkdir(parents=True, exist_ok=True)
+    for name in FILES[-1:] if checkpoint else FILES:  # a resumed run has no result yet
+        Path(args.output, name).unlink(missing_ok=True)
+    start = time.perf_counter() - (seconds[-1] if seconds else 0)
+    with tqdm(total=args.episodes, initial=len(returns), unit=" episodes") as bar:
+        while not is_finished(args, returns) and not stop.is_set():
+            # A resumed run plays the same rounds as one that was not interrupted.
+            env.set_seed(args.seed + len(returns))
+            torch.manual_seed(args.seed + len(returns))
+            episodes, new_returns = play(args, env, actor, ExplorationType.RANDOM)
+            advantage(episodes)
+            [batch] = minibatches(episodes)
+            out = loss_module(as_single_steps(args, batch) if args.broken else batch)
+            loss = out["loss_actor"] + out["loss_value"]
+            if not loss.isfinite():
+                sys.exit(f"error: 'loss_actor' + 'loss_value' is {loss.item()}")
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(loss_module.parameters(), args.max_grad_norm)
+            optimizer.step()
+
+            returns += new_returns.tolist()
+            seconds += [round(time.perf_counter() - start, 2)] * len(new_returns)
+            bar.set_postfix(mean_of_last=mean_of_last(returns), loss=loss.item(), refresh=False)
+            bar.update(len(new_returns))
+            if logger is not None:
+                metrics = {"return": new_returns.mean().item(), "loss": loss.item()}
+                logger.log_metrics(metrics, step=len(returns))
+            modules = {"loss": loss_module.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {"args": asdict(args), "returns": returns, "seconds": seconds, **modules}
+            part = Path(args.output, "checkpoint.part")
+            torch.save(state, part)
+            part.replace(part.with_suffix(".pt"))  # the file is complete at any time
+
+    write_records(args, returns, seconds)
+    if not is_finished(args, returns):
+        print(f"Stopped after {len(returns)} episodes. Continue: --resume {args.output}/{FILES[0]}")
+        return
+    test_env = make_env(args, TEST_EPISODES)
+    test_env.append_transform(get_env_transforms_from_module(actor))
+    test_env.set_seed(TEST_SEED + args.seed)
+    _, test_returns = play(args, test_env, actor, ExplorationType.DETERMINISTIC)
+    result = {
+        "test_return": test_returns.mean().item(),
+        "test_returns": test_returns.tolist(),
+        "last_100": mean_of_last(returns),
+        "episodes": len(returns),
+        "seconds": seconds[-1],
+        "args": asdict(args),
+    }
+    Path(args.output, "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(
-        f"{len(records.returns)} episodes in {records.seconds[-1]:.0f} s; mean of the last "
-        f"{WINDOW}: {records.recent():.1f}; without exploration: {returns.mean():.1f} over "
-        f"{TEST_EPISODES} fresh episodes. Picture: {records.folder / 'learning_curve.png'}"
+        f"{len(returns)} episodes, mean return {mean_of_last(returns):.1f} over the last {WINDOW}. "
+        f"Without exploration: {test_returns.mean():.1f} over {TEST_EPISODES} new episodes. "
+        f"Picture: {args.output}/learning_curve.png"
     )
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+NEEDS_SIGNALS = pytest.mark.skipif(sys.platform == "win32", reason="no signals between processes")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 

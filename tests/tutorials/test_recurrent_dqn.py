@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from rnnkeys import set_recurrent_mode
 from tests.support.tutorials import (
+    NEEDS_SIGNALS,
     ROOT,
     assert_complete,
     assert_same,
@@ -30,18 +30,10 @@ from tests.support.tutorials import (
 SCRIPT = ROOT / "tutorials" / "recurrent_dqn.py"
 SMALL = ["--warmup", "256", "--slices", "8", "--slice-len", "8", "--eval-episodes", "4"]
 SHORT = [*SMALL, "--hidden-size", "16", "--frames", "1024", "--eval-every", "512"]
-NO_SIGNALS = pytest.mark.skipif(sys.platform == "win32", reason="no signals between processes")
 
+pytestmark = pytest.mark.usefixtures("signal_handlers")
 tutorial = load_tutorial("recurrent_dqn")
 Run = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def _restore_signal_handlers() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -220,7 +212,7 @@ def test_resume_of_another_file_raises(tmp_path: Path, content: Any) -> None:
         tutorial.main(["--resume", str(path)])
 
 
-@NO_SIGNALS
+@NEEDS_SIGNALS
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_script_after_a_signal_saves_the_run(tmp_path: Path, number: signal.Signals) -> None:
     argv = [*SMALL, "--frames", "10000000", "--eval-every", "512"]
@@ -268,7 +260,9 @@ class PushTowardsTheLean(nn.Module):
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_evaluate_returns_the_returns_of_first_episodes(num_envs: int) -> None:
     args, policy = tutorial.Args(), PushTowardsTheLean()
+    draws = torch.get_rng_state()
     returns = tutorial.evaluate(args, policy, num_envs, seed=7)
+    assert torch.equal(torch.get_rng_state(), draws)
     env = tutorial.make_env(args, num_envs)
     env.set_seed(7)
     done = env.rollout(150, policy, break_when_any_done=False)["next", "done"]
