@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any, Literal
@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from torch import Tensor, nn
+from torch.distributions import Categorical, Independent
 from torchrl.envs import DeviceCastTransform, GymWrapper, TransformedEnv
 
 MIN_IMAGE_SIDE = 36
@@ -39,7 +41,7 @@ def make_gym_env(
     observation of an episode apart from the first one of the next.
 
     Args:
-        name: id of the environment, or ``"module:id"``.
+        name: as for :func:`make_simple_env`.
         num_envs: number of environments, the batch size ``[num_envs]``.
         vectorization: ``"sync"`` steps them in this process, ``"async"`` in one process each.
         device: device of the data.
@@ -69,7 +71,6 @@ def make_gym_env(
 def make_simple_env(
     name: str,
     *,
-    arguments: Mapping[str, Any] | None = None,
     wrappers: Sequence[str] = (),
     pixels: bool = False,
     hide: Sequence[int] = (),
@@ -84,8 +85,7 @@ def make_simple_env(
     place of Discrete, MultiDiscrete and MultiBinary, which lets all of their actions be played.
 
     Args:
-        name: id of the environment, or ``"module:id"``.
-        arguments: keyword arguments of the environment.
+        name: id of the environment, or ``"module:id"``; with arguments, ``"id(name=value)"``.
         wrappers: wrappers to apply, each ``"module:Class"`` or ``"module:Class(name=value)"``.
         pixels: observe rendered frames, uint8 ``[1, 84, 84]``, in place of the state.
         hide: indices of entries that are left out of a vector, such as velocities.
@@ -102,9 +102,7 @@ def make_simple_env(
         >>> env.observation_space.shape, env.action_space
         ((16,), MultiDiscrete([4]))
     """
-    if pixels:
-        arguments = {**(arguments or {}), "render_mode": "rgb_array"}
-    env = _make_env(name, arguments or {})
+    env = _make_env(name, {"render_mode": "rgb_array"} if pixels else {})
     for wrapper in wrappers:
         env = _apply_wrapper(env, wrapper)
     if pixels:
@@ -130,25 +128,68 @@ def make_simple_env(
     return env
 
 
-def _make_env(name: str, arguments: Mapping[str, Any]) -> gym.Env:
+class Choices(Independent):
+    """Distribution of the int64 actions that stand for discrete ones, a choice for each entry.
+
+    Args:
+        logits: unnormalised log-probabilities of all choices, ``[*, sum(sizes)]``.
+        sizes: number of choices of each entry; :func:`count_choices` returns it.
+
+    Examples:
+        >>> choices = Choices(torch.zeros(7, 5), [2, 3])
+        >>> choices.sample().shape, choices.entropy()[0].exp()
+        (torch.Size([7, 2]), tensor(6.0000))
+    """
+
+    def __init__(self, logits: Tensor, sizes: Sequence[int]) -> None:
+        most = max(sizes)
+        # Choices that an entry lacks get probability zero, and gradients stay finite.
+        padded = [
+            nn.functional.pad(part, (0, most - part.shape[-1]), value=-1e9)
+            for part in logits.split(list(sizes), -1)
+        ]
+        choices = Categorical(logits=torch.stack(padded, -2), validate_args=False)
+        super().__init__(choices, 1, validate_args=False)
+
+
+def count_choices(spec: Any) -> list[int]:
+    """Return the number of choices of each entry of an action.
+
+    Args:
+        spec: spec of the actions of :func:`make_gym_env`.
+
+    Examples:
+        >>> count_choices(make_gym_env("CartPole-v1", 3).action_spec)
+        [2]
+    """
+    return (spec.space.high[0] + 1).tolist()
+
+
+def _make_env(name: str, arguments: dict[str, Any]) -> gym.Env:
     try:
-        return gym.make(name, **arguments)
+        path, more = _parse_call(name)
+        return gym.make(path, **arguments, **more)
     except Exception as error:  # of the environment's constructor: of any type
         raise EnvError(f"environment {name} cannot be made: {_one_line(error)}") from error
 
 
 def _apply_wrapper(env: gym.Env, text: str) -> gym.Env:
-    path, _, arguments = text.partition("(")
-    module, _, name = path.partition(":")
     try:
-        call: Any = ast.parse(f"f({arguments or ')'}", mode="eval").body
-        options = {item.arg: ast.literal_eval(item.value) for item in call.keywords}
-        return getattr(import_module(module), name)(env, **options)
+        path, arguments = _parse_call(text)
+        module, _, name = path.partition(":")
+        return getattr(import_module(module), name)(env, **arguments)
     except Exception as error:  # of the wrapper's constructor: of any type
         raise EnvError(
             f"wrapper {text} cannot be applied: {_one_line(error)}. Expected 'module:Class' or "
             "'module:Class(name=value)'"
         ) from error
+
+
+def _parse_call(text: str) -> tuple[str, dict[str, Any]]:
+    """Split ``"path(name=value)"`` into path and keyword arguments, which are literals."""
+    path, _, arguments = text.partition("(")
+    call: Any = ast.parse(f"f({arguments or ')'}", mode="eval").body
+    return path, {item.arg: ast.literal_eval(item.value) for item in call.keywords}
 
 
 def _one_line(error: Exception) -> str:

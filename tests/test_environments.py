@@ -127,9 +127,8 @@ def test_make_simple_env_wrappers_are_applied_in_order() -> None:
 
 
 def test_make_simple_env_arguments_reach_the_environment() -> None:
-    assert make_simple_env(
-        "FrozenLake-v1", arguments={"map_name": "8x8"}
-    ).observation_space.shape == (64,)
+    env = make_simple_env("FrozenLake-v1(map_name='8x8', is_slippery=False)")
+    assert env.observation_space.shape == (64,)
 
 
 def test_make_gym_env_pixels_are_rendered_frames() -> None:
@@ -159,8 +158,9 @@ def test_make_gym_env_keeps_last_observation_of_an_episode() -> None:
     ("name", "options", "message"),
     [
         ("Nowhere-v0", {}, "environment Nowhere-v0 cannot be made: NameNotFound"),
+        ("CartPole-v1(4", {}, "environment CartPole-v1(4 cannot be made: SyntaxError"),
         ("nowhere:Nowhere-v0", {}, "ModuleNotFoundError: No module named 'nowhere'"),
-        ("CartPole-v1", {"arguments": {"wheels": 4}}, "unexpected keyword argument 'wheels'"),
+        ("CartPole-v1(wheels=4)", {}, "unexpected keyword argument 'wheels'"),
         (
             "CartPole-v1",
             {"wrappers": ("gymnasium.wrappers:Gone",)},
