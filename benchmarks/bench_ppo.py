@@ -1,12 +1,12 @@
-"""How fast is recurrent PPO from end to end? Ours, TorchRL's modules, and sb3-contrib's.
+"""Speed of recurrent PPO from end to end: rnnkeys, TorchRL's modules and sb3-contrib.
 
     python -m benchmarks.bench_ppo                # needs sb3-contrib: pip install sb3-contrib
     python -m benchmarks.bench_ppo --rounds 5 --epochs 4
 
 All three play CartPole without velocities in 8 environments, 128 steps each, with an LSTM of 64
 for the actor and another for the critic, and learn in minibatches of 256 steps of whole sequences.
-Ours and TorchRL's run ``tutorials/recurrent_ppo.py``, with one module or the other. Rounds take
-turns, and the median counts. Results go to ``benchmarks/results/recurrent_ppo_speed.md``.
+The first two run ``tutorials/recurrent_ppo.py``, with one module or the other. Rounds take turns,
+and the median counts. Results go to ``benchmarks/results/recurrent_ppo_speed.md``.
 """
 
 from __future__ import annotations
@@ -21,57 +21,67 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torchrl.modules
+from torchrl.collectors import Collector
 
 import rnnkeys
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tutorials"))
-import ppo_networks  # noqa: E402 (tutorials are scripts, not a package)
-import ppo_settings  # noqa: E402
-import records  # noqa: E402
-import recurrent_ppo  # noqa: E402
+import recurrent_ppo  # noqa: E402 (tutorials are scripts, not a package)
 
 ENVS, STEPS, HIDDEN, MINIBATCH = 8, 128, 64, 256
 FRAMES = ENVS * STEPS
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-class Ours:
+class Tutorial:
     """``tutorials/recurrent_ppo.py``, with the recurrent modules of a library."""
 
     def __init__(
         self,
         epochs: int,
-        library: Any = rnnkeys,
+        make_recurrent: Callable[..., Any] = rnnkeys.recurrent_module,
         seq_len: int = STEPS,
         num_envs: int = ENVS,
-        processes: int = 1,
+        vectorization: Literal["sync", "async"] = "sync",
     ) -> None:
-        ppo_networks.LSTMModule = library.LSTMModule
-        settings = ppo_settings.Settings(
+        recurrent_ppo.recurrent_module = make_recurrent
+        args = recurrent_ppo.Args(
             num_envs=num_envs,
-            processes=processes,
+            vectorization=vectorization,
             steps=STEPS,
             seq_len=seq_len,
             minibatch_steps=MINIBATCH,
             epochs=epochs,
             hidden_size=HIDDEN,
+            output=tempfile.mkdtemp(),
         )
-        kept = records.Records(Path(tempfile.mkdtemp()), "benchmark")
-        self.trainer = recurrent_ppo.Trainer(settings, kept)
-        self.collector = self.trainer._make_collector()
+        self.trainer = recurrent_ppo.Trainer(args)
+        policy = self.trainer.agent.collector
+        env = recurrent_ppo.make_env(args, num_envs)
+        env.append_transform(rnnkeys.get_env_transforms_from_module(policy))
+        self.collector = Collector(env, policy, frames_per_batch=num_envs * STEPS)
 
     def collect(self) -> None:
-        self.rollout = self.trainer._collect(self.collector)
+        self.rollout: Any = self.collector.next()
+        self.trainer.scale_rewards(self.rollout)
 
     def learn(self) -> None:
-        self.trainer.learner.learn(self.rollout)
+        self.trainer.learn(self.rollout)
+
+
+def make_torchrl_lstm(
+    cell: str, input_size: int, hidden_size: int, layers: int, **keys: Any
+) -> Any:
+    return torchrl.modules.LSTMModule(
+        input_size=input_size, hidden_size=hidden_size, num_layers=layers, **keys
+    )
 
 
 class HideVelocities(gym.ObservationWrapper):
@@ -83,7 +93,7 @@ class HideVelocities(gym.ObservationWrapper):
         return observation[[0, 2]] / np.array([2.4, 0.2095], dtype=np.float32)
 
 
-class Theirs:
+class StableBaselines:
     """sb3-contrib's ``RecurrentPPO``."""
 
     def __init__(self, epochs: int) -> None:
@@ -118,10 +128,10 @@ class Theirs:
 
 
 CONTESTANTS: dict[str, Callable[[int], Any]] = {
-    "rnnkeys": Ours,
-    "rnnkeys, sequences of 32": lambda epochs: Ours(epochs, seq_len=32),
-    "TorchRL's modules": lambda epochs: Ours(epochs, torchrl.modules),
-    "sb3-contrib": Theirs,
+    "rnnkeys": Tutorial,
+    "rnnkeys, sequences of 32": lambda epochs: Tutorial(epochs, seq_len=32),
+    "TorchRL's modules": lambda epochs: Tutorial(epochs, make_torchrl_lstm),
+    "sb3-contrib": StableBaselines,
 }
 
 
@@ -133,7 +143,7 @@ def measure(call: Callable[[], None], clock: Callable[[], float] = time.process_
 
 
 def race(epochs: int, rounds: int) -> list[dict[str, Any]]:
-    """Let all contestants play and learn in turns; return a row for each."""
+    """Let all contestants collect and learn in turns; return a row for each."""
     contestants = {name: make(epochs) for name, make in CONTESTANTS.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     for _ in range(rounds + 1):
@@ -160,9 +170,9 @@ def race(epochs: int, rounds: int) -> list[dict[str, Any]]:
 def race_environments(rounds: int) -> list[dict[str, Any]]:
     """Collect from vectors of environments in this process, and from several processes."""
     rows = []
-    for num_envs, processes in ((8, 1), (16, 1), (32, 1), (8, 2), (8, 8)):
-        one = Ours(4, num_envs=num_envs, processes=processes)
-        # Other processes work too, so that only a clock on the wall tells.
+    for num_envs, processes in ((8, 1), (16, 1), (32, 1), (8, 8)):
+        one = Tutorial(4, num_envs=num_envs, vectorization="sync" if processes == 1 else "async")
+        # Other processes work too: the time of this one is not all.
         times = [measure(one.collect, time.perf_counter) for _ in range(rounds + 1)][1:]
         one.collector.shutdown()
         rows.append(

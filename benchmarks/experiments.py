@@ -37,7 +37,17 @@ FEED_FORWARD = ("--cell", "feed_forward")
 POSITIONS = ("--keep-observations", "0", "2", "--observation-scales", "2.4", "0.2095")
 SHORT = ("--episodes", "2000")  # of those that never learn: more than the others need
 BRIEF = ("--frames", "40000", "--burn-in", "0")
-HILL = ("--env", "MountainCarContinuous-v0", "--eval-every", "20000", "--eval-episodes", "8")
+PENDULUM = (
+    *("--env", "Pendulum-v1", "--magnify", "5", "--gamma", "0.9", "--reward-scale", "0.02"),
+    *("--num-envs", "10", "--steps", "200", "--seq-len", "25", "--minibatch-steps", "250"),
+    *("--learning-rate", "3e-3", "--noise-correlation", "0.7"),
+)
+HILL = (
+    *("--env", "MountainCarContinuous-v0", "--magnify", "5", "--lmbda", "0.98"),
+    *("--num-envs", "16", "--steps", "128", "--minibatch-steps", "512"),
+    *("--reward-scale", "0.05", "--entropy", "0.01", "--noise-correlation", "0.9"),
+    *("--eval-every", "20000", "--eval-episodes", "8"),
+)
 LAST = "Weights are those of the last step."
 BEST = (
     "Weights are those that did best in the regular evaluations (*best evaluation*), tested on "
@@ -79,10 +89,10 @@ EXPERIMENTS = {
         text=f"{HIDDEN} {LAST}",
         variants={
             "recurrent": (),
-            "memoryless": ("--memoryless",),
-            "GRU, shared": ("--cell", "gru", "--shared"),
+            "feed-forward": ("--cell", "feed_forward"),
+            "GRU, shared": ("--cell", "gru", "--critic", "shared"),
         },
-        few={"memoryless": [0, 1], "GRU, shared": [0, 1]},
+        few={"feed-forward": [0, 1], "GRU, shared": [0, 1]},
     ),
     "r2d2": Experiment(
         script="r2d2",
@@ -133,30 +143,28 @@ EXPERIMENTS = {
         title="PPO on Pendulum with its velocity hidden",
         text=(
             "An episode of 200 steps returns 0 at most. "
-            f"{LAST} Noise in actions lasts, or is drawn afresh at every step."
+            f"{LAST} Noise in actions lasts, or is drawn again at every step."
         ),
         variants={
-            "recurrent": ("--env", "Pendulum-v1"),
-            "memoryless": ("--env", "Pendulum-v1", "--memoryless"),
-            "fresh noise": (
-                *("--env", "Pendulum-v1", "--noise-correlation", "0", "--eval-every", "20000"),
-            ),
+            "recurrent": PENDULUM,
+            "feed-forward": (*PENDULUM, "--cell", "feed_forward"),
+            "fresh noise": (*PENDULUM, "--noise-correlation", "0", "--eval-every", "20000"),
         },
-        few={"memoryless": [0], "fresh noise": [0, 1]},
+        few={"feed-forward": [0], "fresh noise": [0, 1]},
     ),
     "recurrent_ppo_mountain_car": Experiment(
         script="recurrent_ppo",
         title="PPO on MountainCarContinuous with its velocity hidden",
         text=(
             "An episode returns 100 for the hilltop less what its thrust costs; standing still "
-            f"returns 0. {LAST} Noise in actions lasts, or is drawn afresh at every step."
+            f"returns 0. {LAST} Noise in actions lasts, or is drawn again at every step."
         ),
         variants={
             "recurrent": HILL,
-            "memoryless": (*HILL, "--memoryless"),
+            "feed-forward": (*HILL, "--cell", "feed_forward"),
             "fresh noise": (*HILL, "--noise-correlation", "0"),
         },
-        few={"memoryless": [0], "fresh noise": [0]},
+        few={"feed-forward": [0], "fresh noise": [0]},
     ),
     "recurrent_sac": Experiment(
         script="recurrent_sac",

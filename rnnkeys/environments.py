@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from torch import Tensor, nn
-from torch.distributions import Categorical, Independent
-from torchrl.envs import DeviceCastTransform, GymWrapper, TransformedEnv
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.envs import DeviceCastTransform, EnvBase, GymWrapper, TransformedEnv
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 MIN_IMAGE_SIDE = 36
 """Smallest height and width of an image; smaller ones are flattened to vectors."""
@@ -128,41 +129,30 @@ def make_simple_env(
     return env
 
 
-class Choices(Independent):
-    """Distribution of the int64 actions that stand for discrete ones, a choice for each entry.
+@torch.no_grad()
+@set_exploration_type(ExplorationType.DETERMINISTIC)
+def evaluate_policy(env: EnvBase, policy: TensorDictModuleBase, seed: int) -> Tensor:
+    """Play one episode in each environment of a vector, without exploration.
 
     Args:
-        logits: unnormalised log-probabilities of all choices, ``[*, sum(sizes)]``.
-        sizes: number of choices of each entry; :func:`count_choices` returns it.
+        env: of :func:`make_gym_env`, with the transforms that the policy needs.
+        policy: policy to play.
+        seed: the same seed starts the same episodes.
 
-    Examples:
-        >>> choices = Choices(torch.zeros(7, 5), [2, 3])
-        >>> choices.sample().shape, choices.entropy()[0].exp()
-        (torch.Size([7, 2]), tensor(6.0000))
+    Returns:
+        Sum of the rewards of each episode, float32 ``[num_envs]``.
     """
-
-    def __init__(self, logits: Tensor, sizes: Sequence[int]) -> None:
-        most = max(sizes)
-        # Choices that an entry lacks get probability zero, and gradients stay finite.
-        padded = [
-            nn.functional.pad(part, (0, most - part.shape[-1]), value=-1e9)
-            for part in logits.split(list(sizes), -1)
-        ]
-        choices = Categorical(logits=torch.stack(padded, -2), validate_args=False)
-        super().__init__(choices, 1, validate_args=False)
-
-
-def count_choices(spec: Any) -> list[int]:
-    """Return the number of choices of each entry of an action.
-
-    Args:
-        spec: spec of the actions of :func:`make_gym_env`.
-
-    Examples:
-        >>> count_choices(make_gym_env("CartPole-v1", 3).action_spec)
-        [2]
-    """
-    return (spec.space.high[0] + 1).tolist()
+    with torch.random.fork_rng():  # set_seed sets torch's generator, too
+        env.set_seed(seed)
+        step = env.reset()
+        returns = torch.zeros(step.shape, device=step.device)
+        running = torch.ones(step.shape, dtype=torch.bool, device=step.device)
+        while running.any():
+            step, following = env.step_and_maybe_reset(policy(step))
+            returns += step["next", "reward"].squeeze(-1) * running
+            running &= ~step["next", "done"].squeeze(-1)
+            step = following
+    return returns.cpu()
 
 
 def _make_env(name: str, arguments: dict[str, Any]) -> gym.Env:
@@ -253,7 +243,7 @@ class _Vector:
                 "and not all"
             )
         factor = np.asarray(scale, float)
-        if factor.shape not in ((), self.kept.shape):
+        if factor.shape not in ((), (1,), self.kept.shape):
             raise EnvError(
                 f"scale is {scale}: expected one number, or one for each of the "
                 f"{len(self.kept)} entries that {name} shows"

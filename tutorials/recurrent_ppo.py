@@ -1,56 +1,49 @@
 """Recurrent PPO in one file: copy it, change it, train on any environment of Gymnasium.
 
-    pip install "rnnkeys[tutorials]"
     python recurrent_ppo.py                                          # CartPole without velocities
     python recurrent_ppo.py --cell feed_forward                      # the feed-forward baseline
-    python recurrent_ppo.py --env FrozenLake-v1
     python recurrent_ppo.py --env 'LunarLander-v3(continuous=True)' --hide 2 3 5
-    python recurrent_ppo.py --env Acrobot-v1 --observation pixels
     python recurrent_ppo.py --resume runs/recurrent_ppo/checkpoint.pt --frames 200000
 
-Collector, GAE and loss are TorchRL's; recurrent layers, their wiring into the loss and minibatches
-of whole sequences are rnnkeys'. A run writes learning_curve.csv, learning_curve.png, checkpoint.pt
-and result.json, which has the returns of episodes never seen before, to its --output folder.
+It needs rnnkeys[tutorials]. Collector, GAE and loss are TorchRL's; recurrent layers, their wiring
+into the loss and minibatches of whole sequences are rnnkeys'. A run writes learning_curve.csv,
+learning_curve.png, checkpoint.pt and result.json, the returns of new episodes, to --output.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-import logging
 import math
-import pickle
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from statistics import fmean
 from typing import Any, Literal
 
-import matplotlib
-import numpy as np
 import torch
 import tyro
-from gymnasium import Space, spaces
+from matplotlib.figure import Figure
 from tensordict import TensorDictBase
-from tensordict.nn import AddStateIndependentNormalScale as ConstantScale
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
-from torch import Tensor, nn
-from torch.distributions import Categorical, Independent
+from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule, TensorDictSequential
+from torch import nn
 from torchrl.collectors import Collector
 from torchrl.envs import TransformedEnv
-from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
-from torchrl.modules import ConvNet, IndependentNormal, ProbabilisticActor, TanhNormal, gSDEModule
+from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 from torchrl.record.loggers import get_logger
 from tqdm import tqdm
 
 from rnnkeys import get_env_transforms_from_module, recurrent_module
-from rnnkeys.environments import EnvError, make_gym_env, make_simple_env
+from rnnkeys.environments import EnvError, evaluate_policy, make_gym_env
+from rnnkeys.exploration import CorrelatedNoise, StateDependentNoise, StateDependentScale
 from rnnkeys.objectives import SequenceMinibatches, recurrent_loss
+from rnnkeys.spaces import Choices, ImageEncoder, RunningNorm, action_distribution
 
 
 @dataclass
@@ -59,14 +52,13 @@ class Args:
 
     env: str = "CartPole-v1"  # ID of Gymnasium, MODULE:ID, or 'ID(name=value)'
     wrappers: tuple[str, ...] = ()  # MODULE:CLASS, or 'MODULE:CLASS(name=value)'
-    observation: Literal["positions", "all", "pixels"] | None = None  # default: see POSITIONS
+    observation: Literal["auto", "all", "pixels"] = "auto"  # auto: without known velocities
     hide: tuple[int, ...] = ()  # entries of the observation that the policy cannot see
     magnify: float = 1.0  # factor on observations
     frame_stack: int = 1  # last observations that the policy sees at once
     normalize_observation: bool = False  # to mean 0 and deviation 1 over the run
     normalize_reward: bool = False  # divide rewards by the deviation of discounted returns
     reward_scale: float = 0.1  # factor on rewards: keeps values small
-
     cell: Literal["lstm", "gru", "lstm_ln", "feed_forward"] = "lstm"
     critic: Literal["recurrent", "shared", "feed_forward"] = "recurrent"  # shared: actor's layer
     hidden_size: int = 64  # size of each recurrent layer
@@ -79,7 +71,6 @@ class Args:
     noise_correlation: float = 0.0  # of a continuous action's noise, from one step to the next
     sde: bool = False  # state-dependent exploration (gSDE) of continuous actions
     sde_sample_freq: int = 0  # steps between two draws of its matrix; 0: one draw per episode
-
     frames: int = 100_000  # environment steps of the whole run
     num_envs: int = 8  # environments that are stepped together
     vectorization: Literal["sync", "async"] = "sync"  # in this process, or in one process each
@@ -99,7 +90,6 @@ class Args:
     entropy: float = 0.0  # weight of the entropy bonus
     critic_coeff: float = 0.5  # weight of the critic's loss
     max_grad_norm: float = 0.5
-
     seed: int = 0
     device: str = "cpu"
     threads: int = 1  # CPU threads of torch: networks this small are fastest with one
@@ -110,54 +100,57 @@ class Args:
     eval_episodes: int = 32
 
 
-# Velocities of some environments, and what their positions are divided by.
-POSITIONS: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {
+# Velocities in the observations of some environments, and the scales of the other entries.
+VELOCITIES: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {
     "CartPole-v1": ((1, 3), (2.4, 0.2095)),
     "Pendulum-v1": ((2,), (1.0, 1.0)),
-    "MountainCar-v0": ((1,), (0.6,)),
     "MountainCarContinuous-v0": ((1,), (0.6,)),
-    "Acrobot-v1": ((4, 5), (1.0, 1.0, 1.0, 1.0)),
 }
 STATES = {"lstm": "hc", "lstm_ln": "hc", "gru": "h", "feed_forward": ""}
-LOWEST = {"seed": 0, "sde_sample_freq": 0, "log_std_init": -math.inf}
-HIGHEST = {"gamma": 1, "lmbda": 1, "noise_correlation": 1}
-EVALUATION_SEED, TEST_SEED, TEST_EPISODES = 100_000_000, 200_000_000, 20
+NETWORK_ARGS = ("env", "observation", "cell", "critic", "hidden_size", "num_layers", "net_arch")
+LIMITS = {"seed": (0, math.inf), "sde_sample_freq": (0, math.inf), "log_std_init": (-9, 9)}
+LIMITS |= {"gamma": (0, 1), "lmbda": (0, 1), "noise_correlation": (0, 1)}
+EVAL_SEED, TEST_SEED = 100_000_000, 200_000_000
+FILES = ("checkpoint.pt", "learning_curve.csv", "learning_curve.png", "result.json")
+MODULES = ("agent", "optimizer", "return_norm")
+VALUES = ("frames", "episodes", "seconds", "rows")
 
 
 class UsageError(Exception):
     """A bad argument, or a run that cannot continue; the message is one line."""
 
 
-def check_args(args: Args) -> Args:
-    """Raise UsageError at a bad value; resolve the default of --observation."""
+def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any] | None]:
+    """Read the command line; with --resume, its defaults are the arguments of the checkpoint."""
+    args, checkpoint = tyro.cli(Args, args=argv, description=__doc__), None
+    if args.resume is not None:
+        try:
+            checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
+            saved = Args(**checkpoint["args"])
+        except (OSError, EOFError, LookupError, RuntimeError, TypeError, UnpicklingError) as error:
+            raise UsageError(f"--resume {args.resume}: not a checkpoint of this file") from error
+        args = tyro.cli(Args, args=argv, default=saved)
+        for name in NETWORK_ARGS:
+            old, new = getattr(saved, name), getattr(args, name)
+            if old != new:
+                raise UsageError(f"--{name} is {new!r}, but the checkpoint was made with {old!r}")
     for name, value in asdict(args).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            low, high = LOWEST.get(name, int(isinstance(value, int))), HIGHEST.get(name, math.inf)
-            if not low <= value <= high:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}: expected {low} to {high}")
-    if args.minibatch_steps % args.seq_len:
+        low, high = LIMITS.get(name, (int(isinstance(value, int)), math.inf))
+        if type(value) in (int, float) and not low <= value <= high:
+            raise UsageError(f"--{name} is {value}: expected {low} to {high}")
+    steps, length = args.minibatch_steps, args.seq_len
+    if steps % length:
         raise UsageError(
-            f"--minibatch-steps is {args.minibatch_steps}: expected a multiple of --seq-len, "
-            f"{args.seq_len}, because a sequence stays whole"
+            f"--minibatch_steps is {steps}: expected a multiple of --seq_len, {length}"
         )
-    if args.observation is None:
-        args.observation = "all" if args.hide or args.env not in POSITIONS else "positions"
-    if args.observation == "positions" and (args.hide or args.env not in POSITIONS):
-        raise UsageError(
-            f"--observation positions needs {args.env} in POSITIONS, and no --hide: use "
-            "--observation all, and --hide INDEX ... for the entries to hide"
-        )
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device is {args.device}: {str(error).splitlines()[0]}") from error
-    return args
+    return args, checkpoint
 
 
 def make_env(args: Args, num_envs: int) -> TransformedEnv:
+    """Make environments that are stepped together, without the velocities that are known."""
     hide, scales = args.hide, (1.0,)
-    if args.observation == "positions":
-        hide, scales = POSITIONS[args.env]
+    if args.observation == "auto" and not hide:
+        hide, scales = VELOCITIES.get(args.env, (hide, scales))
     return make_gym_env(
         args.env,
         num_envs,
@@ -171,79 +164,6 @@ def make_env(args: Args, num_envs: int) -> TransformedEnv:
     )
 
 
-class Moments(nn.Module):
-    """Running mean and variance of the values seen so far, by which other values are normalised."""
-
-    def __init__(self, shape: tuple[int, ...] = ()) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("var", torch.ones(shape))
-        self.register_buffer("count", torch.zeros(()))
-
-    @torch.no_grad()
-    def update(self, values: Tensor) -> None:
-        values = values.reshape(-1, *self.mean.shape)
-        share = len(values) / (self.count + len(values))
-        delta = values.mean(0) - self.mean
-        self.var.lerp_(values.var(0, correction=0) + (1 - share) * delta**2, share)
-        self.mean.add_(share * delta)
-        self.count.add_(len(values))
-
-    def forward(self, values: Tensor) -> Tensor:
-        return ((values - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
-
-
-class StateDependentScale(gSDEModule):
-    """Deviation of state-dependent exploration, from features that it does not train."""
-
-    def forward(self, mean: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        loc, scale, _, _ = super().forward(mean, features.detach(), None)
-        return loc, scale
-
-
-class LastingNoise(TensorDictModuleBase):
-    r"""While collecting, draw a Gaussian's actions again, with noise that lasts for several steps.
-
-    With ``--noise-correlation`` c the noise is :math:`x_t = c x_{t-1} + \sqrt{1 - c^2} \xi_t` times
-    the scale (Hollenstein et al., 2024, arXiv:2312.11091). With ``--sde`` x is a matrix, with c = 1
-    between two draws, times the features (Raffin et al., 2021, arXiv:2005.05719). Each single
-    action is distributed as the actor says, and has the log-probability that PPO needs.
-    """
-
-    def __init__(self, args: Args, actor: Any, sde: StateDependentScale | None) -> None:
-        super().__init__()
-        self.in_keys = ["loc", "scale", "is_init"]
-        self.out_keys = ["action", "action_log_prob"]
-        self.args, self.make_distribution = args, actor.build_dist_from_params
-        self.find_sigma = None if sde is None else lambda: sde.sigma
-        self.noise: Tensor | None = None
-        self.calls = 0
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        if exploration_type() is not ExplorationType.RANDOM:
-            return tensordict
-        loc, scale, c = tensordict["loc"], tensordict["scale"], self.args.noise_correlation
-        size = loc.shape
-        if self.find_sigma is not None:
-            size = (*loc.shape, tensordict["features"].shape[-1])
-            c = float(not self.args.sde_sample_freq or self.calls % self.args.sde_sample_freq > 0)
-        fresh = torch.randn(size, device=loc.device)
-        start = tensordict["is_init"].reshape(-1, *[1] * (fresh.ndim - 1))
-        kept = fresh if self.noise is None else c * self.noise + math.sqrt(1 - c**2) * fresh
-        self.noise, self.calls = torch.where(start, fresh, kept), self.calls + 1
-        if self.find_sigma is None:
-            action = loc + scale * self.noise
-        else:
-            weights = self.find_sigma() * self.noise
-            action = loc + (weights @ tensordict["features"].unsqueeze(-1)).squeeze(-1)
-        distribution = self.make_distribution(tensordict)
-        for squash in getattr(distribution, "transforms", ())[:1]:
-            action = squash(action)
-        tensordict["action"] = action
-        tensordict["action_log_prob"] = distribution.log_prob(action)
-        return tensordict
-
-
 class Agent(nn.Module):
     """The networks: ``actor``, ``critic``, and ``collector``, which has every recurrent state.
 
@@ -253,127 +173,278 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args, env: TransformedEnv) -> None:
         super().__init__()
-        self.args, self.size = args, env.observation_spec["observation"].shape[1:]
-        self.normalizer = Moments(self.size) if args.normalize_observation else None
+        self.args, self.shape = args, env.observation_spec["observation"].shape[1:]
+        self.norm = RunningNorm(self.shape) if args.normalize_observation else None
         body, critic_body = self._make_body("actor", args.cell), []
         self.actor, noise = self._make_actor(body, env.action_spec)
         if args.critic != "shared":
             cell = args.cell if args.critic == "recurrent" else "feed_forward"
             critic_body = self._make_body("critic", cell)
-        head = self._make_head("critic" if critic_body else "actor", ["state_value"], 1, gain=1.0)
+        layers = nn.Sequential(*self._make_layers(args.hidden_size, *args.net_arch, 1, gain=1.0))
+        head: Any = TensorDictModule(
+            layers, ["critic" if critic_body else "actor"], ["state_value"]
+        )
         self.critic = TensorDictSequential(*(critic_body or body), head)
         self.critic_in_loss = self.critic if critic_body else TensorDictSequential(head)
         self.collector = TensorDictSequential(self.actor, *noise, *critic_body)
         self.to(args.device)
 
+    def _make_layers(self, *sizes: int, gain: float) -> list[Any]:
+        """Make linear layers with activations between them; ``gain`` is the last layer's."""
+        activation = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}[self.args.activation]
+        linear = [nn.Linear(*pair) for pair in zip(sizes[:-1], sizes[1:], strict=True)]
+        if self.args.ortho_init:
+            for layer in linear:
+                nn.init.orthogonal_(layer.weight, gain if layer is linear[-1] else math.sqrt(2))
+                nn.init.zeros_(layer.bias)
+        return [module for layer in linear for module in (layer, activation())][:-1]
+
     def _make_body(self, name: str, cell: str) -> list[Any]:
         """Make what turns observations into the entry ``name``: an encoder, a recurrent layer."""
-        size, encoder = self.size[0], [] if self.normalizer is None else [self.normalizer]
-        if len(self.size) == 3:  # images; see Mnih et al., 2015
-            encoder = [ConvNet(size, None, [32, 64, 64], [8, 4, 3], [4, 2, 1], activation_class=nn.ReLU)]
-            features = encoder[0](torch.zeros(self.size)).shape[-1]
-            size, encoder = 512, [ToUnit(), *encoder, self._linear(features, 512), nn.ReLU()]
+        size, encoder = self.shape[0], [] if self.norm is None else [self.norm]
+        if len(self.shape) == 3:
+            encoder = [ImageEncoder(self.shape, self.args.ortho_init)]
+            size = encoder[0].num_features
         states = [f"{name}_{state}" for state in STATES[cell]]
-        recurrent = recurrent_module(
-            cell,
-            size,
-            self.args.hidden_size,
-            self.args.num_layers,
-            in_keys=[f"{name}_input" if encoder else "observation", *states],
-            out_keys=[name, *(("next", state) for state in states)],
+        in_keys = [f"{name}_input" if encoder else "observation", *states]
+        out_keys = [name, *(("next", state) for state in states)]
+        hidden, depth = self.args.hidden_size, self.args.num_layers
+        recurrent = recurrent_module(cell, size, hidden, depth, in_keys=in_keys, out_keys=out_keys)
+        first = [TensorDictModule(one, ["observation"], [f"{name}_input"]) for one in encoder]
+        return [*first, recurrent]
+
+    def _make_actor(self, body: list[Any], spec: Any) -> tuple[Any, list[Any]]:
+        """Make the distribution of actions that the spec asks for, and lasting noise, if any."""
+        args, scale = self.args, None
+        kind, options, outputs = action_distribution(spec, squash=args.squash)
+        layers = self._make_layers(args.hidden_size, *args.net_arch, outputs, gain=0.01)
+        keys: Any = ["logits"] if kind is Choices else ["loc", "scale"]
+        if kind is Choices and (args.sde or args.noise_correlation):
+            raise UsageError(f"--sde, --noise-correlation: the actions of {args.env} are discrete")
+        if args.sde:
+            scale = StateDependentScale(layers[-1].in_features, outputs, args.log_std_init)
+            heads = [
+                TensorDictModule(nn.Sequential(*layers[:-1]), ["actor"], ["features"]),
+                TensorDictModule(layers[-1], ["features"], ["mean"]),
+                TensorDictModule(scale, ["mean", "features"], keys),
+            ]
+        else:
+            if kind is not Choices:
+                layers.append(AddStateIndependentNormalScale(outputs, init_value=args.log_std_init))
+            heads = [TensorDictModule(nn.Sequential(*layers), ["actor"], keys)]
+        actor = ProbabilisticActor(
+            TensorDictSequential(*body, *heads),
+            in_keys=keys,
+            distribution_class=kind,
+            distribution_kwargs=options,
+            return_log_prob=True,
         )
-        first = TensorDictModule(nn.Sequential(*encoder), ["observation"], [f"{name}_input"])
-        return [first, recurrent] if encoder else [recurrent]
-
-    def _make_head(self, in_key: str, out_keys: list[str], outputs: int, *more: nn.Module, gain: float = 0.01) -> Any:
-        """Make linear layers from a recurrent layer's output."""
-        activation = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}[self.args.activation]
-        sizes = [self.args.hidden_size, *self.args.net_arch]
-        pairs = zip(sizes[:-1], sizes[1:], strict=True)
-        layers = [layer for pair in pairs for layer in (self._linear(*pair), activation())]
-        ...
-
-    def _make_actor(self, body: list[Any], spec: Any) -> tuple[Any, list[LastingNoise]]:
-        ...
+        if scale is not None:
+            return actor, [StateDependentNoise(actor, scale, args.sde_sample_freq or None)]
+        return actor, [CorrelatedNoise(actor, c)] if (c := args.noise_correlation) else []
 
 
 class Trainer:
-    """A run: collect a rollout, learn from it, evaluate now and then.
-
-    Args:
-        args: arguments of the run.
-        checkpoint: what :meth:`save` wrote, to continue from.
-    """
+    """A run: collect rollouts, learn from them, evaluate in regular intervals."""
 
     def __init__(self, args: Args, checkpoint: dict[str, Any] | None = None) -> None:
         torch.manual_seed(args.seed)
-        self.args = args
+        self.args, self.folder = args, Path(args.output)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in [self.folder / name for name in (FILES[-1:] if checkpoint else FILES)]:
+            if path.exists():  # of an earlier run
+                path.replace(self.folder / f"previous_{path.name}")
         self.evaluation_env = make_env(args, args.eval_episodes)
-        self.agent = Agent(args, self.evaluation_env)
-        self.advantage = recurrent_loss(
-            GAE(
-                gamma=args.gamma,
-                lmbda=args.lmbda,
-                value_network=self.agent.critic,
-                deactivate_vmap=True,
-            )
+        self.agent = agent = Agent(args, self.evaluation_env)
+        self.evaluation_env.append_transform(get_env_transforms_from_module(agent.actor))
+        self.advantage: Any = GAE(gamma=args.gamma, lmbda=args.lmbda, value_network=agent.critic)
+        self.loss: Any = ClipPPOLoss(
+            agent.actor,
+            agent.critic_in_loss,
+            clip_epsilon=args.clip,
+            clip_value=args.clip_value,
+            entropy_bonus=args.entropy > 0,
+            entropy_coeff=args.entropy,
+            critic_coeff=args.critic_coeff,
+            loss_critic_type="l2",
+            log_explained_variance=False,
         )
-        self.loss = recurrent_loss(
-            ClipPPOLoss(
-                self.agent.actor,
-                self.agent.critic_in_loss,
-                clip_epsilon=args.clip,
-                clip_value=args.clip_value,
-                entropy_bonus=args.entropy > 0,
-                entropy_coeff=args.entropy,
-                critic_coeff=args.critic_coeff,
-                loss_critic_type="l2",
-                log_explained_variance=False,
-            )
-        )
+        recurrent_loss(self.advantage)
+        recurrent_loss(self.loss)
         self.minibatches = SequenceMinibatches(
             args.minibatch_steps,
             args.seq_len,
             epochs=args.epochs,
-            networks=self.agent.collector,
+            networks=agent.collector,
             refresh=args.refresh,
             normalize_advantage=True,
         )
-        self.optimizer = torch.optim.Adam(
-            self.loss.parameters(), args.learning_rate, eps=1e-5, fused=True
-        )
-        self.return_moments = Moments()
+        self.optimizer = torch.optim.Adam(self.loss.parameters(), eps=1e-5, fused=True)
+        self.return_norm = RunningNorm()
         self.frames = self.episodes = 0
         self.seconds = 0.0
-        self.rows: list[dict[str, float]] = []
+        self.rows: list[dict[str, float]] = []  # of the learning curve
         self.returns: deque[float] = deque(maxlen=100)  # of the last episodes
         self.losses: deque[float] = deque(maxlen=100)
-        self.running = torch.zeros(2, args.num_envs)  # returns so far, plain and discounted
+        self.unfinished = torch.zeros(2, args.num_envs)  # sum and discounted sum of their rewards
+        self.logger = get_logger(args.logger, str(self.folder), "logger")
         if checkpoint is not None:
-            self.load(checkpoint)
+            for name in MODULES:
+                getattr(self, name).load_state_dict(checkpoint[name])
+            for name in VALUES:
+                setattr(self, name, checkpoint[name])
+            torch.set_rng_state(checkpoint["rng"])
 
-    def run(self, stopped: Callable[[], bool]) -> None:
-        """Collect and learn until ``--frames`` are collected or ``stopped()``."""
-        args = self.args
+    def run(self, stops: list[int]) -> None:
+        """Collect and learn until ``--frames`` are collected, or until ``stops`` has a signal."""
+        args, size = self.args, self.args.num_envs * self.args.steps
         env = make_env(args, args.num_envs)
         env.append_transform(get_env_transforms_from_module(self.agent.collector))
         env.set_seed(args.seed + self.frames)  # a resumed run plays other episodes
-        if self.agent.normalizer is not None and not self.frames:
-            random = env.rollout(args.steps, break_when_any_done=False)
-            self.agent.normalizer.update(random["observation"])
-        size = args.num_envs * args.steps
-        collector = Collector(env, self.agent.collector, frames_per_batch=size, total_frames=-1)
-        quiet = 0.1 if sys.stderr.isatty() else 10.0
-        with tqdm(total=args.frames, initial=min(self.frames, args.frames), unit=" frames", mininterval=quiet) as bar:
-            while self.frames < args.frames and not stopped():
-                start = time.perf_counter()
-                rollout = collector.next()
-                self.count_returns(rollout)
-                self.learn(rollout)
-                self.frames += size
-                self.seconds += time.perf_counter() - start
-                if self.frames // args.eval_every > (self.frames - size) // args.eval_every:
-                    self.record(self.evaluate(...))
-                    self.save()
-                ...
+        collector = Collector(env, self.agent.collector, frames_per_batch=size)
+        interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file stays short
+        bar = tqdm(total=args.frames, initial=self.frames, unit=" frames", mininterval=interval)
+        while self.frames < args.frames and not stops:
+            start = time.perf_counter()
+            rollout: Any = collector.next()
+            self.scale_rewards(rollout)
+            self.learn(rollout)
+            self.frames += size
+            self.seconds += time.perf_counter() - start
+            if self.frames % args.eval_every < size or self.frames >= args.frames:
+                self.evaluate()
+            shown = {"return": fmean(self.returns or [math.nan]), "loss": fmean(self.losses)}
+            bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+            bar.update(size)
+        bar.close()
         collector.shutdown()
+        self.save()
+
+    def scale_rewards(self, rollout: TensorDictBase) -> None:
+        """Note the returns of episodes that end in a rollout ``[num_envs, T]``; scale rewards."""
+        reward, done = (rollout["next", key].squeeze(-1).cpu() for key in ("reward", "done"))
+        discounted = []
+        for r_t, done_t in zip(reward.unbind(-1), done.unbind(-1), strict=True):
+            self.unfinished = self.unfinished * torch.tensor([[1.0], [self.args.gamma]]) + r_t
+            discounted.append(self.unfinished[1])
+            self.returns.extend(self.unfinished[0, done_t].tolist())
+            self.unfinished = self.unfinished.masked_fill(done_t, 0)
+        self.episodes += int(done.sum())
+        reward = rollout["next", "reward"] * self.args.reward_scale
+        if self.args.normalize_reward:
+            self.return_norm.update(torch.stack(discounted))
+            reward = (reward / (self.return_norm.var.item() + 1e-8) ** 0.5).clamp(-10, 10)
+        rollout["next", "reward"] = reward
+
+    def learn(self, rollout: TensorDictBase) -> None:
+        """Take the gradient steps of all epochs on a rollout ``[num_envs, T]``."""
+        args, left = self.args, 1 - self.frames / self.args.frames
+        rate = args.learning_rate * (left if args.lr_schedule == "linear" else 1)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.loss.clip_epsilon.fill_(args.clip * (left if args.clip_schedule == "linear" else 1))
+        with torch.no_grad():
+            self.advantage(rollout)
+        keys = [key for key in self.loss.in_keys if isinstance(key, str)]
+        keys += ["is_init", "advantage", "value_target", "state_value", ("next", "reward")]
+        for batch in self.minibatches(rollout.select(*keys, strict=False)):
+            terms = self.loss(batch)
+            if args.target_kl is not None and terms["kl_approx"] > 1.5 * args.target_kl:
+                break
+            loss: Any = sum(value for key, value in terms.items() if key.startswith("loss_"))
+            bad = [key for key, value in terms.items() if not value.isfinite().all()]
+            if bad:
+                raise UsageError(f"not finite at frame {self.frames}: {', '.join(bad)}")
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.loss.parameters(), args.max_grad_norm)
+            self.optimizer.step()
+            self.losses.append(loss.item())
+        if self.agent.norm is not None:
+            self.agent.norm.update(rollout["observation"])
+
+    def evaluate(self) -> None:
+        """Play episodes without exploration, add a row to the learning curve, and save."""
+        returns = evaluate_policy(self.evaluation_env, self.agent.actor, EVAL_SEED + self.args.seed)
+        row = {
+            "frames": self.frames,
+            "seconds": self.seconds,
+            "episodes": self.episodes,
+            "training_return": fmean(self.returns or [math.nan]),
+            "loss": fmean(self.losses or [math.nan]),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "evaluation": returns.mean().item(),
+            "evaluation_min": returns.min().item(),
+            "evaluation_max": returns.max().item(),
+        }
+        self.rows.append(row)
+        lines = [",".join(f"{value:.9g}" for value in row.values()) for row in self.rows]
+        (self.folder / "learning_curve.csv").write_text("\n".join([",".join(row), *lines, ""]))
+        if self.logger is not None:
+            for name, value in row.items():
+                self.logger.log_scalar(name, value, step=self.frames)
+        self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint; a run that is killed meanwhile keeps the one before."""
+        state = {name: getattr(self, name).state_dict() for name in MODULES}
+        state |= {name: getattr(self, name) for name in VALUES}
+        state |= {"args": asdict(self.args), "rng": torch.get_rng_state()}
+        torch.save(state, self.folder / "checkpoint.part")
+        (self.folder / "checkpoint.part").replace(self.folder / "checkpoint.pt")
+
+    def finish(self) -> None:
+        """Test the last weights on episodes never seen before, and write the result."""
+        returns = evaluate_policy(self.evaluation_env, self.agent.actor, TEST_SEED + self.args.seed)
+        best = max(self.rows, key=lambda row: row["evaluation"])
+        result = {
+            "tested": "last weights",
+            "test_return": returns.mean().item(),
+            "test_returns": returns.tolist(),
+            "best_evaluation": best["evaluation"],
+            "best_frames": best["frames"],
+            "frames": self.frames,
+            "seconds": round(self.seconds, 1),
+            "settings": asdict(self.args),
+        }
+        (self.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        print(f"The last weights return {returns.mean():.1f} on average in new episodes.")
+
+    def draw(self) -> None:
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        names = ("frames", "evaluation", "evaluation_min", "evaluation_max", "training_return")
+        frames, middle, low, high, training = ([row[n] for row in self.rows] for n in names)
+        axes.fill_between(frames, low, high, alpha=0.15, lw=0)
+        axes.plot(frames, middle, marker="o", ms=3, label="evaluation: mean and range")
+        axes.plot(frames, training, marker="o", ms=3, label="while training, with exploration")
+        axes.set(title=f"{self.args.env}, {self.args.cell}", xlabel="frames", ylabel="return")
+        axes.legend(fontsize="small")
+        figure.savefig(self.folder / "learning_curve.png", dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    stops: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        stops.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
+
+    try:
+        args, checkpoint = read_args(argv)
+        torch.set_num_threads(args.threads)
+        trainer = Trainer(args, checkpoint)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+        trainer.run(stops)
+        trainer.draw()
+        if stops:
+            print(f"Stopped. To continue: --resume {trainer.folder / 'checkpoint.pt'}")
+        else:
+            trainer.finish()
+    except (UsageError, EnvError) as error:
+        print(f"recurrent_ppo.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Encoders of the observations of ``make_gym_env`` and distributions of its actions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, Independent
+from torchrl.modules import ConvNet, IndependentNormal, TanhNormal
+
+
+def action_distribution(spec: Any, squash: bool = True) -> tuple[type, dict[str, Any], int]:
+    """Choose the distribution of an actor from the spec of its actions.
+
+    Args:
+        spec: spec of the actions of :func:`make_gym_env`.
+        squash: squash a Gaussian by tanh into the bounds, if all bounds are finite. Without it, the
+            environment clips actions.
+
+    Returns:
+        The class of the distribution, its keyword arguments, and the number of logits or means.
+
+    Examples:
+        >>> from rnnkeys.environments import make_gym_env
+        >>> action_distribution(make_gym_env("CartPole-v1").action_spec)[1:]
+        ({'sizes': [2]}, 2)
+    """
+    if spec.domain == "discrete":
+        sizes = (spec.space.high[0] + 1).tolist()
+        return Choices, {"sizes": sizes}, sum(sizes)
+    low, high = spec.space.low[0], spec.space.high[0]
+    if squash and torch.isfinite(high - low).all():  # TorchRL writes inf as the largest float
+        return TanhNormal, {"low": low, "high": high, "tanh_loc": False}, len(low)
+    return IndependentNormal, {}, len(low)
+
+
+class Choices(Independent):
+    """Distribution of the int64 actions that stand for discrete ones, a choice for each entry.
+
+    Args:
+        logits: unnormalised log-probabilities of all choices, ``[*, sum(sizes)]``.
+        sizes: number of choices of each entry.
+
+    Examples:
+        >>> choices = Choices(torch.zeros(7, 5), [2, 3])
+        >>> choices.sample().shape, choices.entropy()[0].exp()
+        (torch.Size([7, 2]), tensor(6.))
+    """
+
+    def __init__(self, logits: Tensor, sizes: Sequence[int]) -> None:
+        most = max(sizes)
+        # Choices that an entry lacks get probability zero, and gradients stay finite.
+        padded = [
+            nn.functional.pad(part, (0, most - part.shape[-1]), value=-1e9)
+            for part in logits.split(list(sizes), -1)
+        ]
+        choices = Categorical(logits=torch.stack(padded, -2), validate_args=False)
+        super().__init__(choices, 1, validate_args=False)
+
+
+class RunningNorm(nn.Module):
+    """Normalise observations by the mean and variance of those seen so far.
+
+    Args:
+        shape: shape of one observation.
+        limit: largest magnitude of a normalised value.
+
+    Examples:
+        >>> norm = RunningNorm((1,))
+        >>> norm.update(torch.tensor([[1.0], [3.0]]))
+        >>> norm(torch.tensor([[4.0]]))
+        tensor([[2.]])
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+    def __init__(self, shape: Sequence[int] = (), limit: float = 10.0) -> None:
+        super().__init__()
+        self.limit = limit
+        self.register_buffer("mean", torch.zeros(tuple(shape)))
+        self.register_buffer("var", torch.ones(tuple(shape)))
+        self.register_buffer("count", torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, values: Tensor) -> None:
+        """Take in values ``[*, *shape]``, between two rollouts."""
+        values = values.reshape(-1, *self.mean.shape)
+        share = len(values) / (self.count + len(values))
+        delta = values.mean(0) - self.mean
+        self.var.lerp_(values.var(0, correction=0) + (1 - share) * delta**2, share)
+        self.mean.add_(share * delta)
+        self.count.add_(len(values))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return values ``[*, *shape]`` of mean 0 and deviation 1."""
+        return ((values - self.mean) / (self.var + 1e-8).sqrt()).clamp(-self.limit, self.limit)
+
+
+class ImageEncoder(nn.Module):
+    """Turn images ``[*, C, Y, X]``, uint8, into 512 features, ``[*, 512]``.
+
+    See "Human-level control through deep reinforcement learning", Mnih et al., 2015
+    (https://doi.org/10.1038/nature14236).
+
+    Args:
+        shape: ``(C, Y, X)`` of an image, at least 36 by 36.
+        ortho_init: make weights orthogonal and biases zero.
+
+    Examples:
+        >>> ImageEncoder((1, 84, 84))(torch.zeros(2, 7, 1, 84, 84, dtype=torch.uint8)).shape
+        torch.Size([2, 7, 512])
+    """
+
+    num_features = 512
+
+    def __init__(self, shape: Sequence[int], ortho_init: bool = False) -> None:
+        super().__init__()
+        self.convolutions = ConvNet(
+            in_features=shape[0],
+            num_cells=[32, 64, 64],
+            kernel_sizes=[8, 4, 3],
+            strides=[4, 2, 1],
+            activation_class=nn.ReLU,
+        )
+        size = self.convolutions(torch.zeros(*shape)).shape[-1]
+        self.linear = nn.Linear(size, self.num_features)
+        if ortho_init:
+            layers: list[Any] = [*self.convolutions, self.linear]
+            for layer in layers:
+                if hasattr(layer, "weight"):
+                    nn.init.orthogonal_(layer.weight, math.sqrt(2))
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """See the class."""
+        return self.linear(self.convolutions(image.float() / 255)).relu()

@@ -1,0 +1,107 @@
+"""Encoders of observations and distributions of actions, made from specs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Categorical
+from torchrl.modules import IndependentNormal, TanhNormal
+
+from rnnkeys.environments import make_gym_env
+from rnnkeys.spaces import Choices, ImageEncoder, RunningNorm, action_distribution
+from tests.support.odd_environments import ACTIONS, action_id
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+def test_action_distribution_of_any_spec_plays_and_learns(name: str) -> None:
+    spec = make_gym_env(action_id(name), 5).action_spec
+    kind, options, outputs = action_distribution(spec)
+    make: Any = kind
+    parameters = torch.randn(5, outputs, requires_grad=True)
+    given: Any = (parameters,) if kind is Choices else (parameters, torch.ones(5, outputs))
+    distribution: Any = make(*given, **options)
+    action = distribution.sample()
+    assert spec.is_in(action) or name == "BoxBoundedBelow"  # the environment clips
+    log_prob = distribution.log_prob(action)
+    assert log_prob.shape == (5,)
+    log_prob.sum().backward()
+    assert parameters.grad is not None and parameters.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "squash", "kind"),
+    [
+        ("BoxShifted", True, TanhNormal),
+        ("BoxShifted", False, IndependentNormal),
+        ("BoxUnbounded", True, IndependentNormal),
+        ("BoxBoundedBelow", True, IndependentNormal),
+        ("Choice", True, Choices),
+    ],
+)
+def test_action_distribution_squashes_where_all_bounds_are_finite(
+    name: str, squash: bool, kind: type
+) -> None:
+    spec = make_gym_env(action_id(name), 1).action_spec
+    assert action_distribution(spec, squash=squash)[0] is kind
+
+
+def test_choices_equal_independent_categoricals() -> None:
+    logits = torch.randn(6, 7)
+    choices = Choices(logits, [2, 4, 1])
+    action = choices.sample()
+    parts = [Categorical(logits=part) for part in logits.split([2, 4, 1], -1)]
+    log_probs = [part.log_prob(action[:, i]) for i, part in enumerate(parts)]
+    torch.testing.assert_close(choices.log_prob(action), torch.stack(log_probs).sum(0))
+    entropies = torch.stack([part.entropy() for part in parts])
+    torch.testing.assert_close(choices.entropy(), entropies.sum(0))
+    modes = torch.stack([part.logits.argmax(-1) for part in parts], -1)
+    assert torch.equal(choices.mode, modes)
+
+
+def test_choices_entropy_has_finite_gradients() -> None:
+    logits = torch.randn(6, 5, requires_grad=True)
+    Choices(logits, [2, 3]).entropy().sum().backward()
+    assert logits.grad is not None and logits.grad.isfinite().all()
+
+
+def test_running_norm_equals_the_moments_of_all_values() -> None:
+    parts = [torch.randn(n, 3) * 4 + 7 for n in (1, 5, 40)]
+    norm = RunningNorm((3,))
+    for part in parts:
+        norm.update(part)
+    values = torch.cat(parts)
+    torch.testing.assert_close(norm.mean, values.mean(0))
+    torch.testing.assert_close(norm.var, values.var(0, correction=0))
+    want = (values - values.mean(0)) / values.std(0, correction=0)
+    torch.testing.assert_close(norm(values), want)
+
+
+def test_running_norm_limits_values() -> None:
+    norm = RunningNorm((), limit=2.0)
+    norm.update(torch.tensor([-1.0, 1.0]))
+    assert norm(torch.tensor([50.0, -50.0])).tolist() == [2, -2]
+
+
+@pytest.mark.parametrize("shape", [(1, 84, 84), (3, 36, 50)])
+def test_image_encoder_any_batch_shape_scales_bytes(shape: tuple[int, ...]) -> None:
+    encoder = ImageEncoder(shape)
+    image = torch.randint(0, 256, (2, 3, *shape), dtype=torch.uint8)
+    features = encoder(image)
+    assert features.shape == (2, 3, encoder.num_features)
+    torch.testing.assert_close(features[1, 2], encoder(image[1, 2]))
+    torch.testing.assert_close(features, encoder.linear(encoder.convolutions(image / 255)).relu())
+
+
+def test_image_encoder_ortho_init_makes_rows_orthogonal() -> None:
+    encoder = ImageEncoder((1, 84, 84), ortho_init=True)
+    layers = [m for m in encoder.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert len(layers) == 4
+    for layer in layers:
+        weight = layer.weight.flatten(1)
+        torch.testing.assert_close(
+            weight @ weight.mT, 2 * torch.eye(len(weight)), atol=1e-4, rtol=0
+        )
+        assert layer.bias is not None and not layer.bias.any()
