@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -34,17 +33,7 @@ SMALL = [
 ]
 SHORT = [*SMALL, "--frames", "64", "--eval-every", "32"]
 
-pytestmark = pytest.mark.usefixtures("signals")
-
-
-@pytest.fixture
-def signals() -> Iterator[None]:
-    """Give the signals' handlers back to pytest."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, handlers, strict=True):
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("signal_handlers")
 
 
 @pytest.fixture
