@@ -35,6 +35,7 @@ R2D2 = "rnnkeys.objectives.r2d2:"
 MINIBATCHES = "rnnkeys.objectives.minibatches:"
 BURN_IN = "rnnkeys.transforms.burn_in:"
 WINDOWS = "rnnkeys.transforms.windows:"
+STREAMS = "rnnkeys.transforms.streams:"
 REFRESH = "rnnkeys.transforms.refresh:"
 STATEFUL = "rnnkeys.deploy.stateful:"
 
@@ -45,7 +46,7 @@ def contract(way: str, flags: str = "random") -> str:
 
 
 R2D2_IN_NUMPY = (
-    "tests/objectives/test_r2d2.py::test_loss_and_priorities_equal_numpys[as in the paper-True]"
+    "tests/objectives/test_r2d2.py::test_r2d2_loss_and_priorities_equal_numpy[as in the paper-True]"
 )
 
 
@@ -291,7 +292,7 @@ def recurrent_loss_reads_padding(original: Any, batch: Any, mask: Tensor, **opti
 
 
 @seen_by(
-    "tests/objectives/test_r2d2.py::test_what_is_masked_reaches_nothing_not_even_a_nan",
+    "tests/objectives/test_r2d2.py::test_r2d2_padding_has_no_effect_even_if_nan",
     target=MASKS + "zero_masked",
 )
 def r2d2_reads_padding(original: Any, batch: Any, mask: Tensor, **options: Any):
@@ -299,20 +300,20 @@ def r2d2_reads_padding(original: Any, batch: Any, mask: Tensor, **options: Any):
     return batch
 
 
-@seen_by(R2D2_IN_NUMPY, target=R2D2 + "R2D2Loss._priorities")
+@seen_by(R2D2_IN_NUMPY, target=R2D2 + "R2D2Loss._compute_priorities")
 def priorities_over_padding(original: Any, self: Any, error: Tensor, mask: Tensor, *rest: Any):
     """R2D2Loss: priorities include the errors of padding."""
     return original(self, error, torch.ones_like(mask), *rest)
 
 
-@seen_by(R2D2_IN_NUMPY, target=R2D2 + "R2D2Loss._unroll")
+@seen_by(R2D2_IN_NUMPY, target=R2D2 + "R2D2Loss._compute_values")
 def target_burned_in_online(original: Any, self: Any, parameters: Any, *rest: Any):
     """R2D2Loss: the target network runs with the online network's weights."""
     return original(self, self.value_network_params, *rest)
 
 
-@seen_by(R2D2_IN_NUMPY, target=BURN_IN + "StateKeys.burn_in")
-def burned_in_state_unused(original: Any, self: Any, rows: Any, left: Any, steps: int):
+@seen_by(R2D2_IN_NUMPY, target=BURN_IN + "write_initial_states")
+def burned_in_state_unused(original: Any, network: Any, windows: Any, learned: Any, steps: int):
     """R2D2Loss: the steps after the burn-in start from the stored state."""
 
 
@@ -342,44 +343,44 @@ def advantages_over_padding(original: Any, advantage: Tensor, valid: Tensor):
 
 
 @seen_by(
-    "tests/transforms/test_burn_in.py::test_what_is_left_of_rows_equals_the_whole_by_hand[gru-True-0.0]",
-    target=BURN_IN + "StateKeys.burn_in",
+    "tests/transforms/test_burn_in.py::test_burn_in_remaining_steps_equal_the_whole_sequence_by_hand[gru-True-0.0]",
+    target=BURN_IN + "write_initial_states",
 )
-def burn_in_starts_late(original: Any, self: Any, rows: Any, left: Any, steps: int):
+def burn_in_starts_late(original: Any, network: Any, windows: Any, learned: Any, steps: int):
     """BurnIn: the burn-in skips the first step."""
-    return original(self, rows[:, 1:], left, steps - 1)
+    return original(network, windows[:, 1:], learned, steps - 1)
 
 
 @seen_by(
-    "tests/transforms/test_windows.py::test_the_state_is_the_one_that_enters_the_first_step[last]",
+    "tests/transforms/test_windows.py::test_windows_state_is_the_one_entering_the_first_step[last]",
     target=WINDOWS + "Windows._gather",
 )
-def windows_store_the_next_state(original: Any, self: Any, flat: Any, spans: Any):
+def windows_store_the_next_state(original: Any, self: Any, steps: Any, cuts: Any):
     """Windows: the stored state is the one after the first step."""
-    moved = {key: flat.get(key).roll(-1, 0) for key in self._states(flat) if key[0] != "next"}
-    return original(self, flat.copy().update(moved), spans)
+    moved = {"recurrent_state": steps.get("recurrent_state").roll(-1, 0)}
+    return original(self, steps.copy().update(moved), cuts)
 
 
 @seen_by(
-    "tests/transforms/test_windows.py::test_batches_that_cut_episodes_change_no_window[last]",
-    target=WINDOWS + "Windows._cut_episode",
+    "tests/transforms/test_windows.py::test_windows_batch_boundaries_change_no_window[last]",
+    target=STREAMS + "Cutter._find_spans",
 )
 def windows_off_by_one(original: Any, self: Any, *args: Any):
     """Windows: the first window of every episode starts one step late."""
     spans, keep, covered = original(self, *args)
-    return [(first + (first == args[0]), end) for first, end in spans], keep, covered
+    return [(first + (first == 0), end) for first, end in spans], keep, covered
 
 
 @seen_by(
     "tests/transforms/test_refresh.py::"
-    "test_a_buffer_holds_what_a_fresh_collection_would[window2-LazyTensorStorage]",
-    target=REFRESH + "RefreshStates._advance",
+    "test_refresh_buffer_holds_the_states_of_a_new_collection[window2-LazyTensorStorage]",
+    target=REFRESH + "RefreshStates._run_windows",
 )
 def refresh_writes_the_wrong_step(
-    original: Any, self: Any, stored: Any, index: Any, follower: Any, gap: Tensor
+    original: Any, self: Any, stored: Any, index: Any, followers: Any
 ):
     """RefreshStates: a window starts from the state one step before its first step."""
-    return original(self, stored, index, follower, (gap - 1).clamp(min=1))
+    return original(self, stored, index, followers._replace(gap=(followers.gap - 1).clamp(min=1)))
 
 
 @seen_by(
