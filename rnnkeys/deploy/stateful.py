@@ -1,9 +1,10 @@
-"""A recurrent policy for plain Python loops: it remembers one state for each environment."""
+"""A recurrent policy for plain Python loops, which holds one state for each environment."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,38 +15,43 @@ from torch import Tensor
 from torchrl.data import TensorSpec
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from ..checks import as_int
 from ..keys import next_key
-from ..mode import set_recurrent_mode
 from ..modules.network import RecurrentNetwork
-from ..modules.primers import get_primers_from_module
+from .ids import Ids, as_ids
+from .state_table import StateTable
 
 _AUTORESETS = ("same_step", "next_step", "disabled")
-Ids = Sequence[int] | np.ndarray | Tensor | int | None
 
 
 class StatefulPolicy:
     """Holds the recurrent state of each environment, for loops outside TorchRL.
 
-    For Gymnasium's environments, single or vectorised, for evaluation and for serving. A call takes
-    observations and returns actions; states are kept, detached. Environments have the ids ``0`` to
-    ``num_envs - 1``; a call may be for some of them, in any order.
+    For Gymnasium's environments, single or vectorized, for evaluation and for serving. A call takes
+    observations and returns actions; the next states are kept, detached. Environments have the ids
+    ``0`` to ``num_envs - 1``. A call may be for some of them, in any order, and for other ids, such
+    as names of clients, which join with their first call.
 
     Args:
         policy: the network, with recurrent modules inside; it reads ``observation_key`` (or the
             keys of a mapping) and writes ``action_key``.
-        num_envs: how many environments there are.
+        num_envs: number of environments; that of ``env``, or 1, by default.
+        env: the Gymnasium environment, single or vectorized, from which ``num_envs`` and
+            ``autoreset`` are read.
         observation_key: where the policy reads observations.
         action_key: where it writes actions.
         action_spec: a TorchRL spec that turns actions into the environment's own, such as a one-hot
             vector into a number; without it they are returned as the policy writes them.
-        autoreset: what :meth:`episode_over` assumes, Gymnasium's ``AutoresetMode``:
-            ``"same_step"`` (the observation beside ``done`` is the next episode's first),
-            ``"next_step"`` (it comes one step later) or ``"disabled"`` (you reset them yourself).
+        autoreset: Gymnasium's ``AutoresetMode``, for :meth:`episode_over`: ``"same_step"`` (the
+            observation beside ``done`` is the first of the next episode), ``"next_step"`` (it comes
+            one step later, Gymnasium's default) or ``"disabled"`` (you reset environments
+            yourself). A vector of environments needs it, from ``env`` or from you.
         exploration: torchrl's ``ExplorationType``: whether actions are drawn, or the best ones; the
             best by default.
 
     Raises:
-        ValueError: if nothing in the policy is recurrent, or an argument is out of range.
+        ValueError: if no recurrent module is inside, or if an argument is out of range or
+            contradicts ``env``.
 
     Examples:
         >>> from torchrl.data import OneHot
@@ -58,40 +64,37 @@ class StatefulPolicy:
     def __init__(
         self,
         policy: TensorDictModuleBase,
-        num_envs: int = 1,
+        num_envs: int | None = None,
         *,
+        env: Any = None,
         observation_key: NestedKey = "observation",
         action_key: NestedKey = "action",
         action_spec: TensorSpec | None = None,
-        autoreset: str = "same_step",
+        autoreset: str | None = None,
         exploration: Any = ExplorationType.DETERMINISTIC,
     ) -> None:
-        if not isinstance(num_envs, int) or num_envs < 1:
-            raise ValueError(f"num_envs must be a positive int. Got {num_envs!r}.")
-        if autoreset not in _AUTORESETS:
+        if autoreset is not None and autoreset not in _AUTORESETS:
             names = ", ".join(map(repr, _AUTORESETS))
             raise ValueError(f"autoreset must be one of {names}. Got {autoreset!r}.")
-        self._keys = RecurrentNetwork(policy)
-        self._keys.check_is_recurrent()
-        self.policy, self.num_envs = policy, num_envs
+        self.network = RecurrentNetwork(policy)
+        self.network.check_is_recurrent()
+        self.policy = policy
+        self.num_envs, self.autoreset = _read_env(env, num_envs, autoreset)
         self.observation_key, self.action_key = unravel_key(observation_key), action_key
-        self.action_spec, self.autoreset, self.exploration = action_spec, autoreset, exploration
-        parameter = next(policy.parameters())
+        self.action_spec, self.exploration = action_spec, exploration
+        parameter = next((p for p in policy.parameters() if p.is_floating_point()), torch.empty(0))
         self.device, self.dtype = parameter.device, parameter.dtype
-        self._states = self._make_states()
-        # A primer does not know the number of agents: the first call tells, with no state given.
-        self._known = False
-        self._fresh = torch.ones(num_envs, dtype=torch.bool, device=self.device)
-        self._ended = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
+        # Whether observations come without a batch dimension; None until a call shows it.
+        self._is_single = None if env is None else not _is_vector(env)
+        self._table = StateTable(self.network, self.device)
+        with self._table.join(range(self.num_envs)) as rows:
+            self._env_rows = rows
+        self._ended = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
 
-    def _make_states(self) -> TensorDict:
-        primers: Any = get_primers_from_module(self.policy, warn=False)
-        states = TensorDict({}, [self.num_envs], device=self.device)
-        transforms = getattr(primers, "transforms", None) or [primers]
-        for primer in transforms:
-            for key, zero in primer.primers.zero().items(True, True):
-                states.set(key, zero.expand(self.num_envs, *zero.shape).clone())
-        return states
+    @property
+    def ids(self) -> list[Hashable]:
+        """The ids that have a state: the environments, and the ids that joined."""
+        return self._table.ids
 
     def __call__(
         self,
@@ -101,88 +104,142 @@ class StatefulPolicy:
         valid_ids: Ids = None,
         save_prev_state: bool = False,
     ) -> Any:
-        """Choose actions, and remember the states behind them.
+        """Choose actions, and keep the next states.
 
         Args:
             observation: ``[n, ...]``, an array or tensor, or a mapping of the policy's keys to
-                such; a single environment's may come without the first dimension. Floats take the
-                policy's dtype.
-            ids: the environments it is of; all by default.
-            valid_ids: the environments whose states are written back; ``ids`` by default.
-            save_prev_state: whether to return the states that entered the call, too.
+                such; a single environment's may come without the first dimension. Floats are cast
+                to the policy's dtype.
+            ids: the ids that they belong to; all environments by default. A new id, an int of at
+                least 0 or a name, joins with an initial state.
+            valid_ids: the ids whose next states are kept; ``ids`` by default.
+            save_prev_state: whether to return the states before the call, too.
 
         Returns:
             Actions ``[n, ...]``, an array if an array was given; with ``save_prev_state`` the pair
             of them and a TensorDict ``[n]``.
 
         Raises:
-            ValueError: if ids are unknown or given twice, or their number does not fit.
+            KeyError: if the policy writes no entry at ``action_key``.
+            ValueError: if ids do not fit, or if a next state is NaN or infinite. Then no state is
+                changed.
         """
-        index = self._index("ids", ids)
-        data, bare, as_array = self._read(observation, len(index))
-        previous = self.state(index)
-        if self._known:
-            data.update(previous)
-        for key in self._keys.init_keys:
-            data.set(key, self._fresh[index].unsqueeze(-1))
-        with torch.no_grad(), set_recurrent_mode(False), set_exploration_type(self.exploration):
-            out = self.policy(data)
-        self._remember(out, index, valid_ids)
-        action = self._decode(out.get(self.action_key), as_array)
-        action = action[0] if bare else action
+        named = as_ids("ids", ids, self.num_envs)
+        kept = self._select(named, valid_ids)
+        with self._join(ids, named) as rows:
+            previous = self._table.read(rows)
+            data, out, as_array = self._run(observation, rows, previous)
+            action = self._read_action(out)
+            self._check_states(named, data, out)
+            states = _next_states(self.network, out)
+            self._table.write(rows[kept], states[kept])
+        action = self._decode(action, as_array)
+        action = action[0] if self._is_single else action
         return (action, previous) if save_prev_state else action
 
-    def _read(self, observation: Any, number: int) -> tuple[TensorDict, bool, bool]:
-        """Return observations as entries, whether the batch was left out, whether arrays came."""
+    def _join(self, ids: Ids, named: list[Hashable]) -> AbstractContextManager[Tensor]:
+        """Return the rows of ids; new ids join unless the block raises."""
+        return nullcontext(self._env_rows) if ids is None else self._table.join(named)
+
+    def _select(self, ids: list[Hashable], valid_ids: Ids) -> Any:
+        """Return an index of those ``ids`` that are among ``valid_ids``."""
+        if valid_ids is None:
+            return slice(None)
+        valid = set(as_ids("valid_ids", valid_ids, self.num_envs))
+        unknown = sorted(valid - set(ids), key=str)
+        if unknown:
+            raise ValueError(f"valid_ids {unknown} are not among ids {ids} of this call.")
+        return torch.tensor([one in valid for one in ids], device=self.device)
+
+    def _run(
+        self, observation: Any, rows: Tensor, states: TensorDict
+    ) -> tuple[TensorDict, TensorDictBase, bool]:
+        """Run the policy; returns the entries it read, those with what it wrote, and ``as_array``.
+
+        The observation of a single environment may come with or without a batch dimension. Where
+        its shape does not show which, the policy does.
+        """
         entries = observation
         if not isinstance(observation, (Mapping, TensorDictBase)):
             entries = {self.observation_key: observation}
+        as_array = not all(isinstance(value, Tensor) for value in entries.values())
+        tensors = {key: self._as_tensor(value) for key, value in entries.items()}
+        *others, last = self._possible_layouts(tensors, len(rows))
+        for is_single in others:
+            try:
+                return *self._run_layout(tensors, rows, states, is_single), as_array
+            except (RuntimeError, ValueError, IndexError):
+                continue
+        return *self._run_layout(tensors, rows, states, last), as_array
+
+    def _run_layout(
+        self, tensors: Mapping[Any, Tensor], rows: Tensor, states: TensorDict, is_single: bool
+    ) -> tuple[TensorDict, TensorDictBase]:
+        data = self._make_data(tensors, rows, states, is_single)
+        with torch.no_grad(), set_exploration_type(self.exploration):
+            out = self.network.run_step(data)
+        # Kept only where the policy could run.
+        self._is_single = is_single
+        return data, out
+
+    def _as_tensor(self, value: Any) -> Tensor:
+        tensor = torch.as_tensor(value, device=self.device)
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def _possible_layouts(self, tensors: Mapping[Any, Tensor], number: int) -> list[bool]:
+        """Return the values that ``is_single`` may have, in the order to try them."""
+        if self.num_envs > 1 or number != 1:
+            return [False]
+        if not all(t.ndim > 1 and len(t) == 1 for t in tensors.values()):
+            # A vector is one observation. A batch of one has a first dimension of 1.
+            return [True]
+        return [True, False] if self._is_single else [False, True]
+
+    def _make_data(
+        self, tensors: Mapping[Any, Tensor], rows: Tensor, states: TensorDict, is_single: bool
+    ) -> TensorDict:
+        number = len(rows)
         data = TensorDict({}, [number], device=self.device)
-        bare = as_array = False
-        for key, value in entries.items():
-            as_array |= not isinstance(value, Tensor)
-            tensor = torch.as_tensor(value, device=self.device)
-            if tensor.is_floating_point():
-                tensor = tensor.to(self.dtype)
-            if number == 1 and self._is_bare(key, tensor):
-                tensor, bare = tensor.unsqueeze(0), True
+        for key, tensor in tensors.items():
+            tensor = tensor.unsqueeze(0) if is_single else tensor
             if tensor.shape[:1] != (number,):
                 raise ValueError(
                     f"The observation {key!r} has shape {tuple(tensor.shape)}; expected {number} "
                     "first, one for each of the ids. Pass ids= for some of the environments."
                 )
             data.set(key, tensor)
-        return data, bare, as_array
+        if self._table.has_written:
+            data.update(states)
+        for key in self.network.init_keys:
+            data.set(key, self._table.read_flags(rows))
+        return data
 
-    def _is_bare(self, key: Any, tensor: Tensor) -> bool:
-        """Whether a single environment's observation has no batch; the first call settles it."""
-        if self.num_envs > 1:
-            return False
-        ranks = self.__dict__.setdefault("_ranks", {})
-        if key not in ranks:
-            # A vector is one observation; a matrix with one row is a batch of one.
-            ranks[key] = tensor.ndim if tensor.shape[:1] != (1,) or tensor.ndim == 1 else -1
-        return ranks[key] == tensor.ndim
+    def _check_states(self, ids: list[Hashable], data: TensorDict, out: TensorDictBase) -> None:
+        """Raise ValueError if a next state is not finite; it would be so for ever."""
+        for key in self.network.state_keys:
+            state = out.get(next_key(key))
+            if bool(state.isfinite().all()):
+                continue
+            bad = ~state.flatten(1).isfinite().all(1)
+            names = [one for one, is_bad in zip(ids, bad.tolist(), strict=True) if is_bad]
+            causes = [
+                name for name in self.network.input_keys if not data.get(name)[bad].isfinite().all()
+            ]
+            cause = f"The observation {causes} is not finite" if causes else "The input is finite"
+            raise ValueError(
+                f"The next state {key!r} of ids {names} is NaN or infinite. {cause}. No state was "
+                "changed: leave these ids out of the call (ids=), or reset them, or check the "
+                "weights of the policy."
+            )
 
-    def _remember(self, out: TensorDictBase, index: Tensor, valid_ids: Ids) -> None:
-        written = torch.ones(len(index), dtype=torch.bool, device=self.device)
-        if valid_ids is not None:
-            valid = self._index("valid_ids", valid_ids)
-            unknown = sorted(set(valid.tolist()) - set(index.tolist()))
-            if unknown:
-                raise ValueError(
-                    f"valid_ids {unknown} are not among ids {index.tolist()} of this call."
-                )
-            written = torch.isin(index, valid)
-        for key in self._keys.state_keys:
-            after = out.get(next_key(key)).detach()
-            held = self._states.get(key)
-            if not self._known:
-                held = held.new_zeros(self.num_envs, *after.shape[1:])
-                self._states.set(key, held)
-            held[index[written]] = after[written].to(held.dtype)
-        self._known = True
-        self._fresh[index[written]] = False
+    def _read_action(self, out: TensorDictBase) -> Tensor:
+        action = out.get(self.action_key, None)
+        if action is None:
+            raise KeyError(
+                f"The policy writes no action {self.action_key!r}. Pass action_key=, one of "
+                f"{sorted(map(str, self.network.output_keys))}."
+            )
+        return action
 
     def _decode(self, action: Tensor, as_array: bool) -> Any:
         if self.action_spec is not None:
@@ -190,97 +247,155 @@ class StatefulPolicy:
             return array if as_array else torch.as_tensor(array)
         return action.cpu().numpy() if as_array else action
 
-    def reset(self, ids: Ids = None, state: Any = None) -> None:
-        """Start episodes anew.
+    def reset(self, ids: Ids = None, state: Any = None, *, agents: Any = None) -> None:
+        """Start new episodes.
 
         Args:
-            ids: numbers of environments, or a bool mask ``[num_envs]``; all by default.
+            ids: as for a call, or a bool mask ``[num_envs]``; all environments by default.
             state: a TensorDict or mapping of states ``[n, ...]`` to start from, as :meth:`state`
                 returns them; zeros by default.
+            agents: bool ``[n, *agents]``: start these agents only, and keep the states of others.
 
         Raises:
-            ValueError: if ids are unknown or given twice, or the states' number or keys do not fit.
+            ValueError: if ids do not fit, or if the states' number, keys or shapes do not.
         """
-        index = self._index("ids", ids)
-        self._ended[index] = False
-        if state is None:
-            self._fresh[index] = True
-            for key in self._keys.state_keys:
-                self._states.get(key)[index] = 0
-            return
-        for key in self._keys.state_keys:
-            given = state.get(key, None)
-            if given is None or given.shape[:1] != (len(index),):
-                got = "nothing" if given is None else f"shape {tuple(given.shape)}"
+        named = as_ids("ids", ids, self.num_envs)
+        with self._join(ids, named) as rows:
+            if agents is not None:
+                self._table.restart(rows, self._check_agents(agents, len(named)))
+                return
+            if state is None:
+                self._table.restart(rows)
+            else:
+                self._table.write(rows, self._check_given(state, len(named)))
+        self._ended[self._environments(named)] = False
+
+    def _check_agents(self, agents: Any, number: int) -> Tensor:
+        mask = torch.as_tensor(agents, device=self.device)
+        shapes = {tuple(self.state([]).get(key).shape[1:-2]) for key in self.network.state_keys}
+        if mask.dtype != torch.bool or len(mask) != number or tuple(mask.shape[1:]) not in shapes:
+            raise ValueError(
+                f"agents must be bool [n, *agents] with n={number} and agents {sorted(shapes)}, "
+                f"which the first call shows. Got {mask.dtype} {list(mask.shape)}."
+            )
+        return mask
+
+    def _check_given(self, state: Any, number: int) -> TensorDict:
+        given = TensorDict({}, [number], device=self.device)
+        expected = self._table.read(self._table.find_rows([]))
+        for key in self.network.state_keys:
+            value = state.get(key, None)
+            if value is None or value.shape[:1] != (number,):
+                got = "nothing" if value is None else f"shape {tuple(value.shape)}"
                 raise ValueError(
-                    f"state must hold {key!r} of {len(index)} environments. Got {got}; state(ids) "
+                    f"state must hold {key!r} of {number} environments. Got {got}; state(ids) "
                     "returns states of the right form."
                 )
-            held = self._states.get(key)
-            if not self._known and held.shape[-2:] == given.shape[-2:]:
-                held = held.new_zeros(self.num_envs, *given.shape[1:])
-                self._states.set(key, held)
-            if held.shape[1:] != given.shape[1:]:
+            known = expected.get(key).shape[1:]
+            # Before the first call the number of agents is not known.
+            sizes = slice(1, None) if self._table.has_written else slice(-2, None)
+            if value.shape[sizes] != (known if self._table.has_written else known[-2:]):
                 raise ValueError(
-                    f"state {key!r} has shape {tuple(given.shape)}; expected "
-                    f"{(len(index), *held.shape[1:])}."
+                    f"state {key!r} has shape {tuple(value.shape)}; expected {(number, *known)}."
                 )
-            held[index] = given.detach().to(held)
-        self._known = True
-        self._fresh[index] = False
+            if not value.isfinite().all():
+                raise ValueError(f"state {key!r} is NaN or infinite: expected finite numbers.")
+            given.set(key, value)
+        return given
 
     def episode_over(self, done: Any) -> None:
-        """Restart the environments whose episode is over, in the way of ``autoreset``.
+        """Start new episodes where environments are done, at the step that ``autoreset`` names.
 
-        Call it after every step of a vector environment.
+        Call it after every step of the environments.
 
         Args:
-            done: bool ``[num_envs]``, ``terminated | truncated`` of the step.
+            done: bool ``[num_envs]``, ``terminated | truncated`` of the step; or
+                ``[num_envs, *agents]`` where agents end apart from each other.
 
         Raises:
-            ValueError: if its length does not fit.
+            ValueError: if its shape does not fit, or if ``autoreset`` is not known for a vector of
+                environments.
         """
-        done = torch.as_tensor(done, device=self.device).reshape(-1).bool()
-        if done.shape != (self.num_envs,):
+        done = torch.as_tensor(done, device=self.device).bool()
+        if done.numel() == self.num_envs:
+            done = done.reshape(-1)
+        elif done.ndim > 1 and done.shape[-1] == 1:
+            done = done.squeeze(-1)
+        if done.shape[:1] != (self.num_envs,):
             raise ValueError(
                 f"done must have one entry for each of {self.num_envs} environments. Got "
-                f"{done.numel()}."
+                f"{list(done.shape)}."
             )
-        # In the mode "next_step" this step returned the last observation, and the next one returns
-        # the first.
-        over = self._ended.clone() if self.autoreset == "next_step" else done
+        if self.autoreset is None and not self._is_single:
+            raise ValueError(
+                "Vector environments start new episodes in different ways: pass env= or "
+                f"autoreset=, one of {', '.join(map(repr, _AUTORESETS))}. Gymnasium's default is "
+                "'next_step'; see env.metadata['autoreset_mode']."
+            )
+        over = done
+        if self.autoreset == "next_step":
+            # This step returned the last observation, and the next one returns the first.
+            over = self._ended if self._ended.shape == done.shape else torch.zeros_like(done)
         if over.any():
-            self.reset(over)
+            self.reset(over) if over.ndim == 1 else self.reset(agents=over)
         self._ended = done.clone()
 
     def state(self, ids: Ids = None) -> TensorDict:
-        """Return a copy of the states ``[n]`` of some environments, or of all."""
-        index = self._index("ids", ids)
-        # Indexing with a tensor copies.
-        return cast(TensorDict, self._states[index])
+        """Return a copy of the states ``[n]`` of some ids, or of all environments.
 
-    def _index(self, name: str, ids: Ids) -> Tensor:
-        """Return ids as numbers, checked."""
-        if ids is None:
-            return torch.arange(self.num_envs, device=self.device)
-        index = torch.as_tensor(ids, device=self.device).reshape(-1)
-        if index.dtype == torch.bool:
-            if len(index) != self.num_envs:
-                raise ValueError(
-                    f"{name} is a mask of {len(index)}; expected one entry for each of "
-                    f"{self.num_envs} environments."
-                )
-            return index.nonzero().squeeze(-1)
-        if index.is_floating_point() and len(index):
-            raise ValueError(f"{name} must be ints, or a mask of bools. Got {index.tolist()}.")
-        index = index.long()
-        numbers = index.tolist()
-        unknown = sorted({i for i in numbers if not 0 <= i < self.num_envs})
-        if unknown:
+        Raises:
+            ValueError: if an id is unknown.
+        """
+        return self._table.read(self._table.find_rows(as_ids("ids", ids, self.num_envs)))
+
+    def remove(self, ids: Ids) -> None:
+        """Remove ids that joined, and their states.
+
+        Raises:
+            ValueError: if an id is unknown, or one of the environments.
+        """
+        named = as_ids("ids", ids, self.num_envs)
+        own = self._environments(named)
+        if own:
             raise ValueError(
-                f"{name} {unknown} are unknown: there are environments 0 to {self.num_envs - 1}. "
-                "Raise num_envs."
+                f"ids {own} are the environments 0 to {self.num_envs - 1}, which stay."
             )
-        if len(set(numbers)) < len(numbers):
-            raise ValueError(f"{name} must name each environment once. Got {numbers}.")
-        return index
+        self._table.remove(named)
+
+    def _environments(self, ids: list[Hashable]) -> list[int]:
+        """Return the ids that are environments."""
+        return [one for one in ids if isinstance(one, int) and one < self.num_envs]
+
+
+def _next_states(network: RecurrentNetwork, out: TensorDictBase) -> Any:
+    states = TensorDict({}, out.batch_size)
+    for key in network.state_keys:
+        states.set(key, out.get(next_key(key)))
+    return states
+
+
+def _is_vector(env: Any) -> bool:
+    return hasattr(env, "num_envs")
+
+
+def _read_env(env: Any, num_envs: int | None, autoreset: str | None) -> tuple[int, str | None]:
+    """Return the number of environments and the autoreset mode.
+
+    Raises:
+        ValueError: if an argument contradicts the environment.
+    """
+    number = 1 if num_envs is None else as_int("num_envs", num_envs)
+    if env is None:
+        return number, autoreset
+    found = {"num_envs": 1, "autoreset": "disabled"}
+    if _is_vector(env):
+        mode = (env.metadata or {}).get("autoreset_mode", None)
+        # Gymnasium's AutoresetMode.NEXT_STEP.
+        found = {"num_envs": env.num_envs, "autoreset": mode and mode.name.lower()}
+    given = {"num_envs": None if num_envs is None else number, "autoreset": autoreset}
+    for name, value in given.items():
+        if value is not None and found[name] not in (None, value):
+            raise ValueError(
+                f"{name}={value!r} contradicts env=, which has {found[name]!r}. Leave {name} out."
+            )
+    return found["num_envs"], found["autoreset"] or autoreset

@@ -38,6 +38,7 @@ WINDOWS = "rnnkeys.transforms.windows:"
 STREAMS = "rnnkeys.transforms.streams:"
 REFRESH = "rnnkeys.transforms.refresh:"
 STATEFUL = "rnnkeys.deploy.stateful:"
+TABLE = "rnnkeys.deploy.state_table:"
 
 
 def contract(way: str, flags: str = "random") -> str:
@@ -384,7 +385,7 @@ def refresh_writes_the_wrong_step(
 
 
 @seen_by(
-    "tests/deploy/test_stateful_policy.py::test_vector_environments_restart_where_episodes_do[next_step-gru]",
+    "tests/deploy/test_stateful_policy.py::test_episode_over_in_vector_environments_equals_sequences[next_step-gru]",
     target=STATEFUL + "StatefulPolicy.episode_over",
 )
 def stateful_policy_restarts_early(original: Any, self: Any, done: Any):
@@ -395,11 +396,9 @@ def stateful_policy_restarts_early(original: Any, self: Any, done: Any):
 
 
 @seen_by(
-    "tests/deploy/test_stateful_policy.py::test_environments_may_be_called_in_any_order_and_number",
-    target=STATEFUL + "StatefulPolicy._remember",
+    "tests/deploy/test_stateful_policy.py::test_call_with_ids_in_any_order_equals_sequences",
+    target=TABLE + "StateTable.write",
 )
-def stateful_policy_shares_a_state(
-    original: Any, self: Any, out: Any, index: Tensor, valid_ids: Any
-):
-    """StatefulPolicy: states are written to environments that were not asked."""
-    return original(self, out, torch.arange(len(index)), valid_ids)
+def stateful_policy_shares_a_state(original: Any, self: Any, rows: Tensor, states: Any):
+    """StatefulPolicy: states are written to environments that were not called."""
+    return original(self, torch.arange(len(rows)), states)
