@@ -6,10 +6,11 @@ module of either.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # torch 2.11 to 2.14.
 from torch._C._functorch import TransformType as TransformType
@@ -31,15 +32,48 @@ _VF: Any = vars(torch)["_VF"]
 lstm_cell: Callable[..., Any] = _VF.lstm_cell
 gru_cell: Callable[..., Any] = _VF.gru_cell
 lstm_layers: Callable[..., Any] = _VF.lstm
+_onednn_rnn_layer: Callable[..., Any] = vars(torch)["mkldnn_rnn_layer"]
+_ONEDNN_LSTM = 2
+
+
+def onednn_lstm_layer(
+    x: Tensor, parameters: Sequence[Tensor], h: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run oneDNN's LSTM over ``x [T, B, I]``: torch 2.11 to 2.14, see ``aten::mkldnn_rnn_layer``.
+
+    Args:
+        x: ``[T, B, I]``, float32 on the CPU.
+        parameters: ``w_ih``, ``w_hh``, ``b_ih`` and ``b_hh``.
+        h: ``[B, H]``.
+        c: ``[B, H]``.
+
+    Returns:
+        Outputs ``[T, B, H]``, the last ``h`` and ``c``, and the workspace of the backward pass.
+    """
+    return _onednn_rnn_layer(
+        *(x, *parameters, h, c),
+        *(False, [], _ONEDNN_LSTM, h.shape[1], 1, True, False, False, True),
+    )
+
+
+def has_onednn_linear() -> bool:
+    """Return whether torch, 2.11 to 2.14, has oneDNN's matmul."""
+    has_op = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return has_op and torch.backends.mkldnn.is_available()
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x @ weight.T + bias`` by oneDNN, in float32 on the CPU; not seen by autograd."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def in_forward_derivative() -> bool:
-    """Whether the code runs under forward-mode differentiation."""
+    """Return whether the code runs under forward-mode differentiation."""
     return forward_ad._current_level >= 0
 
 
 def in_transform() -> bool:
-    """Whether the code runs inside a function transform (``torch.vmap``, ``torch.func.grad``).
+    """Return whether the code runs inside a function transform, such as ``torch.vmap``.
 
     Forward-mode differentiation is one as well.
     """
@@ -47,12 +81,12 @@ def in_transform() -> bool:
 
 
 def has_data(x: torch.Tensor) -> bool:
-    """Whether a tensor has values: not on the meta device, and not a fake tensor."""
+    """Return whether a tensor has values: it is neither on the meta device nor a fake tensor."""
     return not (x.is_meta or isinstance(x, FakeTensor))
 
 
 def in_derivative() -> bool:
-    """Whether ``torch.func.grad`` or its like runs, for which custom operators have no rule."""
+    """Return whether ``torch.func.grad`` or the like runs, which custom operators do not support."""
     if is_compiling() or not in_transform():
         return False
     kinds = (transform.key() for transform in get_interpreter_stack() or ())

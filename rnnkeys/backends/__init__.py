@@ -1,5 +1,6 @@
 """Backends: ways to run time, on tensors only."""
 
+from .allocator import keep_freed_memory as keep_freed_memory
 from .contract import BACKENDS as BACKENDS
 from .contract import Options as Options
 from .contract import choose as choose

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cells import Cell, State
+from .batch import DenseBatch, LayerRun
 
 
 def run_steps(
@@ -80,3 +81,21 @@ def run_dense(
     """
     start = tuple(s[0] for s in reset_state)
     return join_steps(*run_steps(cell, weights, x, start, reset=reset, reset_state=reset_state))
+
+
+class LoopBatch(DenseBatch):
+    """A batch for the loop.
+
+    Args:
+        cell: the equations.
+        reset_state: each ``[B, T, L, H]``.
+        is_init: bool ``[B, T]``.
+    """
+
+    def __init__(self, cell: Cell, reset_state: State, is_init: Tensor) -> None:
+        super().__init__(reset_state, is_init)
+        self.cell = cell
+
+    def run_layer(self, weights: Any, x: Tensor, layer: int) -> LayerRun:
+        """Run one layer over ``x [T, B, I]``."""
+        return LayerRun(*run_dense(self.cell, weights, x, self.reset, self.reset_state_of(layer)))

@@ -1,120 +1,113 @@
-"""The vendor's LSTM kernel (oneDNN, cuDNN) over packed rows, with the cell states it hides.
+"""Torch's native LSTM kernels (oneDNN, cuDNN) over packed rows, with the cell states they hide.
 
-The kernel runs packed rows block by block. oneDNN's tells the cell states after every step, with
-some care (``onednn``). Otherwise, with ``h`` known, all gates come from one matmul without a loop.
+A kernel returns outputs and the last cell state. oneDNN's workspace contains the other cell states
+(see ``onednn``). Elsewhere, with ``h`` known, one matmul gives all gates, and a cheap loop over
+time gives ``c``.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .._compat import lstm_layers
-from ..cells import Weights
+from ..cells import State, Weights
 from . import onednn
+from .batch import LayerRun
 from .packing import Plan
 
-Block = tuple[int, int, int]
-
-_DTYPES = (torch.float32, torch.bfloat16)
-
-
-def serves(dtype: torch.dtype) -> bool:
-    """Whether the kernel is fast for this dtype."""
-    return dtype in _DTYPES
+# In which the kernels are fast.
+DTYPES = (torch.float32, torch.bfloat16)
 
 
-def run(
-    weights: Weights,
-    x: Tensor,
-    start: tuple[Tensor, ...],
-    plan: Plan,
-    only_starts: bool,
-    unpacks: bool,
-) -> tuple[Tensor, Tensor]:
+def run(weights: Weights, x: Tensor, start: State, plan: Plan) -> LayerRun:
     """Run one LSTM layer over packed rows.
 
     Args:
         weights: of the layer, without projection.
-        x: inputs, rows ``[N, I]``; for oneDNN the batch ``[B, T, I]`` will do.
-        start: ``(h, c)`` before the first step, each ``[sizes[0], H]``.
-        plan: that packs the rows, in blocks.
-        only_starts: whether cell states after segments' first steps suffice.
-        unpacks: whether oneDNN's outputs are wanted as a batch.
+        x: ``[N, I]``.
+        start: ``(h, c)`` before the first step, each ``[S, H]``.
+        plan: of the rows, in blocks.
 
     Returns:
-        Outputs, rows ``[N, H]`` or the batch ``[B, T, H]``, and cell states, detached: after every
-        step, ``[N, H]``, or after the segments' first steps, ``[S, H]``.
+        Outputs ``[N, H]`` and the states after every step, each ``[N, H]``; ``c`` is detached.
     """
-    h0, c0 = start
+    x = x.contiguous()
+    h, c = (s.contiguous() for s in start)
+    cells: Tensor | None = None
     if onednn.runs(x):
-        y, cells = onednn.run(weights, x, (h0, c0), plan, only_starts, unpacks)
+        outputs, cells = onednn.run(weights, x, h, c, plan)
     else:
-        x, h0, c0 = (t.contiguous() for t in (x, *start))
-        y, cells = _run_vendor(weights, x, (h0, c0), plan), None
-        onednn.refuse_second_order_of(y)
+        outputs = _run_blocks(weights, x, h, c, plan)
+    if outputs[-1].requires_grad:
+        outputs[-1].register_hook(_raise_in_double_backward)
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if cells is None:
         with torch.no_grad():
-            x, h = (plan.pack_blank(t) if t.ndim == 3 else t for t in (x, y))
-            cells = _cells_from_outputs(weights, x, h, (h0, c0), plan, only_starts)
-    return y, cells
+            cells = compute_cell_states(weights, x, y, h, c, plan.sizes)
+    return LayerRun(y, (y, cells), saves_output=len(outputs) == 1)
 
 
-def _rows_of(blocks: Sequence[Block]) -> list[int]:
-    return [steps * rows for _, steps, rows in blocks]
+def _raise_in_double_backward(grad: Tensor) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "recurrent_backend='pad' runs a native kernel without second derivative, and a "
+            "gradient was computed with create_graph=True. Build the module with "
+            "recurrent_backend='loop', which allows any order of autograd."
+        )
 
 
-def _run_vendor(weights: Weights, x: Tensor, start: tuple[Tensor, Tensor], plan: Plan) -> Tensor:
-    """Run the blocks by whatever kernel torch has for the device."""
-    outputs, state = [], tuple(s.unsqueeze(0) for s in start)
-    has_biases = weights.b_ih is not None
+def _run_blocks(weights: Weights, x: Tensor, h: Tensor, c: Tensor, plan: Plan) -> list[Tensor]:
+    """Run the kernel that torch has for the device, block by block."""
+    outputs = []
+    state = [h.unsqueeze(0), c.unsqueeze(0)]
     parameters = [w for w in weights[:4] if w is not None]
-    for block, (_, steps, rows) in zip(x.split(_rows_of(plan.blocks)), plan.blocks, strict=True):
-        state = tuple(s[:, :rows].contiguous() for s in state)
+    has_biases = weights.b_ih is not None
+    for rows, (steps, size) in zip(split_blocks(x, plan.blocks), plan.blocks, strict=True):
+        state = [s[:, :size].contiguous() for s in state]
         y, *state = lstm_layers(
-            block.view(steps, rows, -1),
+            rows.view(steps, size, -1),
             state,
             parameters,
             *(has_biases, 1, 0.0, False, False, False),
         )
         outputs.append(y.flatten(0, 1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return outputs
 
 
-def _cells_from_outputs(
-    weights: Weights,
-    x: Tensor,
-    h: Tensor,
-    start: tuple[Tensor, ...],
-    plan: Plan,
-    only_starts: bool,
+def compute_cell_states(
+    weights: Weights, x: Tensor, y: Tensor, h0: Tensor, c0: Tensor, sizes: list[int]
 ) -> Tensor:
-    """Compute cell states from outputs, those after segments' first steps or all."""
-    hidden = h.shape[1]
-    gates = 3 * hidden
-    is_short = only_starts and not plan.clears
-    sizes = plan.sizes[:1] if is_short else plan.sizes
-    rows = sum(sizes)
-    w_ih, w_hh = weights.w_ih[:gates], weights.w_hh[:gates]
-    bias = None
-    if weights.b_ih is not None and weights.b_hh is not None:
-        bias = weights.b_ih[:gates] + weights.b_hh[:gates]
-    pre = F.linear(x[:rows], w_ih, bias).addmm_(_before(start[0], h, sizes), w_hh.t())
-    i_f, g = pre[:, : 2 * hidden].sigmoid_(), pre[:, 2 * hidden :].tanh_()
-    i, f = i_f.split(hidden, 1)
-    c = i.mul_(g) if is_short else torch.mul(i, g)
-    if plan.clears:
-        for gate in (c, f):
-            gate.index_fill_(0, plan.padding, 0)
-    previous = start[1]
-    for f_now, c_now in zip(f.split(sizes), c.split(sizes), strict=True):
-        previous = c_now.addcmul_(f_now, previous[: c_now.shape[0]])
-    return plan.at_first_steps(c) if only_starts else c
+    """Compute the cell states of an LSTM from its inputs and outputs; not recorded by autograd.
+
+    Args:
+        weights: of the layer.
+        x: inputs ``[N, I]``.
+        y: outputs ``[N, H]``.
+        h0: hidden states before the first step, ``[S, H]``.
+        c0: cell states before the first step, ``[S, H]``.
+        sizes: number of rows of every step.
+
+    Returns:
+        Cell states after every step, ``[N, H]``.
+    """
+    hidden = y.shape[1]
+    steps = y.split(sizes)
+    h_tm1 = torch.cat([h0, *(s[:n] for s, n in zip(steps[:-1], sizes[1:], strict=True))])
+    i_f_g = slice(3 * hidden)
+    gates = F.linear(x, weights.w_ih[i_f_g]).addmm_(h_tm1, weights.w_hh[i_f_g].t())
+    for bias in (weights.b_ih, weights.b_hh):
+        if bias is not None:
+            gates.add_(bias[i_f_g])
+    i, f, g = gates.chunk(3, 1)
+    c = i.sigmoid_().mul(g.tanh_())
+    c_tm1 = c0
+    for f_t, c_t in zip(f.sigmoid_().split(sizes), c.split(sizes), strict=True):
+        c_tm1 = c_t.addcmul_(f_t, c_tm1[: len(c_t)])
+    return c
 
 
-def _before(start: Tensor, after: Tensor, sizes: list[int]) -> Tensor:
-    steps = after[: sum(sizes)].split(sizes)
-    return torch.cat([start, *(s[:n] for s, n in zip(steps[:-1], sizes[1:], strict=True))])
+def split_blocks(rows: Tensor, blocks: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """Split rows ``[N, F]`` at the ends of blocks ``(steps, size)``."""
+    return rows.split([steps * size for steps, size in blocks])

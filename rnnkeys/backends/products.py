@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._compat import has_onednn_linear, onednn_linear
+
 # Multiplications from which oneDNN's product pays for its call.
 _LARGE = 1 << 20
 
@@ -33,7 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     is_large = x.shape[0] * weight.numel() >= _LARGE
     if is_large and x.dtype == torch.float32 and x.device.type == "cpu" and _has_onednn():
-        return torch.ops.mkldnn._linear_pointwise(x, _without_gaps(weight), bias, "none", [], "")
+        return onednn_linear(x, _without_gaps(weight), bias)
     return F.linear(x, weight, bias)
 
 
@@ -42,6 +44,4 @@ def _without_gaps(weight: Tensor) -> Tensor:
     return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
 
 
-@functools.cache
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_has_onednn = functools.cache(has_onednn_linear)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._compat import gru_cell, lstm_cell
-from ..cells import Cell, State
+from ..cells import Cell, GatedRecurrentUnit, LongShortTermMemory, State, Weights
 
 
 def run_step(
@@ -18,7 +18,7 @@ def run_step(
     x: Tensor,
     states: State,
     dropout: float,
-    vendor: bool,
+    native: bool,
 ) -> tuple[Tensor, State]:
     """Run one time step of a stack.
 
@@ -28,7 +28,7 @@ def run_step(
         x: ``[N, I]``.
         states: each ``[N, L, H]``.
         dropout: probability of dropout between layers.
-        vendor: whether to run torch's native kernels.
+        native: whether torch's native kernels may run.
 
     Returns:
         Outputs ``[N, O]`` and the next states ``[N, L, H]``.
@@ -38,8 +38,9 @@ def run_step(
         if layer and dropout:
             x = F.dropout(x, dropout)
         state = tuple(s[:, layer] for s in states)
-        if vendor and cell.name in ("lstm", "gru") and weights.w_hr is None:
-            state = _vendor_step(cell, weights, x, state)
+        kernel = _KERNELS.get(type(cell)) if native else None
+        if kernel is not None and weights.w_hr is None:
+            state = kernel(weights, x, state)
             x = state[0]
         else:
             x, state = cell(weights, x, state)
@@ -51,8 +52,12 @@ def run_step(
     return x.clone(), tuple(s.unsqueeze(1) for s in after[0])
 
 
-def _vendor_step(cell: Cell, weights: Any, x: Tensor, state: State) -> State:
-    parameters = weights[:4]
-    if cell.name == "lstm":
-        return lstm_cell(x, state, *parameters)
-    return (gru_cell(x, state[0], *parameters),)
+def _step_lstm(weights: Weights, x: Tensor, state: State) -> State:
+    return lstm_cell(x, state, *weights[:4])
+
+
+def _step_gru(weights: Weights, x: Tensor, state: State) -> State:
+    return (gru_cell(x, state[0], *weights[:4]),)
+
+
+_KERNELS = {LongShortTermMemory: _step_lstm, GatedRecurrentUnit: _step_gru}

@@ -394,7 +394,7 @@ class RecurrentModule(TensorDictModuleBase, ABC):
     def _options(self) -> Options:
         return Options(
             state_grad=self.state_grad,
-            vendor=not self._python_based,
+            native=not self._python_based,
             dropout=self._layers.dropout,
             recompute=self.recurrent_recompute,
             compute_dtype=self.recurrent_compute_dtype,

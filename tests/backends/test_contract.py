@@ -23,8 +23,8 @@ from rnnkeys.cells import GatedCell, Weights
 from tests.support import problems
 from tests.support.problems import (
     CELLS,
+    FLAGS,
     LAYOUTS,
-    MARKS,
     TORCHS,
     WAYS,
     Problem,
@@ -70,21 +70,21 @@ def _check(problem: Problem, way: str) -> None:
     assert_same_run(actual, problems.expect(problem, d_y, d_states), problem.dtype)
 
 
-@pytest.mark.parametrize("marks", MARKS)
+@pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("shape", SHAPES)
 @in_every_way
-def test_equals_the_reference(way, cell, dtype, shape, marks):
+def test_equals_the_reference(way, cell, dtype, shape, flags):
     sizes = dict(SHAPES[shape])
     for size in sizes.keys() & {"inputs", "hidden"}:
         sizes[size] = max(sizes[size], problems.SMALLEST.get(cell, 1))
-    _check(problems.for_way(way, cell, marks, dtype=dtype, **sizes), way)
+    _check(problems.for_way(way, cell, flags, dtype=dtype, **sizes), way)
 
 
-@pytest.mark.parametrize("marks", MARKS)
+@pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way].runs("lstm", F32, True)])
-def test_equals_the_reference_with_a_projection(way, marks):
+def test_equals_the_reference_with_a_projection(way, flags):
     for dtype in WAYS[way].dtypes("lstm"):
-        problem = problems.for_way(way, "lstm", marks, dtype=dtype, proj_size=3, num_layers=2)
+        problem = problems.for_way(way, "lstm", flags, dtype=dtype, proj_size=3, num_layers=2)
         _check(problem, way)
 
 
@@ -95,18 +95,18 @@ def test_equals_the_reference_in_any_memory_layout(way, cell, dtype, layout):
     _check(problem, way)
 
 
-@pytest.mark.parametrize("marks", ["none", "random", "one long among short"])
+@pytest.mark.parametrize("flags", ["none", "random", "one long among short"])
 @in_every_way_once
-def test_equals_the_reference_where_time_is_long(monkeypatch, way, cell, dtype, marks):
+def test_equals_the_reference_where_time_is_long(monkeypatch, way, cell, dtype, flags):
     """More steps and rows than are handled at once anywhere."""
     monkeypatch.setattr(fused, "_MOST_ELEMENTS", 1 << 14)
-    _check(problems.for_way(way, cell, marks, dtype=dtype, batch=6, steps=160, hidden=48), way)
+    _check(problems.for_way(way, cell, flags, dtype=dtype, batch=6, steps=160, hidden=48), way)
 
 
 @st.composite
-def _marks(draw: st.DrawFn, batch: int, steps: int) -> Tensor:
+def _flags(draw: st.DrawFn, batch: int, steps: int) -> Tensor:
     if draw(st.booleans()):
-        return MARKS[draw(st.sampled_from(list(MARKS)))](batch, steps)
+        return FLAGS[draw(st.sampled_from(list(FLAGS)))](batch, steps)
     row = st.lists(st.booleans(), min_size=steps, max_size=steps)
     return torch.tensor(draw(st.lists(row, min_size=batch, max_size=batch)))
 
@@ -125,7 +125,7 @@ def _problems(draw: st.DrawFn, way: str, cell: str, dtype: torch.dtype) -> Probl
     return problems.for_way(
         way,
         cell,
-        draw(_marks(batch, steps)),
+        draw(_flags(batch, steps)),
         dtype=dtype,
         batch=batch,
         steps=steps,
@@ -170,10 +170,10 @@ def _by_torchs_kernel(problem: Problem, d_y: Tensor, d_states: State) -> Run:
     return Run(outputs, tuple(ends), grads)
 
 
-@pytest.mark.parametrize("marks", ["none", "random"])
+@pytest.mark.parametrize("flags", ["none", "random"])
 @in_every_way_of_torchs_cells
-def test_equals_torchs_kernel_on_segments_cut_by_hand(way, cell, dtype, marks):
-    problem = problems.make(cell, marks, dtype=dtype, num_layers=2)
+def test_equals_torchs_kernel_on_segments_cut_by_hand(way, cell, dtype, flags):
+    problem = problems.make(cell, flags, dtype=dtype, num_layers=2)
     is_end = torch.cat([problem.is_init[:, 1:], torch.ones(3, 1, dtype=torch.bool)], 1)
     d_y, d_states = problem.cotangents(WAYS[way].options.state_grad)
     d_states = tuple(d * is_end[:, :, None, None] for d in d_states)
@@ -331,7 +331,7 @@ def test_an_empty_batch_has_empty_outputs_of_the_right_shape(way, cell, dtype, b
 
 
 def test_auto_takes_the_packed_way_unless_something_sees_through_it():
-    plain = Options(vendor=False)
+    plain = Options(native=False)
 
     def chosen() -> list[str]:
         return [choose("auto", Options()), choose("auto", plain), choose("pad", Options())]

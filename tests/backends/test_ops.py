@@ -144,35 +144,23 @@ def test_activations_are_kept_only_where_a_backward_pass_may_follow(cell, backen
 
 @pytest.mark.parametrize(
     ("way", "cell"),
-    [("scan", "lstm"), ("scan", "gru"), ("pad", "lstm"), ("pad", "gru"), ("vendor", "lstm")],
+    [("scan", "lstm"), ("scan", "gru"), ("pad", "lstm"), ("pad", "gru"), ("native", "lstm")],
 )
-@pytest.mark.parametrize(
-    ("marks", "states"), [("none", "random"), ("random", "random"), ("random", "episodes")]
-)
-def test_a_second_derivative_is_refused_by_name(way, cell, marks, states):
-    """Whether rows are whole, cut, or shared by segments."""
-    problem = problems.make(cell, marks, states=states, steps=24, dtype=WAYS[way].dtypes(cell)[0])
+@pytest.mark.parametrize("flags", ["none", "random"])
+def test_second_derivative_raises_and_names_the_loop(way, cell, flags):
+    problem = problems.make(cell, flags, steps=24, dtype=WAYS[way].dtypes(cell)[0])
     with pytest.raises(RuntimeError, match="recurrent_backend='loop'"):
         y, _ = problems.outputs(problem, WAYS[way])
         (first,) = torch.autograd.grad(y.sum(), problem.x, create_graph=True)
         first.sum().backward()
 
 
-@pytest.mark.parametrize("states", ["random", "episodes"])
-def test_several_gradients_at_once_equal_those_one_by_one_or_are_refused(states):
-    """Rows that segments share have no rule for it."""
-    problem = problems.make("lstm", "random", states=states, steps=24, dtype=torch.float32)
-    y, _ = problems.outputs(problem, WAYS["vendor"])
+def test_native_gradients_in_a_batch_equal_those_one_by_one():
+    problem = problems.make("lstm", "random", steps=24, dtype=torch.float32)
+    y, _ = problems.outputs(problem, WAYS["native"])
     d_y = torch.randn(3, *y.shape)
-
-    def gradients() -> Tensor:
-        return torch.autograd.grad(y, problem.x, d_y, retain_graph=True, is_grads_batched=True)[0]
-
-    if states == "episodes":
-        with pytest.raises(RuntimeError, match="recurrent_backend='scan'"):
-            gradients()
-        return
-    for actual, one in zip(gradients(), d_y, strict=True):
+    batched = torch.autograd.grad(y, problem.x, d_y, retain_graph=True, is_grads_batched=True)[0]
+    for actual, one in zip(batched, d_y, strict=True):
         (expected,) = torch.autograd.grad(y, problem.x, one, retain_graph=True)
         assert_equal(actual, expected, torch.float32)
 
@@ -196,7 +184,7 @@ Arguments = tuple[list[Tensor], Tensor, State, Tensor]
 
 
 def _loss(cell: str, backend: str, d_y: Tensor, d_states: State) -> Callable[..., Tensor]:
-    """Return a loss of two layers' parameters, inputs, states and marks that reads all outputs."""
+    """Return a loss of two layers' parameters, inputs, states and flags that reads all outputs."""
 
     def loss(parameters: list[Tensor], x: Tensor, reset_state: State, is_init: Tensor) -> Tensor:
         layers = [Weights(*parameters[:4]), Weights(*parameters[4:])]
@@ -281,9 +269,9 @@ def test_values_of_vmap_and_gradients_through_it_equal_those_one_by_one(cell, ba
 @of_both_cells
 def test_marks_alone_may_differ_within_vmap(cell, backend):
     problem = problems.make(cell)
-    marks = torch.rand(4, 3, 7) < 0.4
+    flags = torch.rand(4, 3, 7) < 0.4
 
     def y(is_init: Tensor) -> Tensor:
         return problems.outputs(problem._replace(is_init=is_init), WAYS[backend])[0]
 
-    assert_equal(vmap(y)(marks), torch.stack([y(m) for m in marks]), F64)
+    assert_equal(vmap(y)(flags), torch.stack([y(m) for m in flags]), F64)

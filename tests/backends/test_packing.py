@@ -1,4 +1,4 @@
-"""Packing is a permutation of steps, planned once per content, and exact in both directions."""
+"""Segments, plans, and the packing of batches into rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections import OrderedDict
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,23 +17,22 @@ from torch import Tensor
 
 from rnnkeys.backends import packing
 from rnnkeys.backends.packing import Plan, Segments, read_segments
-from tests.support import problems
-from tests.support.problems import MARKS
+from tests.support.problems import FLAGS
 
 in_both_forms = pytest.mark.parametrize("block_rows", [0, 96], ids=["exact", "blocks"])
 
 
-def plan(is_init: Tensor, block_rows: int = 0, carried: np.ndarray | None = None) -> Plan:
-    return read_segments(is_init).plan(block_rows, carried)
+def plan(is_init: Tensor, block_rows: int = 0) -> Plan:
+    return read_segments(is_init).plan(block_rows)
 
 
 @st.composite
-def _marks(draw: st.DrawFn) -> Tensor:
+def _flags(draw: st.DrawFn) -> Tensor:
     batch, steps = draw(st.integers(1, 6)), draw(st.integers(1, 40))
     if draw(st.booleans()):
         torch.manual_seed(draw(st.integers(0, 2**16)))
         return torch.rand(batch, steps) < draw(st.sampled_from([0.02, 0.1, 0.5]))
-    return MARKS[draw(st.sampled_from(list(MARKS)))](batch, steps)
+    return FLAGS[draw(st.sampled_from(list(FLAGS)))](batch, steps)
 
 
 def _lengths(is_init: Tensor) -> dict[int, int]:
@@ -55,100 +53,17 @@ def _numbered(is_init: Tensor) -> Tensor:
     return torch.arange(is_init.numel()).view(*is_init.shape, 1).double()
 
 
-@st.composite
-def _shared(draw: st.DrawFn) -> tuple[Tensor, np.ndarray]:
-    """Marks, and which of their segments must be the first of a row."""
-    is_init = draw(_marks())
-    torch.manual_seed(draw(st.integers(0, 2**16)))
-    share = draw(st.sampled_from([0.0, 0.2, 1.0]))
-    return is_init, (torch.rand(len(_lengths(is_init))) < share).numpy()
-
-
-@given(shared=_shared())
-def test_segments_that_share_rows_have_gaps_between_them(shared):
-    is_init, carried = shared
-    made, lengths = plan(is_init, 96, carried), _lengths(is_init)
-    assert torch.equal(made.unpack(made.pack(_numbered(is_init))), _numbered(is_init))
-    assert sorted(made.starts.tolist()) == sorted(lengths)
-    assert made.source[made.start_rows].tolist() == made.starts.tolist()
-    assert made.start_rows.tolist() == sorted(made.start_rows.tolist())
-    if not made.clears:
-        return
-    rows = made.sizes[0]
-    assert made.sizes == [rows] * len(made.sizes)
-    first_of_rows = made.starts[:rows].tolist()
-    must = [start for start, one in zip(sorted(lengths), carried, strict=True) if one]
-    assert set(must) <= set(first_of_rows)
-    padding, gaps = set(made.padding.tolist()), []
-    for start, row in zip(made.starts.tolist(), made.start_rows.tolist(), strict=True):
-        down = [row + k * rows for k in range(lengths[start])]
-        assert made.source[down].tolist() == list(range(start, start + lengths[start]))
-        gaps += [row - rows] if row >= rows else []
-    assert sorted(gaps) == made.gaps.tolist()
-    assert set(gaps) <= padding
-    before = made.source[made.padding - rows]
-    assert torch.equal(made.source[made.padding], before)  # repeats the segment before it
-
-
-def test_shared_rows_are_full():
-    """Few steps more than the longest segment takes, and little padding."""
-    is_init = torch.rand(16, 256) < 0.05
-    lengths = _lengths(is_init)
-    made = plan(is_init, 96, np.zeros(len(lengths), dtype=bool))
-    assert made.clears
-    assert len(made.source) < 1.12 * (is_init.numel() + len(lengths))
-    assert len(made.sizes) < 1.3 * max(lengths.values())
-
-
-def test_shared_rows_are_as_short_as_segments_allow():
-    """On average hardly longer than if segments could be cut anywhere."""
-    excess = []
-    for _ in range(40):
-        is_init = torch.rand(16, 64) < 0.02
-        is_init[:, 0] = True
-        lengths = _lengths(is_init)
-        made = plan(is_init, 96, np.array(sorted(lengths)) % 64 == 0)
-        assert made.clears
-        filled = (is_init.numel() + len(lengths)) / made.sizes[0] - 1
-        excess.append(len(made.sizes) / max(filled, *lengths.values()))
-    assert np.mean(excess) < 1.05
-
-
-def test_segments_share_rows_only_where_that_is_cheaper():
-    none, every = (np.full(192, fill) for fill in (False, True))
-    short = torch.zeros(4, 96, dtype=torch.bool)
-    short[:, ::2] = True  # gaps would take half as much as the data
-    assert not plan(short, 96, none).clears
-    assert not plan(short, 96, every).clears
-
-
-@pytest.mark.parametrize("layout", problems.LAYOUTS)
-def test_starts_that_are_not_zero_are_found(layout):
-    is_init = torch.tensor([[1, 0, 0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1, 0, 0]]).bool()
-    states = torch.zeros(2, 2, 8, 3)  # two states of [2, 8, 3]
-    states[0, 0, 3, 1], states[1, 1, 5, 2] = float("nan"), 1e-30
-    states[0, 0, 1] = 7.0  # read by nobody
-    shown = [problems.LAYOUTS[layout](s) for s in states]
-    expected = [True] * 5 if layout == "constant" else [False, True, False, False, True]
-    if layout == "constant":
-        shown[0] = torch.ones(1, 1, 3).expand(2, 8, 3)
-    found = read_segments(is_init).find_carried(shown)
-    assert found is not None and found.tolist() == expected
-    assert read_segments(torch.zeros(2, 8, dtype=torch.bool)).find_carried(shown) is None
-    assert read_segments(torch.ones(2, 8, dtype=torch.bool)).find_carried(shown) is None
-
-
 @in_both_forms
-@given(is_init=_marks())
-def test_packing_then_unpacking_is_the_identity(block_rows, is_init):
+@given(is_init=_flags())
+def test_unpack_after_pack_returns_the_batch(block_rows, is_init):
     made = plan(is_init, block_rows)
     x = _numbered(is_init)
     assert torch.equal(made.unpack(made.pack(x)), x)
 
 
 @in_both_forms
-@given(is_init=_marks())
-def test_every_segment_runs_down_one_row_of_its_own(block_rows, is_init):
+@given(is_init=_flags())
+def test_plan_gives_each_segment_one_row(block_rows, is_init):
     made, lengths = plan(is_init, block_rows), _lengths(is_init)
     steps = _steps(made)
     assert sorted(made.starts.tolist()) == sorted(lengths)
@@ -161,18 +76,18 @@ def test_every_segment_runs_down_one_row_of_its_own(block_rows, is_init):
 
 
 @in_both_forms
-@given(is_init=_marks())
-def test_steps_never_grow_and_blocks_cover_them(block_rows, is_init):
+@given(is_init=_flags())
+def test_plan_sizes_fall_and_blocks_cover_all_steps(block_rows, is_init):
     made, lengths = plan(is_init, block_rows), _lengths(is_init)
     assert made.sizes == sorted(made.sizes, reverse=True)
     assert len(made.sizes) == max(lengths.values())
     assert sum(made.sizes) == len(made.source)
-    assert [n for _, steps, n in made.blocks for _ in range(steps)] == made.sizes
-    assert [t for t, *_ in made.blocks] == [made.sizes.index(n) for *_, n in made.blocks]
+    assert [rows for steps, rows in made.blocks for _ in range(steps)] == made.sizes
+    assert len(set(made.sizes)) == len(made.blocks)
 
 
-@given(is_init=_marks())
-def test_an_exact_plan_has_no_padding_and_a_plan_in_blocks_says_where_it_is(is_init):
+@given(is_init=_flags())
+def test_plan_padding_contains_the_rows_that_no_step_fills(is_init):
     assert not len(plan(is_init).padding)
     assert len(plan(is_init).source) == is_init.numel()
     made = plan(is_init, block_rows=96)
@@ -182,7 +97,7 @@ def test_an_exact_plan_has_no_padding_and_a_plan_in_blocks_says_where_it_is(is_i
     assert len(made.source) <= len(made.starts) * len(made.sizes)
 
 
-def test_blocks_pad_little_where_one_segment_is_long_and_many_are_short():
+def test_blocks_of_one_long_and_many_short_segments_are_two_with_little_padding():
     is_init = torch.ones(64, 100, dtype=torch.bool)
     is_init[0] = False
     made = plan(is_init, block_rows=96)
@@ -190,22 +105,22 @@ def test_blocks_pad_little_where_one_segment_is_long_and_many_are_short():
     assert len(made.blocks) == 2
 
 
-def test_segments_of_many_lengths_run_in_few_blocks():
+def test_blocks_of_many_lengths_are_few_with_little_padding():
     is_init = torch.rand(8, 1024) < 0.02
     made = plan(is_init, block_rows=96)
     assert len(made.blocks) < len(plan(is_init).blocks) / 3
     assert len(made.source) < 1.3 * is_init.numel()
 
 
-def test_marks_may_have_any_strides():
+def test_plan_of_strided_flags_equals_that_of_contiguous_ones():
     is_init = torch.rand(7, 5) < 0.3
     for view in (is_init.t().contiguous().t(), torch.stack([is_init, ~is_init], -1)[..., 0]):
-        both = [Segments(marks.numpy(), marks.device).plan() for marks in (view, is_init)]
+        both = [Segments(flags.numpy(), flags.device).plan() for flags in (view, is_init)]
         assert _steps(both[0]) == _steps(both[1])
 
 
-@given(is_init=_marks())
-def test_states_are_taken_at_the_starts_of_segments(is_init):
+@given(is_init=_flags())
+def test_at_starts_returns_the_states_of_the_first_packed_step(is_init):
     made = plan(is_init)
     x = _numbered(is_init)
     assert made.at_starts(x).squeeze(1).tolist() == made.starts.tolist()
@@ -213,9 +128,9 @@ def test_states_are_taken_at_the_starts_of_segments(is_init):
 
 
 @in_both_forms
-@pytest.mark.parametrize("marks", MARKS)
-def test_gradients_pass_both_ways_to_any_order(block_rows, marks):
-    made = plan(MARKS[marks](3, 5), block_rows)
+@pytest.mark.parametrize("flags", FLAGS)
+def test_pack_and_unpack_have_gradients_of_any_order(block_rows, flags):
+    made = plan(FLAGS[flags](3, 5), block_rows)
     x = torch.randn(3, 5, 2, dtype=torch.float64, requires_grad=True)
 
     def there_and_back(x: Tensor) -> Tensor:
@@ -225,7 +140,7 @@ def test_gradients_pass_both_ways_to_any_order(block_rows, marks):
     torch.autograd.gradgradcheck(there_and_back, x)
 
 
-def test_no_gradient_reaches_padding_not_even_nan():
+def test_unpack_gives_padding_zero_gradient_even_for_nan():
     is_init = torch.zeros(20, 30, dtype=torch.bool)
     is_init[:, ::7] = True
     is_init[:, 3::5] = True
@@ -238,7 +153,7 @@ def test_no_gradient_reaches_padding_not_even_nan():
     assert rows.grad.isnan().sum() == is_init.numel()
 
 
-def test_equal_marks_share_a_plan_and_others_do_not():
+def test_read_segments_returns_one_plan_for_equal_flags_only():
     is_init = torch.rand(3, 5) < 0.5
     made = plan(is_init)
     assert plan(is_init.clone()) is made
@@ -250,14 +165,14 @@ def test_equal_marks_share_a_plan_and_others_do_not():
     assert plan(changed) is not made
 
 
-def test_marks_changed_in_place_are_planned_anew():
+def test_read_segments_after_flags_change_in_place_plans_again():
     is_init = torch.zeros(2, 6, dtype=torch.bool)
     assert plan(is_init).sizes == [2] * 6
     is_init[0, 4] = True
     assert plan(is_init).sizes == [3, 3, 2, 2, 1, 1]
 
 
-def test_plans_kept_are_few():
+def test_read_segments_keeps_few_batches_and_plans():
     for steps in range(1, 200):
         plan(torch.zeros(1, steps, dtype=torch.bool))
     assert len(packing._read) <= packing._MOST_BATCHES
@@ -267,7 +182,7 @@ def test_plans_kept_are_few():
     assert len(read_segments(same)._plans) <= packing._MOST_PLANS
 
 
-def test_a_plan_made_in_inference_mode_serves_training():
+def test_plan_made_in_inference_mode_serves_training():
     is_init = torch.rand(4, 9) < 0.3
     with torch.inference_mode():
         made = plan(is_init)
@@ -276,8 +191,8 @@ def test_a_plan_made_in_inference_mode_serves_training():
     torch.autograd.gradgradcheck(lambda x: made.unpack(made.pack(x).sin()), x)
 
 
-class _SlowMemory(OrderedDict[Any, Any]):
-    """Gives way to other threads between finding an entry and using it."""
+class _SlowCache(OrderedDict[Any, Any]):
+    """Lets other threads run between finding an entry and using it."""
 
     def get(self, key: Any, default: Any = None) -> Any:
         found = super().get(key, default)
@@ -285,9 +200,9 @@ class _SlowMemory(OrderedDict[Any, Any]):
         return found
 
 
-def test_threads_may_plan_at_once(monkeypatch):
-    """Learner and evaluator share the plans; a plan may be dropped while another is looked for."""
-    monkeypatch.setattr(packing, "_read", _SlowMemory())
+def test_read_segments_from_many_threads_is_right(monkeypatch):
+    """Learner and evaluator share plans; one may be dropped while another thread looks it up."""
+    monkeypatch.setattr(packing, "_read", _SlowCache())
     masks = [torch.rand(3, 12) < 0.3 for _ in range(packing._MOST_BATCHES + 4)]
     failures: list[Exception] = []
 
@@ -312,7 +227,7 @@ def test_threads_may_plan_at_once(monkeypatch):
 # Python warns of what is tested.
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="This system has no fork.")
-def test_a_child_that_is_forked_while_a_thread_plans_can_plan():
+def test_child_forked_while_a_thread_plans_can_plan():
     is_taken, may_go = threading.Event(), threading.Event()
 
     def hold() -> None:

@@ -18,6 +18,7 @@ from tests.support.planting import seen_by
 
 CELLS = "rnnkeys.cells:"
 BACKENDS = "rnnkeys.backends.contract:"
+BATCH = "rnnkeys.backends.batch:"
 LOOP = "rnnkeys.backends.loop:"
 FUSED = "rnnkeys.backends.fused:"
 FUSED_LSTM = "rnnkeys.backends.fused_lstm:"
@@ -178,18 +179,23 @@ _SEGMENTS: dict[Any, Any] = {}
 
 
 @seen_by(
-    "tests/backends/test_native.py::test_states_that_are_hidden_are_computed[False-random]",
-    target=NATIVE + "_before",
+    "tests/backends/test_native.py::test_native_cell_states_equal_a_loops_for_packed_rows",
+    target=NATIVE + "compute_cell_states",
 )
-def native_cells_read_the_same_step(original: Any, start: Tensor, after: Tensor, sizes: Any):
-    """native: cell states are computed from the output of the same step, not of the step before."""
-    return after[: sum(sizes)]
+def native_cells_read_the_next_step(
+    original: Any, weights: Any, x: Tensor, y: Tensor, h0: Tensor, *rest: Any
+):
+    """native: cell states are computed from the outputs of the wrong step."""
+    return original(weights, x, y.roll(1, 0), h0, *rest)
 
 
-@seen_by(contract("loop-gru-float64").replace("plain", "three layers"), target=BACKENDS + "_stack")
-def layers_share_the_top_state(original: Any, rows: Any, unpack: Any, top: Any):
+@seen_by(
+    contract("loop-gru-float64").replace("plain", "three layers"),
+    target=BATCH + "Batch.unpack_states",
+)
+def layers_share_the_top_state(original: Any, self: Any, runs: Any, y: Tensor):
     """The states of lower layers are those of the top layer."""
-    return original((rows[-1],) * len(rows), unpack, top)
+    return original(self, runs[-1:] * len(runs), y)
 
 
 @seen_by(

@@ -1,7 +1,7 @@
 """Random recurrent problems, run by a backend of the package and by the reference.
 
-A problem is a stack of layers, inputs, reset marks and stored states; a run is what comes out of
-it: outputs, the state after every step, and the gradient of everything that went in.
+A problem is a stack of layers, inputs, ``is_init`` flags and stored states. A run contains its
+outputs, the state after every time step, and the gradient of every input.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rnnkeys.backends import BACKENDS, Options, choose, packed, unroll_layers, why_not
+from rnnkeys.backends import BACKENDS, Options, choose, pad, unroll_layers, why_not
 from rnnkeys.cells import GRU_CELL, LAYER_NORM_LSTM_CELL, LSTM_CELL, GatedCell, Weights
 from rnnkeys.modules.stacks import CellStack, read_layers
 from tests.support import reference
@@ -29,8 +29,8 @@ CELLS: dict[str, tuple[GatedCell, reference.Cell]] = {
 TORCHS: dict[str, type[nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU}
 
 
-# A norm takes the scale of its argument out. Of one number nothing else is left, and its gradient
-# is rounding error.
+# A norm removes the scale of its argument. Of a single number nothing remains, and its gradient is
+# rounding error.
 SMALLEST = {"lstm_ln": 3}
 
 
@@ -48,45 +48,44 @@ class Way(NamedTuple):
         """Whether this way runs a cell, on this machine."""
         matrix = torch.empty(1, 1, dtype=dtype, device=DEVICE)
         weights = Weights(matrix, matrix, w_hr=matrix if projected else None)
-        if self == WAYS["vendor"]:
-            state_grad = self.options.state_grad
-            return packed.wants_vendor(CELLS[cell][0], weights, dtype, True, state_grad)
+        if self == WAYS["native"]:
+            return pad.runs_native(CELLS[cell][0], weights, dtype)
         return why_not(self.backend, CELLS[cell][0], weights) is None
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _IEEE = Options(precision="ieee")
-# States with gradients keep the vendor's kernel out, so it is a way of its own.
+# The native kernel runs only where states carry no gradient, so it is a way of its own.
 WAYS: dict[str, Way] = {
     **{name: Way(name, _IEEE) for name in BACKENDS if name != "auto"},
-    "vendor": Way("pad", Options(state_grad=False)),
+    "native": Way("pad", Options(state_grad=False)),
 }
 
 
-def no_marks(batch: int, steps: int) -> Tensor:
-    """Return marks ``[B, T]`` without any reset."""
+def no_flags(batch: int, steps: int) -> Tensor:
+    """Return flags ``[B, T]`` without any reset."""
     return torch.zeros(batch, steps, dtype=torch.bool)
 
 
 def _at(*positions: tuple[int | slice, int | slice]) -> Callable[[int, int], Tensor]:
-    def marks(batch: int, steps: int) -> Tensor:
-        is_init = no_marks(batch, steps)
+    def flags(batch: int, steps: int) -> Tensor:
+        is_init = no_flags(batch, steps)
         for b, t in positions:
             is_init[b, t] = True
         return is_init
 
-    return marks
+    return flags
 
 
 def _two_in_a_row(batch: int, steps: int) -> Tensor:
-    is_init = no_marks(batch, steps)
+    is_init = no_flags(batch, steps)
     is_init[0, steps // 2 : steps // 2 + 2] = True
     return is_init
 
 
 _ALL = slice(None)
-MARKS: dict[str, Callable[[int, int], Tensor]] = {
-    "none": no_marks,
+FLAGS: dict[str, Callable[[int, int], Tensor]] = {
+    "none": no_flags,
     "at 0": _at((_ALL, 0)),
     "everywhere": _at((_ALL, _ALL)),
     "two in a row": _two_in_a_row,
@@ -145,21 +144,21 @@ class Problem(NamedTuple):
 
     @property
     def starts(self) -> Tensor:
-        """Where segments start, bool ``[B, T]``: the marks and the first steps of rows."""
+        """Segment starts, bool ``[B, T]``: the flags and the first step of every row."""
         starts = self.is_init.clone()
         starts[:, 0] = True
         return starts
 
     @property
     def shown(self) -> tuple[Tensor, ...]:
-        """Inputs and states as a backend sees them: laid out in memory."""
+        """Inputs and states in their memory layouts, as a backend gets them."""
         layouts = [self.layouts[0], *[self.layouts[1]] * len(self.reset_state)]
         bases = (self.x, *self.reset_state)
         return tuple(LAYOUTS[name](base) for name, base in zip(layouts, bases, strict=True))
 
     @property
     def leaves(self) -> dict[str, Tensor]:
-        """All that has a gradient: inputs, stored states and parameters."""
+        """Inputs, stored states and parameters, by name."""
         names = self.cell.state_names
         states = {f"state {n}": s for n, s in zip(names, self.reset_state, strict=True)}
         return {"x": self.x, **states, **dict(self.rnn.named_parameters())}
@@ -172,7 +171,7 @@ class Problem(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What comes out of a problem; ``grads`` by the names of its leaves."""
+    """The result of a problem; ``grads`` by the names of its leaves."""
 
     y: Tensor
     states: State
@@ -181,7 +180,7 @@ class Run(NamedTuple):
 
 def make(
     cell: str,
-    marks: str | Tensor = "random",
+    flags: str | Tensor = "random",
     *,
     dtype: torch.dtype = torch.float64,
     batch: int = 3,
@@ -199,7 +198,7 @@ def make(
     zero where an episode starts in it, with no gradient, as collectors and primers write them.
     """
     rnn = _make_rnn(cell, inputs, hidden, dtype=dtype, **sizes)
-    is_init = MARKS[marks](batch, steps) if isinstance(marks, str) else marks
+    is_init = FLAGS[flags](batch, steps) if isinstance(flags, str) else flags
     widths = (rnn.proj_size or hidden, hidden)[: len(CELLS[cell][0].state_names)]
     reset_state = tuple(torch.randn(batch, steps, rnn.num_layers, n, dtype=dtype) for n in widths)
     if states == "zero":
@@ -233,7 +232,7 @@ def for_way(way: str, cell: str, *arguments: Any, **keywords: Any) -> Problem:
 
 def outputs(problem: Problem, way: Way) -> tuple[Tensor, State]:
     """Run a problem forward."""
-    # A way that quietly turns into another would be compared with itself.
+    # A backend that another one replaces would be compared with itself.
     assert choose(way.backend, way.options) == way.backend
     x, *reset_state = problem.shown
     return unroll_layers(

@@ -21,7 +21,7 @@ from rnnkeys.backends.triton.ordering import order_segments
 from rnnkeys.cells import LSTM_CELL, Weights
 from tests.support import problems, recurrent
 from tests.support.emulated import tensor_cores
-from tests.support.problems import MARKS, WAYS, Problem, Way, assert_same_run
+from tests.support.problems import FLAGS, WAYS, Problem, Way, assert_same_run
 from tests.support.together import programs_together
 from tests.support.tolerances import assert_equal
 from tests.support.waiting import Waits, never_waiting
@@ -275,7 +275,7 @@ def test_a_schedule_that_waits_for_ever_is_an_error_not_a_hang(monkeypatch):
 
 
 def test_segments_come_longest_first():
-    for name, marks in MARKS.items():
+    for name, marks in FLAGS.items():
         is_init = marks(4, 6)
         starts, lengths, count = order_segments(is_init).split([24, 24, 1])
         lengths_by_start = dict(zip(starts.tolist(), lengths.tolist(), strict=True))
@@ -345,7 +345,7 @@ def test_the_host_never_waits(cell, dtype, recompute, monkeypatch):
     """Outside of the operators, and inside, without the kernels: those run on the host here."""
     from rnnkeys.backends.triton import launch, ops
 
-    options = WAY.options._replace(compute_dtype=dtype, recompute=recompute, only_starts=True)
+    options = WAY.options._replace(compute_dtype=dtype, recompute=recompute)
     problem, kept = _make(cell, hidden=4), recompute == "none"
     with never_waiting():
         y, _ = problems.outputs(problem, WAY._replace(options=options))
