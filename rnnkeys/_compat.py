@@ -86,7 +86,7 @@ def has_data(x: torch.Tensor) -> bool:
 
 
 def in_derivative() -> bool:
-    """Return whether ``torch.func.grad`` or the like runs, which custom operators do not support."""
+    """Return whether ``torch.func.grad`` or the like runs; custom operators do not support it."""
     if is_compiling() or not in_transform():
         return False
     kinds = (transform.key() for transform in get_interpreter_stack() or ())
