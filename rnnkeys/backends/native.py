@@ -44,8 +44,7 @@ def run(weights: Weights, x: Tensor, start: State, plan: Plan) -> LayerRun:
         outputs[-1].register_hook(_raise_in_double_backward)
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if cells is None:
-        with torch.no_grad():
-            cells = compute_cell_states(weights, x, y, h, c, plan.sizes)
+        cells = compute_cell_states(weights, x, y, h, c, plan.sizes)
     return LayerRun(y, (y, cells), saves_output=len(outputs) == 1)
 
 
@@ -76,6 +75,7 @@ def _run_blocks(weights: Weights, x: Tensor, h: Tensor, c: Tensor, plan: Plan) -
     return outputs
 
 
+@torch.no_grad()
 def compute_cell_states(
     weights: Weights, x: Tensor, y: Tensor, h0: Tensor, c0: Tensor, sizes: list[int]
 ) -> Tensor:
