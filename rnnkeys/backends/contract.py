@@ -77,6 +77,16 @@ def why_not(
             f"recurrent_recompute={recompute!r} is not for a step module, whose parameters a loss "
             "may swap before the backward pass. Leave it 'none', or write a rnnkeys.cells.Cell."
         )
+    if name == "pad" and isinstance(cell, LinearCell):
+        return RuntimeError(
+            f"recurrent_backend='pad' packs segments for native kernels, and the linear cell "
+            f"{cell.name!r} has none: resets cost nothing in its scan. Use 'scan' or 'auto'."
+        )
+    if recompute != "none" and isinstance(cell, LinearCell) and name in ("auto", "scan"):
+        return ValueError(
+            f"recurrent_recompute={recompute!r} is not for the linear cell {cell.name!r}, whose "
+            "scan keeps its projection and its states alone. Leave it 'none'."
+        )
     if recompute != "none" and name in ("pad", "auto"):
         return ValueError(
             f"recurrent_recompute={recompute!r} is not for recurrent_backend={name!r}, whose "
