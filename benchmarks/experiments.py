@@ -184,7 +184,7 @@ EXPERIMENTS = {
         variants={
             "shared weights": (),
             "own weights": ("--own",),
-            "memoryless": ("--memoryless",),
+            "feed-forward": FEED_FORWARD,
         },
     ),
 }

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import pickle
 import signal
@@ -49,6 +50,8 @@ from rnnkeys.objectives import recurrent_loss
 
 matplotlib.use("Agg")  # pictures go to files: no display is needed
 from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen before pyplot loads)
+
+logging.getLogger("torchrl").setLevel(logging.WARNING)  # without a line for each buffer
 
 # Arguments that --resume cannot change.
 FIXED = ("output", "env", "keep_observations", "observation_scales", "cell", "hidden_size", "seed")
@@ -365,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if logger is not None:
                     logger.log_metrics(run.rows[-1], step=run.frames)
             bar.set_postfix(run.summarize(), refresh=False)
-            bar.update(data.numel())
+            bar.update(min(run.frames, args.frames) - bar.n)
     collector.shutdown()
     run.save()
     if stop.is_set() or not run.rows:

@@ -172,7 +172,7 @@ def make_networks(args: Args, env: TransformedEnv) -> tuple[Any, TensorDictSeque
 
 @torch.no_grad()
 def play(
-    args: Args, env: TransformedEnv, policy: TensorDictModuleBase, exploration: ExplorationType
+    args: Args, env: TransformedEnv, policy: TensorDictModuleBase, exploration: Any
 ) -> tuple[TensorDictBase, Tensor]:
     """Play one episode in each environment, side by side.
 

@@ -279,7 +279,8 @@ def test_run_samples_sequences_with_the_states_of_the_policy(
     monkeypatch.setattr(tutorial.Run, "learn", lambda run, batch: batches.append((run, batch)))
     argv = ["--slice-len", "32", "--warmup", "512", "--frames", "1024", "--eval-episodes", "1"]
     run(*SHORT, *argv)
-    policy, batch = batches[0][0].policy, batches[0][1]
+    policy = batches[0][0].policy
+    batch: Any = batches[0][1]
     starts = batch["is_init"].clone()
     assert starts[:, 0].all() and starts[:, 1:].any() and not starts[:, 1:].all()
     states = ["recurrent_state_h", "recurrent_state_c"]
