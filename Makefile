@@ -3,6 +3,7 @@
 #
 #   make test                       all checks: what CI runs
 #   make test-gpu                   the kernels at full size, on a machine with an NVIDIA GPU
+#   make test-versions              the tests with other versions of torch and TorchRL
 #   make demo                       the tutorial: a recurrent DQN learns; its picture is in demo/
 #   make test PYTHON=python3.12     with another interpreter
 #
@@ -14,6 +15,7 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+VERSIONS_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -94,6 +96,10 @@ test-gpu: $(DEV_READY)
 		-o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true $(PYTEST_ARGS)
 
 # A second `make demo` continues the run in demo/, or tests it again if it is finished.
+# Every lane builds an environment of its own and removes it: gigabytes of downloads, and hours.
+test-versions: $(DEV_READY)
+	$(BIN)/python -m scripts.test_versions --jobs $(JOBS) $(VERSIONS_ARGS)
+
 demo: $(RUN_READY)
 	$(BIN)/python tutorials/recurrent_dqn.py --output demo $(addprefix --resume ,$(wildcard demo/checkpoint.pt)) $(DEMO_ARGS)
 

@@ -1,0 +1,222 @@
+"""Run the test suite with every version of torch and TorchRL that ``pyproject.toml`` admits.
+
+Each lane gets an environment of its own in ``.cache/versions``, which is removed after its tests: a
+lane takes up to 7 GB of disk, and up to 4 GB of downloads. Results are kept in
+``benchmarks/results/versions.json``, and ``versions.md`` beside it shows them as a table.
+
+    python -m scripts.test_versions                         # all lanes, one after the other
+    python -m scripts.test_versions --lanes nightly         # one of them
+    python -m scripts.test_versions -- tests/cells -x       # with other arguments for pytest
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from packaging.requirements import Requirement
+
+# tomllib is tomli, which came into Python with 3.11.
+tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+
+PROJECT = Path(__file__).resolve().parent.parent
+CACHE = PROJECT / ".cache"
+RESULTS = PROJECT / "benchmarks" / "results" / "versions.json"
+SHOWN = ("torch", "torchrl", "tensordict", "triton", "numpy")
+
+
+class Lane(NamedTuple):
+    """Versions that differ from those of ``constraints.txt``.
+
+    Attributes:
+        instead: packages that are not pinned, and the requirements that are installed instead.
+        python: the interpreter; the one that runs this script by default.
+        left_out: tests that cannot run, as arguments of pytest.
+    """
+
+    instead: dict[str, str]
+    python: str = sys.executable
+    left_out: tuple[str, ...] = ()
+
+
+# The nightly builds are distributions of another name, which the packaging tests look for in vain.
+NIGHTLY = {"torchrl": "torchrl-nightly", "tensordict": "tensordict-nightly"}
+LANES = {
+    "torch 2.11": Lane({"torch": "torch==2.11.*", "triton": "triton"}),
+    "pinned": Lane({}),
+    "torch 2.14": Lane({"torch": "torch==2.14.*", "triton": "triton"}),
+    "newest torch": Lane({"torch": "torch", "triton": "triton"}),
+    "nightly": Lane(NIGHTLY, left_out=("--ignore=tests/test_packaging.py",)),
+    "python 3.10": Lane({}, python="python3.10"),
+    "python 3.12": Lane({}, python="python3.12"),
+    "python 3.13": Lane({}, python="python3.13"),
+    "python 3.14": Lane({}, python="python3.14"),
+}
+
+
+def requirements(extra: str = "test") -> Iterator[Requirement]:
+    """Yield what the package and one of its extras require; extras name each other."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    waiting = [*project["dependencies"], f"rnnkeys[{extra}]"]
+    while waiting:
+        requirement = Requirement(waiting.pop())
+        if requirement.name == "rnnkeys":
+            for name in requirement.extras:
+                waiting += project["optional-dependencies"][name]
+        elif requirement.marker is None or requirement.marker.evaluate():
+            yield requirement
+
+
+def write_constraints(lane: Lane, path: Path) -> None:
+    """Write ``constraints.txt`` without the pins that the lane replaces."""
+    lines = (PROJECT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if line.partition("==")[0] not in lane.instead]
+    path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+
+
+def build(lane: Lane, folder: Path) -> Path:
+    """Build the environment of a lane in a folder; return its Python.
+
+    Raises:
+        RuntimeError: if the interpreter or a package cannot be had.
+    """
+    _call([lane.python, "-m", "venv", str(folder)])
+    python = folder / "bin" / "python"
+    write_constraints(lane, folder / "constraints.txt")
+    wanted = {_plain(one) for one in requirements() if one.name not in lane.instead}
+    install = [str(python), "-m", "pip", "install", "--progress-bar", "off"]
+    # torch first: what is installed later takes the build that is there.
+    pins = [lane.instead.get(name, name) for name in ("torch", "tensordict", "torchrl")]
+    for packages in (pins[:1], pins[1:], [*wanted, *lane.instead.values(), "setuptools"]):
+        _call([*install, "-c", str(folder / "constraints.txt"), *packages])
+    return python
+
+
+def _plain(requirement: Requirement) -> str:
+    """Return a requirement without its marker."""
+    extras = f"[{','.join(requirement.extras)}]" if requirement.extras else ""
+    return f"{requirement.name}{extras}{requirement.specifier}"
+
+
+def _call(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
+    except OSError as error:
+        raise RuntimeError(f"{command[0]} does not run: {error}") from error
+    if done.returncode:
+        last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+        raise RuntimeError(f"{' '.join(command[:4])}: {''.join(last)}")
+
+
+def run(lane: Lane, python: Path, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run the tests in a lane's environment; return versions, counts and names of failed tests."""
+    began = time.monotonic()
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MPLCONFIGDIR": str(python.parent / "matplotlib"),
+        "TORCHINDUCTOR_CACHE_DIR": str(python.parent / "inductor"),
+        "TRITON_CACHE_DIR": str(python.parent / "triton"),
+        "XDG_CACHE_HOME": str(python.parent / "cache"),
+    }
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *lane.left_out]
+    done = subprocess.run(
+        [*command, *arguments], cwd=PROJECT, env=environment, capture_output=True, text=True
+    )
+    (CACHE / "versions.log").write_text(done.stdout + done.stderr, encoding="utf-8")
+    return {
+        "versions": _versions(python),
+        **read_counts(done.stdout),
+        "minutes": round((time.monotonic() - began) / 60, 1),
+    }
+
+
+def read_counts(output: str) -> dict[str, Any]:
+    r"""Read counts and names of failed tests from pytest's output.
+
+    Examples:
+        >>> read_counts("FAILED tests/a.py::test_b - Error\n1 failed, 20 passed in 3.00s\n")
+        {'passed': 20, 'failed': 1, 'skipped': 0, 'failures': ['tests/a.py::test_b']}
+    """
+    summary = "".join(output.strip().splitlines()[-1:])
+    found = re.findall(r"(\d+) (passed|failed|skipped|error)", summary)
+    number = {what: int(count) for count, what in found}
+    counts = {name: number.get(name, 0) for name in ("passed", "failed", "skipped")}
+    counts["failed"] += number.get("error", 0)
+    failures = re.findall(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", output, re.MULTILINE)
+    return {**counts, "failures": failures}
+
+
+def _versions(python: Path) -> dict[str, str]:
+    script = "import importlib, json, platform, sys\nfound = {'python': platform.python_version()}"
+    script += f"\nfor name in {SHOWN}:\n    found[name] = importlib.import_module(name).__version__"
+    done = subprocess.run(
+        [str(python), "-c", script + "\nprint(json.dumps(found))"], capture_output=True, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
+
+
+def check_lane(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Build a lane, run its tests and remove it; return the result, or why there is none."""
+    folder = CACHE / "versions" / name.replace(" ", "-")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        return run(LANES[name], build(LANES[name], folder), arguments)
+    except RuntimeError as error:
+        return {"not run": str(error)}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def render(results: dict[str, dict[str, Any]]) -> str:
+    """Return the results as a Markdown page."""
+    head = ["lane", "Python", *SHOWN, "passed", "failed", "skipped", "minutes"]
+    lines = ["# Versions", "", "The test suite with other versions, from `make test-versions`.", ""]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, result in results.items():
+        if "not run" in result:
+            continue
+        versions = [result["versions"].get(one, "") for one in ("python", *SHOWN)]
+        counts = [str(result[one]) for one in ("passed", "failed", "skipped", "minutes")]
+        lines.append(f"| {' | '.join([name, *versions, *counts])} |")
+    for name, result in results.items():
+        if "not run" in result:
+            lines += ["", f"Not run, {name}: {result['not run']}"]
+        elif result["failures"]:
+            lines += ["", f"Failed, {name}:", "", *(f"- `{one}`" for one in result["failures"])]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run lanes and write their results; return 1 if a test failed, else 0."""
+    parser = argparse.ArgumentParser(description="Run the tests with other versions.")
+    parser.add_argument("--lanes", nargs="*", choices=LANES, default=[*LANES], metavar="LANE")
+    parser.add_argument("--jobs", default="2", help="processes of pytest (default: 2)")
+    parser.add_argument("pytest", nargs="*", help="other arguments for pytest")
+    options = parser.parse_args(arguments)
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    failed = 0
+    for name in options.lanes:
+        print(f"{name}: building the environment", flush=True)
+        result = check_lane(name, ["-n", options.jobs, *options.pytest])
+        failed += result.get("failed", 0)
+        print(f"{name}: {json.dumps(result)}", flush=True)
+        results[name] = result
+        ordered = {lane: results[lane] for lane in LANES if lane in results}
+        RESULTS.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+        RESULTS.with_suffix(".md").write_text(render(ordered), encoding="utf-8")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

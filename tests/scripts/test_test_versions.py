@@ -1,0 +1,70 @@
+"""The run of the tests with other versions: what is installed, and what is read and written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scripts import test_versions as script
+from scripts.test_versions import LANES, NIGHTLY, Lane
+
+OUTPUT = """
+.F.s
+FAILED tests/a.py::test_b[x-y] - AssertionError: 1 - 2
+ERROR tests/c.py::test_d
+1 failed, 3 passed, 2 skipped, 1 error in 65.21s (0:01:05)
+"""
+
+
+def test_read_counts_with_failures_names_them():
+    assert script.read_counts(OUTPUT) == {
+        "passed": 3,
+        "failed": 2,
+        "skipped": 2,
+        "failures": ["tests/a.py::test_b[x-y]", "tests/c.py::test_d"],
+    }
+
+
+def test_read_counts_without_a_summary_counts_nothing():
+    assert script.read_counts("Segmentation fault") == {
+        "passed": 0,
+        "failed": 0,
+        "skipped": 0,
+        "failures": [],
+    }
+
+
+def test_requirements_include_those_of_nested_extras():
+    names = {one.name for one in script.requirements()}
+    assert {"torch", "torchrl", "tensordict", "pytest", "ray", "onnx", "gymnasium"} <= names
+    assert "rnnkeys" not in names and "ruff" not in names
+
+
+def test_write_constraints_leaves_out_the_pins_of_replaced_packages(tmp_path: Path):
+    script.write_constraints(Lane(NIGHTLY), tmp_path / "constraints.txt")
+    pinned = (tmp_path / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    names = {line.partition("==")[0] for line in pinned}
+    assert {"torch", "numpy"} <= names
+    assert not {"torchrl", "tensordict"} & names
+
+
+def test_build_with_an_absent_python_names_it(tmp_path: Path):
+    with pytest.raises(RuntimeError, match=r"python3\.absent does not run"):
+        script.build(Lane({}, python="python3.absent"), tmp_path)
+
+
+def test_check_lane_that_cannot_be_built_gives_the_reason(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(script, "CACHE", tmp_path)
+    monkeypatch.setitem(LANES, "pinned", Lane({}, python="python3.absent"))
+    assert "python3.absent does not run" in script.check_lane("pinned", [])["not run"]
+    assert not list((tmp_path / "versions").glob("*"))
+
+
+def test_render_shows_versions_counts_failures_and_lanes_not_run():
+    versions = {"python": "3.11.7", "torch": "2.14.1"}
+    result = {**script.read_counts(OUTPUT), "versions": versions, "minutes": 1.1}
+    page = script.render({"torch 2.14": result, "python 3.14": {"not run": "it is absent"}})
+    assert "| torch 2.14 | 3.11.7 | 2.14.1 |  |  |  |  | 3 | 2 | 2 | 1.1 |" in page
+    assert "- `tests/c.py::test_d`" in page
+    assert "Not run, python 3.14: it is absent" in page
