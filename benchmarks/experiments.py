@@ -170,9 +170,12 @@ EXPERIMENTS = {
         script="recurrent_sac",
         title="SAC on Pendulum with its velocity hidden",
         text=BEST,
-        variants={"recurrent": (), "memoryless": ("--memoryless",)},
+        variants={
+            "recurrent": (),
+            "feed-forward": ("--cell", "feed_forward", "--burn-in", "0"),
+        },
         seeds=range(3),
-        few={"memoryless": [0]},
+        few={"feed-forward": [0]},
     ),
     "recurrent_qmix": Experiment(
         script="recurrent_qmix",

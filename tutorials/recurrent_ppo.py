@@ -397,14 +397,13 @@ class Trainer:
         returns = evaluate_policy(self.evaluation_env, self.agent.actor, TEST_SEED + self.args.seed)
         best = max(self.rows, key=lambda row: row["evaluation"])
         result = {
-            "tested": "last weights",
             "test_return": returns.mean().item(),
             "test_returns": returns.tolist(),
             "best_evaluation": best["evaluation"],
             "best_frames": best["frames"],
             "frames": self.frames,
             "seconds": round(self.seconds, 1),
-            "settings": asdict(self.args),
+            "args": asdict(self.args),
         }
         (self.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         print(f"The last weights return {returns.mean():.1f} on average in new episodes.")

@@ -82,7 +82,7 @@ def test_main_small_budget_writes_all_files(ppo: ModuleType, tmp_path: Path, opt
     assert rows[-1]["frames"] == result["frames"] == checkpoint["frames"] == 64
     assert all(math.isfinite(row["loss"]) for row in rows)
     assert result["test_return"] == pytest.approx(sum(result["test_returns"]) / 2)
-    assert result["settings"]["epochs"] == 2
+    assert result["args"]["epochs"] == 2
 
 
 ODD = [*map(observation_id, OBSERVATIONS), *map(action_id, ACTIONS)]
@@ -176,7 +176,7 @@ def test_main_resume_continues_the_run(ppo: ModuleType, tmp_path: Path) -> None:
     assert more[:2] == rows
     changed = {"frames": 128, "resume": str(tmp_path / "checkpoint.pt")}
     assert after["args"] == {**before["args"], **changed}
-    assert {k: v for k, v in result["settings"].items() if k in changed} == changed
+    assert {k: v for k, v in result["args"].items() if k in changed} == changed
     steps = [one["optimizer"]["state"][0]["step"] for one in (before, after)]
     assert steps == [8, 16]
     assert after["agent"]["norm.count"] == 2 * before["agent"]["norm.count"]
@@ -206,7 +206,7 @@ def test_main_earlier_run_is_kept(ppo: ModuleType, tmp_path: Path) -> None:
     ppo.main([*SHORT, "--seed", "1", "--output", str(tmp_path)])
     _, second, _ = read(tmp_path)
     kept = json.loads((tmp_path / "previous_result.json").read_text())
-    assert (kept["settings"]["seed"], second["settings"]["seed"]) == (0, 1)
+    assert (kept["args"]["seed"], second["args"]["seed"]) == (0, 1)
     assert kept == first
 
 

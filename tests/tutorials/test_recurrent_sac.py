@@ -1,0 +1,226 @@
+"""The recurrent-SAC tutorial, run with small budgets as a reader would run it.
+
+That it learns takes minutes, and is measured by ``make learn``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDictBase
+
+from rnnkeys import set_recurrent_mode
+from tests.support.odd_environments import ACTIONS, action_id
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tutorials" / "recurrent_sac.py"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+SMALL = [
+    *("--num-envs", "2", "--batch-frames", "32", "--updates", "1", "--warmup", "64"),
+    *("--slices", "4", "--slice-len", "12", "--burn-in", "4", "--capacity", "1000"),
+    *("--hidden-size", "8", "--net-arch", "8", "--eval-episodes", "2"),
+]
+SHORT = [*SMALL, "--frames", "512", "--eval-every", "256"]
+BOXES = [action_id(name) for name in ACTIONS if name.startswith("Box")]
+
+pytestmark = pytest.mark.usefixtures("signal_handlers")
+
+
+@pytest.fixture
+def sac(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return import_module(SCRIPT.stem)
+
+
+def read(folder: Path) -> tuple[list[dict[str, float]], dict[str, Any], dict[str, Any]]:
+    with (folder / "learning_curve.csv").open(newline="") as file:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    assert (folder / "learning_curve.png").read_bytes().startswith(PNG_SIGNATURE)
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return rows, json.loads((folder / "result.json").read_text()), checkpoint
+
+
+def gradient_steps(checkpoint: dict[str, Any]) -> int:
+    return int(checkpoint["optimizer"]["state"][0]["step"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["", "--cell lstm --lmbda 0.9", "--cell feed_forward", "--logger csv --frame-stack 2"],
+)
+def test_main_small_budget_writes_all_files(sac: ModuleType, tmp_path: Path, options: str) -> None:
+    sac.main([*SHORT, *options.split(), "--output", str(tmp_path)])
+    rows, result, checkpoint = read(tmp_path)
+    assert [row["frames"] for row in rows] == [256, 512]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert result["test_return"] == pytest.approx(sum(result["test_returns"]) / 2)
+    assert result["best_evaluation"] == pytest.approx(max(row["evaluation"] for row in rows))
+    assert gradient_steps(checkpoint) == (512 - 64) // 32 + 1
+
+
+@pytest.mark.parametrize("name", BOXES)
+def test_main_any_continuous_space_trains(sac: ModuleType, tmp_path: Path, name: str) -> None:
+    tiny = ["--frames", "128", "--eval-every", "128"]
+    sac.main([*SMALL, *tiny, "--env", name, "--output", str(tmp_path)])
+    rows, result, _ = read(tmp_path)
+    assert result["test_returns"] == [20, 20] and math.isfinite(rows[0]["loss"])
+
+
+def test_main_resume_continues_the_run(sac: ModuleType, tmp_path: Path) -> None:
+    sac.main([*SHORT, "--output", str(tmp_path)])
+    rows, _, before = read(tmp_path)
+    path = str(tmp_path / "checkpoint.pt")
+    sac.main(["--resume", path, "--frames", "768"])
+    more, _, after = read(tmp_path)
+    assert [row["frames"] for row in more] == [256, 512, 768]
+    assert str(more[:2]) == str(rows)  # no episode has ended yet: NaN
+    assert after["args"] == {**before["args"], "frames": 768, "resume": path}
+    # The buffer is filled again first.
+    assert gradient_steps(after) == gradient_steps(before) + (256 - 64) // 32 + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--burn-in", "32"], "--burn_in is 32: expected 0 to 31"),
+        (["--alpha", "0"], "--alpha is 0.0: expected 1e-06"),
+        (["--env", "CartPole-v1"], "CartPole-v1 has discrete actions: use recurrent_ppo.py"),
+        (["--env", "Pendulum-v9"], "environment Pendulum-v9 cannot be made"),
+        (["--frames", "1600"], "--warmup is 1600: expected 256 to 1599"),
+        (["--batch-frames", "30"], "expected a multiple of num_envs"),
+        (["--observation", "smells"], "--observation"),
+        (["--frame", "64"], "--frame"),
+        (["--resume", "nowhere.pt"], "--resume nowhere.pt: not a checkpoint"),
+        (["--env", "OddNaNBox-v0"], "entry 1 of an observation of OddNaNBox-v0 is nan"),
+    ],
+)
+def test_main_bad_option_exits_with_its_name(
+    sac: ModuleType,
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        sac.main([*options, "--output", str(tmp_path)])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_main_resume_with_another_network_exits(
+    sac: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sac.main([*SHORT, "--output", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        sac.main(["--resume", str(tmp_path / "checkpoint.pt"), "--cell", "lstm"])
+    message = "--cell is 'lstm', but the checkpoint was made with 'gru'"
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def trainer(sac: ModuleType, tmp_path: Path) -> Any:
+    args, _ = sac.read_args([*SHORT, "--output", str(tmp_path)])
+    return sac.Trainer(args)
+
+
+@pytest.fixture
+def batch(trainer: Any) -> TensorDictBase:
+    """A batch ``[slices, slice_len]`` that the run has learned from."""
+    learn, batches = trainer.learn, []
+
+    def watch(batch: TensorDictBase) -> None:
+        batches.append(batch.clone())
+        learn(batch)
+        batches[-1]["learned"] = batch["learned"]
+
+    trainer.learn = watch
+    trainer.run([])
+    return batches[-1]
+
+
+def loss_of(trainer: Any, batch: TensorDictBase) -> torch.Tensor:
+    torch.manual_seed(0)  # the same actions are drawn
+    with torch.no_grad():
+        losses = trainer.loss(batch.clone())
+    return torch.stack([losses["loss_actor"], losses["loss_qvalue"]])
+
+
+def test_loss_reward_in_burn_in_does_not_count(trainer: Any, batch: TensorDictBase) -> None:
+    before = loss_of(trainer, batch)
+    batch["next", "reward"][:, :4] += 100
+    assert torch.equal(loss_of(trainer, batch), before)
+    batch["next", "reward"][:, 4] += 100
+    assert not torch.equal(loss_of(trainer, batch), before)
+
+
+def test_loss_observation_in_burn_in_prepares_states(trainer: Any, batch: TensorDictBase) -> None:
+    before = loss_of(trainer, batch)
+    batch["observation"][:, 2] += 1
+    assert not torch.equal(loss_of(trainer, batch), before)
+
+
+def test_loss_actor_starts_from_its_stored_states(trainer: Any, batch: TensorDictBase) -> None:
+    before = loss_of(trainer, batch)
+    batch["actor_h"][:, 0] += 1
+    assert not torch.equal(loss_of(trainer, batch), before)
+    assert "critic_h" not in batch
+
+
+def test_critic_action_changes_no_later_value(trainer: Any, batch: TensorDictBase) -> None:
+    batch = batch.select("observation", "action", "is_init")
+    critic = trainer.loss.qvalue_network
+    params = trainer.loss.qvalue_network_params[0]
+    with torch.no_grad(), params.to_module(critic), set_recurrent_mode():
+        value = critic(batch.clone())["state_action_value"]
+        batch["action"][:, 5] += 1
+        changed = critic(batch)["state_action_value"] != value
+    assert changed[:, 5].all()
+    assert not changed[:, :5].any() and not changed[:, 6:].any()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM to another process")
+def test_script_copied_elsewhere_saves_at_a_signal(tmp_path: Path) -> None:
+    copy = tmp_path / "my_sac.py"
+    shutil.copy(SCRIPT, copy)
+    argv = [
+        *SMALL,
+        "--env",
+        "MountainCarContinuous-v0",
+        "--frames",
+        "1000000",
+        "--eval-every",
+        "64",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, str(copy), *argv, "--output", "out"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    curve = tmp_path / "out" / "learning_curve.csv"
+    deadline = time.monotonic() + 60
+    while not curve.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "To continue: --resume out" in out
+    assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["frames"] > 0
