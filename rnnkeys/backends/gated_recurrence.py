@@ -76,9 +76,9 @@ def forward(p: Tensor, start: Tensor, reset: Tensor) -> Tensor:
 
 
 def backward(
-    grad: Tensor, p: Tensor, h: Tensor, start: Tensor, reset: Tensor
+    grad: Tensor, p: Tensor, h: Tensor, start: Tensor, reset: Tensor, wants_start: bool
 ) -> tuple[Tensor, Tensor]:
-    r"""Return the gradients of ``p`` and of ``start``.
+    r"""Return the gradients of ``p`` and, if it is wanted, of ``start`` (else an empty tensor).
 
     With :math:`d_t` as in ``linear_recurrence.scan_backward``,
 
@@ -91,10 +91,10 @@ def backward(
         if linear_recurrence.prefers_blocks(start)
         else None
     )
-    d_p, d_start, is_leaking = _backward_in_chunks(grad, d_h, p, h, start, resets)
+    d_p, d_start, is_leaking = _backward_in_chunks(grad, d_h, p, h, start, resets, wants_start)
     if is_leaking:
         d_h = _whole_backward(grad, p, h, start, reset)
-        d_p, d_start, _ = _backward_in_chunks(grad, d_h, p, h, start, resets)
+        d_p, d_start, _ = _backward_in_chunks(grad, d_h, p, h, start, resets, wants_start)
     return d_p, d_start
 
 
@@ -103,7 +103,13 @@ def _whole_backward(grad: Tensor, p: Tensor, h: Tensor, start: Tensor, reset: Te
 
 
 def _backward_in_chunks(
-    grad: Tensor, d_h: Tensor | None, p: Tensor, h: Tensor, start: Tensor, resets: Resets
+    grad: Tensor,
+    d_h: Tensor | None,
+    p: Tensor,
+    h: Tensor,
+    start: Tensor,
+    resets: Resets,
+    wants_start: bool,
 ) -> tuple[Tensor, Tensor, bool]:
     """Go through time backwards; ``d_h`` are the gradients of states where they are known.
 
@@ -112,23 +118,21 @@ def _backward_in_chunks(
         where a reset multiplies it by zero.
     """
     u, v = p.chunk(2, -1)
-    d_p, d_start = p.new_empty(p.shape), start.new_zeros(start.shape)
+    d_p, d_start = p.new_empty(p.shape), start.new_zeros(start.shape if wants_start else 0)
     d_u, d_v = d_p.chunk(2, -1)
     following, is_leaking = torch.zeros_like(start[0]), False
     for chunk in reversed(list(_chunks(start, resets))):
-        a, g = torch.sigmoid(-chunk.of(u)), candidate(chunk.of(v))
+        a, v_t = torch.sigmoid(-chunk.of(u)), chunk.of(v)
+        slope = v_t.clamp(max=0).sigmoid_()
+        g = v_t.clamp(min=0).add_(slope)
         if d_h is None:
             d, following = _run_chunk_back(chunk, a, grad, following)
             is_leaking = is_leaking or linear_recurrence.is_leaking(d, chunk.resets)
         else:
             d = chunk.of(d_h)
-        flat, at = d.flatten(0, 1), chunk.resets
-        chunk.of(d_start).flatten(0, 1).index_copy_(0, at, (a.flatten(0, 1)[at] * flat[at]))
-        if chunk.first == 0:
-            torch.mul(a[0], d[0], out=d_start[0])
+        if wants_start:
+            _write_start_grads(chunk, a, d, d_start)
         inflow = torch.addcmul(d, a, d, value=-1)
-        v_t = chunk.of(v)
-        slope = v_t.clamp(max=0).sigmoid_()
         torch.addcmul(slope, slope, slope, value=-1, out=slope).masked_fill_(v_t >= 0, 1.0)
         torch.mul(inflow, slope, out=chunk.of(d_v))
         g.sub_(_entering(chunk, h, start)).mul_(a)
@@ -136,18 +140,28 @@ def _backward_in_chunks(
     return d_p, d_start, is_leaking
 
 
+def _write_start_grads(chunk: _Chunk, a: Tensor, d: Tensor, d_start: Tensor) -> None:
+    at = chunk.resets
+    passed = a.flatten(0, 1)[at] * d.flatten(0, 1)[at]
+    chunk.of(d_start).flatten(0, 1).index_copy_(0, at, passed)
+    if chunk.first == 0:
+        torch.mul(a[0], d[0], out=d_start[0])
+
+
 def _run_chunk_back(
     chunk: _Chunk, a: Tensor, grad: Tensor, following: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the chunk's states, and what they pass to the step before it."""
-    masked = a.clone()
-    masked.flatten(0, 1).index_fill_(0, chunk.resets, 0)
-    d = torch.empty_like(a)
+    masked = a
+    if chunk.resets.numel():
+        masked = a.clone()
+        masked.flatten(0, 1).index_fill_(0, chunk.resets, 0)
+    d, passed = torch.empty_like(a), following.clone()
     steps = (masked.unbind(), chunk.of(grad).unbind(), d.unbind())
     for a_t, g_t, d_t in zip(*map(reversed, steps), strict=True):
-        torch.add(g_t, following, out=d_t)
-        following = torch.mul(a_t, d_t, out=a_t)
-    return d, following
+        torch.add(g_t, passed, out=d_t)
+        torch.mul(a_t, d_t, out=passed)
+    return d, passed
 
 
 def _coefficients_of(chunk: _Chunk, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

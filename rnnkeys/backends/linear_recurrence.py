@@ -68,9 +68,9 @@ def scan(a: Tensor, b: Tensor, start: Tensor, reset: Tensor) -> Tensor:
 
 
 def scan_backward(
-    grad: Tensor, a: Tensor, h: Tensor, start: Tensor, reset: Tensor
+    grad: Tensor, a: Tensor, h: Tensor, start: Tensor, reset: Tensor, wants_start: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Return the gradients of ``a``, ``b`` and ``start`` of :func:`scan`.
+    r"""Return the gradients of ``a``, ``b`` and, if it is wanted, ``start`` of :func:`scan`.
 
     .. math:: d_t = g_t + \bar a_{t+1} d_{t+1}, \quad
         \nabla b_t = d_t, \quad \nabla a_t = d_t \bar h_{t-1}
@@ -81,11 +81,12 @@ def scan_backward(
     resets = find_resets(reset)
     conjugate = a.conj().resolve_conj()
     d_b = backward_states(conjugate, grad, reset)
-    flat = d_b.flatten(0, 1)
-    d_start = start.new_zeros(start.shape)
-    at = conjugate.flatten(0, 1)[resets.positions] if a.ndim == 3 else conjugate
-    d_start.flatten(0, 1).index_copy_(0, resets.positions, at * flat[resets.positions])
-    d_start[0] = (conjugate[0] if a.ndim == 3 else conjugate) * d_b[0]
+    d_start = start.new_zeros(start.shape if wants_start else 0)
+    if wants_start:
+        at = resets.positions
+        passed = conjugate.flatten(0, 1)[at] if a.ndim == 3 else conjugate
+        d_start.flatten(0, 1).index_copy_(0, at, passed * d_b.flatten(0, 1)[at])
+        d_start[0] = (conjugate[0] if a.ndim == 3 else conjugate) * d_b[0]
     d_a = d_b * previous_states(h, start, resets).conj()
     return d_a if a.ndim == 3 else d_a.sum((0, 1)), d_b, d_start
 

@@ -20,10 +20,10 @@ def scan(a: Tensor, b: Tensor, start: Tensor, reset: Tensor) -> Tensor:
 
 @torch.library.custom_op("rnnkeys::linear_scan_backward", mutates_args=())
 def scan_backward(
-    grad: Tensor, a: Tensor, h: Tensor, start: Tensor, reset: Tensor
+    grad: Tensor, a: Tensor, h: Tensor, start: Tensor, reset: Tensor, wants_start: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run ``linear_recurrence.scan_backward``."""
-    return plain.scan_backward(grad, a, h, start, reset)
+    return plain.scan_backward(grad, a, h, start, reset, wants_start)
 
 
 @torch.library.custom_op("rnnkeys::gated_scan", mutates_args=())
@@ -34,10 +34,10 @@ def gated(p: Tensor, start: Tensor, reset: Tensor) -> Tensor:
 
 @torch.library.custom_op("rnnkeys::gated_scan_backward", mutates_args=())
 def gated_backward(
-    grad: Tensor, p: Tensor, h: Tensor, start: Tensor, reset: Tensor
+    grad: Tensor, p: Tensor, h: Tensor, start: Tensor, reset: Tensor, wants_start: bool
 ) -> tuple[Tensor, Tensor]:
     """Run ``gated_recurrence.backward``."""
-    return gated_recurrence.backward(grad, p, h, start, reset)
+    return gated_recurrence.backward(grad, p, h, start, reset, wants_start)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -52,9 +52,9 @@ def _(a: Tensor, b: Tensor, start: Tensor, reset: Tensor) -> Tensor:
 
 @scan_backward.register_fake
 def _(
-    grad: Tensor, a: Tensor, h: Tensor, start: Tensor, reset: Tensor
+    grad: Tensor, a: Tensor, h: Tensor, start: Tensor, reset: Tensor, wants_start: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(a), _like(h), _like(start)
+    return _like(a), _like(h), _like(start) if wants_start else start.new_empty(0)
 
 
 @gated.register_fake
@@ -63,8 +63,10 @@ def _(p: Tensor, start: Tensor, reset: Tensor) -> Tensor:
 
 
 @gated_backward.register_fake
-def _(grad: Tensor, p: Tensor, h: Tensor, start: Tensor, reset: Tensor) -> tuple[Tensor, Tensor]:
-    return _like(p), _like(start)
+def _(
+    grad: Tensor, p: Tensor, h: Tensor, start: Tensor, reset: Tensor, wants_start: bool
+) -> tuple[Tensor, Tensor]:
+    return _like(p), _like(start) if wants_start else start.new_empty(0)
 
 
 def _keep_scan(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -73,8 +75,9 @@ def _keep_scan(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def _grad_scan(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    d_a, d_b, d_start = scan_backward(grad, *ctx.saved_tensors)
-    return d_a, d_b, d_start, None
+    wants_start = bool(ctx.needs_input_grad[2])
+    d_a, d_b, d_start = scan_backward(grad, *ctx.saved_tensors, wants_start)
+    return d_a, d_b, d_start if wants_start else None, None
 
 
 def _keep_gated(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -83,7 +86,9 @@ def _keep_gated(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def _grad_gated(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*gated_backward(grad, *ctx.saved_tensors), None)
+    wants_start = bool(ctx.needs_input_grad[1])
+    d_p, d_start = gated_backward(grad, *ctx.saved_tensors, wants_start)
+    return d_p, d_start if wants_start else None, None
 
 
 def _raise_second_derivative(ctx: Any, *grads: Any) -> None:
@@ -120,17 +125,18 @@ def _decay_per_row(a: Tensor, dim: int | None, b: Tensor, b_dim: int | None) -> 
 
 
 def _map_scan_backward(
-    info: Any, dims: tuple[int | None, ...], *args: Tensor
+    info: Any, dims: tuple[int | None, ...], *args: Any
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
-    grad, a, *rest = args
+    grad, a, h, start, reset, wants_start = args
     size, is_constant = info.batch_size, a.ndim - (dims[1] is not None) == 1
-    decays = _decay_per_row(a, dims[1], args[2], dims[2]).expand(size, -1, -1, -1)
-    folded = [_fold(x, dim, size) for x, dim in zip(rest, dims[2:], strict=True)]
-    found = scan_backward(_fold(grad, dims[0], size), _fold(decays, 0, size), *folded)
-    d_a, d_b, d_start = (_unfold(x, size) for x in found)
-    if is_constant:
-        return (d_a.sum((0, 2)), d_b, d_start), (0, 1, 1)
-    return (d_a, d_b, d_start), (1, 1, 1)
+    decays = _decay_per_row(a, dims[1], h, dims[2]).expand(size, -1, -1, -1)
+    kept = zip((h, start, reset), dims[2:5], strict=True)
+    folded = (_fold(x, dim, size) for x, dim in kept)
+    found = scan_backward(_fold(grad, dims[0], size), _fold(decays, 0, size), *folded, wants_start)
+    d_a, d_b, d_start = found
+    d_a, d_b = _unfold(d_a, size), _unfold(d_b, size)
+    d_start = _unfold(d_start, size) if wants_start else d_start.expand(size, 0).T
+    return (d_a.sum((0, 2)) if is_constant else d_a, d_b, d_start), (0 if is_constant else 1, 1, 1)
 
 
 def _map_gated(info: Any, dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
@@ -139,12 +145,14 @@ def _map_gated(info: Any, dims: tuple[int | None, ...], *args: Tensor) -> tuple[
 
 
 def _map_gated_backward(
-    info: Any, dims: tuple[int | None, ...], *args: Tensor
+    info: Any, dims: tuple[int | None, ...], *args: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    *tensors, wants_start = args
     size = info.batch_size
-    folded = (_fold(x, dim, size) for x, dim in zip(args, dims, strict=True))
-    d_p, d_start = gated_backward(*folded)
-    return (_unfold(d_p, size), _unfold(d_start, size)), (1, 1)
+    folded = (_fold(x, dim, size) for x, dim in zip(tensors, dims[:-1], strict=True))
+    d_p, d_start = gated_backward(*folded, wants_start)
+    d_start = _unfold(d_start, size) if wants_start else d_start.expand(size, 0).T
+    return (_unfold(d_p, size), d_start), (1, 1)
 
 
 scan.register_autograd(_grad_scan, setup_context=_keep_scan)

@@ -84,9 +84,9 @@ def test_scan_value_that_is_not_finite_does_not_pass_a_reset(shape: tuple[int, .
     h = scan_ops.scan(a, spoiled, start, reset)
     assert_equal(h[20:], clean[20:], torch.float64)
     grad = torch.randn_like(clean)
-    expected = scan_ops.scan_backward(grad, a, clean, start, reset)[1]
+    expected = scan_ops.scan_backward(grad, a, clean, start, reset, True)[1]
     grad[20, 0] = bad
-    actual = scan_ops.scan_backward(grad, a, clean, start, reset)[1]
+    actual = scan_ops.scan_backward(grad, a, clean, start, reset, True)[1]
     assert_equal(actual[:20], expected[:20], torch.float64)
 
 
@@ -130,15 +130,26 @@ def test_linear_scan_under_vmap_has_gradients():
             assert_equal(actual, expected, torch.float64)
 
 
-def test_linear_scan_compiles_to_one_graph():
-    a = torch.rand(2, 40, 4, requires_grad=True)
-    b = torch.randn(2, 40, 4)
-    compiled = torch.compile(
-        lambda a, b: linear_scan(a, b).sin(), fullgraph=True, backend="aot_eager"
+def _gated_sine(p: Tensor, start: Tensor) -> Tensor:
+    reset = torch.zeros(p.shape[:2], dtype=torch.bool)
+    return scan_ops.run_gated(p, start, reset).sin()
+
+
+@pytest.mark.parametrize(
+    ("function", "sizes"),
+    [(lambda a, b: linear_scan(a, b).sin(), (4, 4)), (_gated_sine, (8, 4))],
+    ids=["linear", "gated"],
+)
+def test_scan_compiles_to_one_graph(function: Any, sizes: tuple[int, int]):
+    first, second = (torch.rand(2, 40, size, requires_grad=True) for size in sizes)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    pairs = zip(
+        torch.autograd.grad(compiled(first, second).sum(), (first, second)),
+        torch.autograd.grad(function(first, second).sum(), (first, second)),
+        strict=True,
     )
-    (actual,) = torch.autograd.grad(compiled(a, b).sum(), a)
-    (expected,) = torch.autograd.grad(linear_scan(a, b).sin().sum(), a)
-    assert_equal(actual, expected, torch.float32)
+    for actual, expected in pairs:
+        assert_equal(actual, expected, torch.float32)
 
 
 def test_linear_scan_starts_from_initial_states():
