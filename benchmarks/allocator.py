@@ -17,7 +17,7 @@ from statistics import median
 import torch
 
 from .cases import GATES, Case, Shape
-from .children import ask
+from .child_process import run_module
 from .contestants import AUTO, VENDOR
 from .machine import cpu_facts
 from .sequences import BOTH, time_together
@@ -72,7 +72,7 @@ def main() -> None:
     runs: dict[str, list[Seconds]] = {way: [] for way in WAYS}
     for _ in range(ROUNDS):
         for way, found in runs.items():
-            found.append(ask("benchmarks.allocator", "child", variables=WAYS[way]))
+            found.append(run_module("benchmarks.allocator", "child", variables=WAYS[way]))
     variables = " ".join(f"{name}={value}" for name, value in KEEP.items())
     text = [
         "# Memory that the process keeps",

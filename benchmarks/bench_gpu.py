@@ -10,7 +10,7 @@ the plain hand-written operator, as a share of what memory and matmul throughput
     python -m benchmarks.bench_gpu --dry-run           # tiny sizes on a CPU: does everything run?
 
 Before it times, it checks that all contestants compute the same. Who takes longer than
-``--patience`` for a call takes no part in larger cases. The report and the figures go to
+``--call-seconds`` for a call skips larger cases. The report and the figures go to
 ``--output`` after every case, so that a run that is cut off leaves what it has.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .cases import Case
     from .gpu_bounds import Rates
     from .gpu_report import Row
-    from .patience import Patience
+    from .time_limits import TimeLimits
 
 BATCHES = (1, 4, 16, 64, 256, 1024, 4096)
 STEPS = (16, 64, 256, 1024, 2048)
@@ -43,7 +43,8 @@ INPUTS = 64
 _LARGEST = 2**29
 _QUICK_STRIDE = 31
 # Of a quick run; the case that is running then ends, too.
-_QUICK_MINUTES, _QUICK_PATIENCE = 7.0, 2.0
+_QUICK_MINUTES = 7.0
+_QUICK_CALL_SECONDS = 2.0
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,12 +55,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["ieee", "tf32"])
     parser.add_argument("--budget", type=float, default=0.2, help="seconds of samples")
-    parser.add_argument("--patience", type=float, help="seconds of a call (20; quick: 2)")
+    parser.add_argument("--call-seconds", type=float, help="limit of a call (20; quick: 2)")
     parser.add_argument("--minutes", type=float, help="stop after these (never; quick: 7)")
     parser.add_argument("--output", type=Path, default=Path("bench-gpu"), help="folder")
     options = parser.parse_args(arguments)
-    if options.patience is None:
-        options.patience = _QUICK_PATIENCE if options.quick else 20.0
+    if options.call_seconds is None:
+        options.call_seconds = _QUICK_CALL_SECONDS if options.quick else 20.0
     if options.minutes is None and options.quick:
         options.minutes = _QUICK_MINUTES
     return options
@@ -91,7 +92,7 @@ def _all_cases(options: argparse.Namespace) -> Iterator[tuple[Case, str]]:
 
 
 def measure(
-    case: Case, mode: str, device: str, budget: float, patience: Patience, out: Mapping[str, str]
+    case: Case, mode: str, device: str, budget: float, limits: TimeLimits, out: Mapping[str, str]
 ) -> list[Row]:
     """Time all contestants on a case, forward and both, in turns.
 
@@ -100,7 +101,7 @@ def measure(
         mode: of the products.
         device: ``"cuda"`` or ``"cpu"``.
         budget: seconds of samples of each.
-        patience: that is had with slow ones.
+        limits: of calls and of the run.
         out: who takes no part, and why.
     """
     from .cases import make_batch
@@ -113,7 +114,7 @@ def measure(
     for phase in ("forward", "both"):
         row, calls = Row(case, phase, mode), {}
         for name in ALL:
-            if why := out.get(name) or patience.refuses(name, case):
+            if why := out.get(name) or limits.find_reason_to_skip(name, case):
                 row.skipped[name] = why
                 continue
             try:
@@ -130,7 +131,7 @@ def measure(
                 _clear(device)
         row.seconds = seconds(calls, device, budget)
         for name, taken in row.seconds.items():
-            patience.note(name, case, taken)
+            limits.record(name, case, taken)
         rows.append(row)
     del batch, calls
     _clear(device)
@@ -199,13 +200,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from .gpu_bounds import H100, measure_rates
     from .gpu_contestants import seconds
-    from .patience import Patience
+    from .time_limits import TimeLimits
 
     device = "cpu" if options.dry_run else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench_gpu needs a CUDA device and there is none. --dry-run shows that it runs.")
     options.output.mkdir(parents=True, exist_ok=True)
-    patience = Patience(options.patience, options.minutes)
+    limits = TimeLimits(options.call_seconds, options.minutes)
     out = {mode: check(device, mode) for mode in options.modes}
     rates = H100
     if device == "cuda":
@@ -213,9 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     cases = grid(options)
     for done, (case, mode) in enumerate(cases, 1):
-        if patience.is_over:
+        if limits.is_over:
             break
-        rows += measure(case, mode, device, options.budget, patience, out[mode])
+        rows += measure(case, mode, device, options.budget, limits, out[mode])
         _write(options, rows, rates, device, f"{done} of {len(cases)}")
         print(f"{case.cell} {case.shape} {case.resets} {mode}: {rows[-1].seconds}", flush=True)
     return 0

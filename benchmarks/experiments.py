@@ -1,4 +1,4 @@
-"""What `make learn` runs: the tutorials, over several seeds, beside what they are compared with."""
+"""The experiments of `make learn`: tutorials with several variants and seeds."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ class Experiment:
     """A tutorial and the variants of it that a table and a picture compare.
 
     Args:
-        script: the tutorial, without ``.py``.
-        title: of table and picture.
-        text: what the table's readers should know.
-        variants: name of each variant and what it adds to the command line.
-        x: column of learning_curve.csv that a curve is drawn over.
-        y: column that is drawn.
-        also: columns that are drawn below it, on a logarithmic scale.
-        seeds: of each variant.
-        few: seeds of single variants, where a run takes too long for all of them.
+        script: name of the tutorial, without ``.py``.
+        title: title of table and picture.
+        text: text above the table.
+        variants: name of each variant, with its arguments.
+        x: column of learning_curve.csv for the horizontal axis of the picture.
+        y: column for the vertical axis.
+        also: columns for more panels, with a logarithmic axis.
+        seeds: seeds of each variant.
+        few: seeds of single variants whose runs take too long for all seeds.
     """
 
     script: str
@@ -35,7 +35,7 @@ class Experiment:
 
 FEED_FORWARD = ("--cell", "feed_forward")
 POSITIONS = ("--keep-observations", "0", "2", "--observation-scales", "2.4", "0.2095")
-SHORT = ("--episodes", "2000")  # of those that never learn: more than the others need
+SHORT = ("--episodes", "2000")  # for variants that do not learn; the others need fewer
 BRIEF = ("--frames", "40000", "--burn-in", "0")
 PENDULUM = (
     *("--env", "Pendulum-v1", "--magnify", "5", "--gamma", "0.9", "--reward-scale", "0.02"),

@@ -1,13 +1,13 @@
-"""Does memory decide what is learned? The tutorials over several seeds, with and without memory.
+"""Run the tutorials with several seeds, and compare recurrent with feed-forward networks.
 
-    python -m benchmarks.learn                                # everything: hours
+    python -m benchmarks.learn                                # all experiments: hours
     python -m benchmarks.learn recurrent_dqn --seeds 0 1 --jobs 1
-    python -m benchmarks.learn recurrent_dqn --variants recurrent
-    python -m benchmarks.learn recurrent_ppo --recorded       # report the runs that are there
+    python -m benchmarks.learn recurrent_dqn --variants LSTM
+    python -m benchmarks.learn recurrent_ppo --recorded       # report the finished runs
 
-Each run is a tutorial in a process of its own. A run that has its result in ``--runs`` already is
-not repeated, so that this can be broken off and started again. Table and picture of each
-experiment go to ``benchmarks/results/``: all seeds that were run, none left out.
+Each run is a process. A finished run in ``--runs`` is not repeated, and an interrupted one
+continues, so that this program can be stopped and started again. The table and the picture of each
+experiment go to ``benchmarks/results/`` and contain every run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 @dataclass
 class Run:
-    """What one run of a tutorial left."""
+    """The files of a finished run."""
 
     experiment: Experiment
     variant: str
@@ -51,7 +51,7 @@ class Run:
     result: dict[str, Any]
 
     def row(self) -> dict[str, Any]:
-        """Return the run's line of the table."""
+        """Return the run's row of the table."""
         test = self.result["test_returns"]
         rest = {
             name: round(value, 1)
@@ -75,7 +75,7 @@ class Run:
 
 
 def run(variant_and_seed: tuple[str, int], name: str, runs: Path) -> Run:
-    """Run a tutorial, unless its result is there already, and read what it left."""
+    """Run a tutorial unless it has finished before, and read its files."""
     variant, seed = variant_and_seed
     experiment, folder = EXPERIMENTS[name], folder_of(variant_and_seed, name, runs)
     if not (folder / "result.json").exists():
@@ -104,7 +104,7 @@ def run_tutorial(script: str, argv: list[str]) -> None:
         text=True,
     )
     if process.returncode:
-        raise RuntimeError(f"{script} failed with {argv}:\n{process.stderr[-2000:]}")
+        raise RuntimeError(f"{script} fails with {argv}:\n{process.stderr[-2000:]}")
 
 
 def write_csv(runs: list[Run], path: Path) -> None:
@@ -151,7 +151,7 @@ def describe_machine() -> str:
 
 
 def draw(runs: list[Run], path: Path) -> None:
-    """Draw each run as a thin line, and the mean over a variant's seeds as a thick one."""
+    """Draw each run as a thin line, and the mean over the seeds of a variant as a thick line."""
     experiment = runs[0].experiment
     rows = 1 + len(experiment.also)
     size = (7, 4 + 2.5 * len(experiment.also))
@@ -181,7 +181,7 @@ def draw_curves(ax: Any, runs: list[Run], column: str) -> None:
         for curve in curves:
             x, y = ([row[name] for row in curve] for name in (experiment.x, column))
             ax.plot(x, y, color=color, lw=0.8, alpha=0.5)
-        together = list(zip(*curves, strict=False))  # as far as all of them went
+        together = list(zip(*curves, strict=False))  # up to the end of the shortest
         x, y = (
             [sum(row[name] for row in rows) / len(rows) for rows in together]
             for name in (experiment.x, column)
@@ -190,7 +190,7 @@ def draw_curves(ax: Any, runs: list[Run], column: str) -> None:
 
 
 def find_wanted(name: str, options: argparse.Namespace) -> list[tuple[str, int]]:
-    """List the variants and seeds of an experiment that the command line asks for."""
+    """List the variants and seeds of an experiment that the command line selects."""
     experiment = EXPERIMENTS[name]
     wanted = [
         (variant, seed)
@@ -216,11 +216,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
-    parser.add_argument("--variants", nargs="+", help="only these")
-    parser.add_argument("--seeds", type=int, nargs="+", help="others than the experiment's")
+    parser.add_argument("--variants", nargs="+", help="run only these variants")
+    parser.add_argument("--seeds", type=int, nargs="+", help="run these seeds")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "learn")
-    parser.add_argument("--recorded", action="store_true", help="run nothing: report what is there")
+    parser.add_argument("--recorded", action="store_true", help="report finished runs, run nothing")
     options = parser.parse_args()
     for name in options.names:
         if name not in EXPERIMENTS:

@@ -18,7 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from .cases import Case, Shape, make_batch
-from .children import ask
+from .child_process import run_module
 from .contestants import Contestant
 
 
@@ -70,7 +70,7 @@ def measure(wanted: Sequence[tuple[Case, Sequence[str]]], threads: int) -> list[
         threads: of torch; some kernels hold a buffer for each.
     """
     question = [(asdict(case), names) for case, names in wanted]
-    peaks = ask("benchmarks.memory", str(threads), question=question)
+    peaks = run_module("benchmarks.memory", str(threads), request=question)
     return [MemoryRecord(case, found) for (case, _), found in zip(wanted, peaks, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""What a run measured, and how it is kept."""
+"""The records of a benchmark, and the file that holds them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .timing import Timing
 
 @dataclass
 class Results:
-    """Records of a run; parts that did not run are empty.
+    """The records of a run. Lists of parts that did not run are empty.
 
     Attributes:
-        machine: facts by name.
-        sequences: the grid, forward and backward; some of it forward only.
-        growth: rows of growing length, one amount of data.
-        steps: modules, policies and collectors.
-        memory: the grid of memory.
-        memory_growth: rows of growing length.
+        machine: facts about the machine, by name.
+        sequences: times of the grid, forward and backward, partly forward only.
+        growth: times of rows of growing length at a constant amount of data.
+        steps: times of modules, policies and collectors in single-step mode.
+        memory: peak memory of the grid.
+        memory_growth: peak memory of rows of growing length.
     """
 
     machine: dict[str, str]
@@ -41,7 +41,7 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """Read what ``save`` wrote."""
+        """Read a file that ``save`` wrote."""
         data = json.loads(path.read_text())
         revive: dict[str, Callable[[dict[str, Any]], Any]] = {
             "sequences": _record,
@@ -55,7 +55,7 @@ class Results:
 
 
 def _rounded(value: Any) -> Any:
-    """Cut floats to the digits that mean something."""
+    """Round floats to four significant digits."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):

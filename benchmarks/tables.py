@@ -1,4 +1,4 @@
-"""Markdown tables of figures."""
+"""Markdown tables of measurements."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def digits(value: float) -> str:
-    """Return three digits of a positive number, all of a large one's before the point.
+    """Return a positive number with three significant digits, or without fraction from 100 on.
 
     Examples:
         >>> digits(0.01234), digits(12.34), digits(1234.5)
@@ -32,7 +32,7 @@ def digits(value: float) -> str:
 
 
 def milliseconds(timing: Timing | None) -> str:
-    """Return the median and half the distance between the quartiles; nothing for None.
+    """Return the median in ms and half the interquartile range; an empty text for None.
 
     Examples:
         >>> milliseconds(Timing(0.010, 0.009, 0.011, 5))

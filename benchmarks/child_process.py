@@ -1,4 +1,4 @@
-"""Processes of their own: for what must not be disturbed, or takes effect where one begins."""
+"""Child processes for measurements that need an undisturbed process or other variables."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ _PROJECT = Path(__file__).resolve().parent.parent
 _NO_VARIABLES: Mapping[str, str] = {}
 
 
-def ask(
-    module: str, *arguments: str, question: Any = None, variables: Mapping[str, str] = _NO_VARIABLES
+def run_module(
+    module: str, *arguments: str, request: Any = None, variables: Mapping[str, str] = _NO_VARIABLES
 ) -> Any:
-    """Run a module of the benchmarks; it reads JSON from stdin and writes JSON to stdout.
+    """Run a module of the benchmarks, which reads JSON from stdin and writes JSON to stdout.
 
     Args:
-        module: its name, ``"benchmarks.memory"`` for example.
-        *arguments: of its command line.
-        question: what it reads.
-        variables: of its environment, besides those that are set.
+        module: name, for example ``"benchmarks.memory"``.
+        *arguments: arguments of its command line.
+        request: value that the module reads.
+        variables: environment variables to set in addition.
 
     Returns:
-        What it wrote.
+        The value that the module writes.
 
     Raises:
-        RuntimeError: if it fails, with what it said.
+        RuntimeError: if the module fails, with its error output.
     """
     child = subprocess.run(
         [sys.executable, "-m", module, *arguments],
-        input=json.dumps(question),
+        input=json.dumps(request),
         capture_output=True,
         text=True,
         cwd=_PROJECT,
