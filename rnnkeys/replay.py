@@ -132,7 +132,8 @@ class PrioritizedSampler(AnyTrees, samplers.PrioritizedSampler):
 class PrioritizedSliceSampler(AnyTrees, samplers.PrioritizedSliceSampler):
     """TorchRL's ``PrioritizedSliceSampler``, with or without its compiled extension.
 
-    It marks no starts; ``rnnkeys.transforms.NextInitPrioritizedSliceSampler`` does.
+    It sets ``done`` at the end of every slice and no ``is_init`` flag at its start; readers of this
+    package start a segment after every ``done``.
 
     Args:
         *args: as for TorchRL's ``PrioritizedSliceSampler``.

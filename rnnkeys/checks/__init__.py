@@ -21,4 +21,5 @@ from .problem import Problem as Problem
 from .problem import raise_first as raise_first
 from .switch import can_read_values as can_read_values
 from .switch import set_value_checks as set_value_checks
+from .switch import suspend_value_checks as suspend_value_checks
 from .switch import value_checks_enabled as value_checks_enabled

@@ -47,7 +47,7 @@ def as_float(name: str, value: Any, minimum: float = 0.0, maximum: float = 1.0) 
         0.99
     """
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not minimum <= value <= maximum:
+    if not is_number or not minimum <= float(value) <= maximum:
         raise ValueError(
             f"{name} must be a number from {minimum} to {maximum}. Got {name}={value!r}. [argument]"
         )

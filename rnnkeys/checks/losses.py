@@ -1,9 +1,9 @@
-"""What cannot be right with a recurrent network, each with its reason and the way out."""
+"""Checks of losses and value estimators, and of a batch for one of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDictBase, unravel_key
@@ -15,6 +15,7 @@ from torchrl.objectives import (
     DiscreteCQLLoss,
     DiscreteSACLoss,
     DQNLoss,
+    GAILLoss,
     PPOLoss,
     QMixerLoss,
     ReinforceLoss,
@@ -25,343 +26,320 @@ from torchrl.objectives import (
 from torchrl.objectives.value import ValueEstimatorBase, VTrace
 
 from ..keys import MASK_KEY, MULTI_STEP_KEY, next_key
-from ..modules.lstm_gru import RecurrentModule
-from ..modules.network import Recurrent
-from ..sequences.segment_starts import check_mask, find_segment_starts
+from .entries import find_done_problems, find_finite_problems, find_multi_step_problems
+from .problem import Problem
 
-# They take their next view from the batch that their own forward on the root has just written.
+# Their next tensordict comes from the batch into which their own forward wrote the next states.
 READS_OWN_STATES = (DQNLoss, QMixerLoss)
 
-# They learn from what their own policy collected, so that zeros in place of a state are a mistake.
+# They learn from data that their own policy has just collected.
 ON_POLICY = (A2CLoss, PPOLoss, ReinforceLoss, ValueEstimatorBase)
 
-_LOSSES: dict[type[nn.Module], str] = {
+_LOSSES: dict[type[nn.Module], tuple[str, str]] = {
     CQLLoss: (
         "its penalty repeats every step num_random times along time, so a recurrent network runs "
-        "through copies of steps. Use SACLoss or IQLLoss, or add a penalty of your own on actions "
-        "drawn beside the sequence"
+        "through copies of steps",
+        "Use SACLoss or IQLLoss, or add a penalty of your own on actions drawn beside the "
+        "sequence.",
     ),
     DiscreteCQLLoss: (
-        "it never uses its target network, recurrent or not: next values come from the network "
-        "that learns. Use DQNLoss, with a penalty of your own"
+        "it never uses its target network: next values come from the network that learns",
+        "Use DQNLoss, with a penalty of your own.",
+    ),
+    GAILLoss: (
+        "it passes observations and actions alone to its discriminator, without is_init flags and "
+        "states, and concatenates expert and collected steps",
+        "Use a discriminator without recurrent layers, on stacked observations for instance, or a "
+        "loss of your own.",
+    ),
+    VTrace: (
+        "its importance ratio uses the log-probability of a freshly drawn action instead of the "
+        "one that was taken",
+        "Use GAE or TDLambdaEstimator.",
     ),
 }
-_VTRACE = (
-    "its importance ratio takes the log-probability of a freshly drawn action instead of the one "
-    "that was taken. Use GAE, or TDLambdaEstimator"
-)
 
 
-def refuse_loss(loss: nn.Module, recurrent: Iterable[Recurrent]) -> None:
-    """Raise if no marks and states can make this loss right.
+class Layer(Protocol):
+    """A recurrent module and its keys, as ``rnnkeys.modules.network`` finds them in networks."""
 
-    Raises:
-        ValueError: with the reason and the way out.
-    """
-    for kind, reason in _LOSSES.items():
-        if isinstance(loss, kind):
-            raise ValueError(
-                f"{type(loss).__name__} cannot be right with a recurrent network: {reason}."
-            )
-    refuse_estimator(loss)
-    _refuse_skipping(loss)
-    if isinstance(loss, READS_OWN_STATES):
-        for one in recurrent:
-            _refuse_states(loss, one)
+    @property
+    def module(self) -> Any:
+        """The recurrent module."""
+        ...
 
+    @property
+    def init_key(self) -> NestedKey:
+        """Key of the ``is_init`` flags."""
+        ...
 
-def refuse_estimator(loss: nn.Module) -> None:
-    """Raise if the value estimator of a loss, or the loss itself as one, is V-trace.
+    @property
+    def state_keys(self) -> tuple[NestedKey, ...]:
+        """Keys of the recurrent states."""
+        ...
 
-    Raises:
-        ValueError: with the reason and the way out.
-    """
-    estimator = getattr(loss, "_value_estimator", loss)
-    if isinstance(estimator, VTrace):
-        raise ValueError(f"VTrace cannot be right with a recurrent network: {_VTRACE}.")
+    @property
+    def writes_states(self) -> bool:
+        """Whether recurrent mode writes the state after every step."""
+        ...
 
 
-def _refuse_skipping(loss: nn.Module) -> None:
-    skips = isinstance(loss, (SACLoss, DiscreteSACLoss)) and loss.skip_done_states
-    if skips and not isinstance(loss, TQCLoss):
-        raise ValueError(
-            f"{type(loss).__name__}(skip_done_states=True) skips every step that is done, and so "
-            "bootstraps nothing where an episode or a sampled slice was merely cut. Leave "
-            "skip_done_states=False."
-        )
+def _name(thing: Any) -> str:
+    """Return the name of a class; of a wired loss that of the class before wiring."""
+    return str(getattr(thing, "wired_class", type(thing)).__name__)
 
 
-def _refuse_states(loss: nn.Module, recurrent: Recurrent) -> None:
-    name, kind = type(loss).__name__, type(recurrent.module).__name__
-    if not recurrent.writes_states:
-        raise ValueError(
-            f"{name} starts its next view from the states that its own forward writes, and "
-            f"{type(recurrent.module).__module__.split('.')[0]}'s {kind} writes zeros in place of "
-            f"most states. Use rnnkeys.{kind}: the same arguments, keys and state_dict."
-        )
-    if isinstance(recurrent.module, RecurrentModule) and recurrent.module.state_grad:
-        raise ValueError(
-            f"{name} starts its next view from the states that its own forward writes and detaches "
-            f"nothing, so with state_grad=True gradients reach the target. Make the {kind} with "
-            "state_grad=False."
-        )
-
-
-def refuse_batch(
-    loss: nn.Module, tensordict: TensorDictBase, recurrent: Iterable[Recurrent]
-) -> None:
-    """Raise if no marks can make this batch right for this loss.
-
-    Raises:
-        KeyError: if states are stored at the root, and the next ones that the loss reads are not;
-            if a loss on collected data starts in the midst of an episode without a state.
-        ValueError: if the batch holds multi-step transitions, if a mask would be ignored, or if
-            value networks would be run on pieces of time.
-    """
-    keys: Any = getattr(loss, "tensor_keys", None)
-    steps = getattr(keys, MULTI_STEP_KEY, MULTI_STEP_KEY)
-    refuse_multi_step(
-        tensordict,
-        steps,
-        "loss.make_value_estimator(ValueEstimators.TDLambda, gamma=..., lmbda=...)",
-    )
-    if isinstance(loss, (QMixerLoss, TD3BCLoss)):
-        _refuse_mask(str(type(loss).__name__), tensordict)
-    if isinstance(loss, ValueEstimatorBase):
-        _refuse_chunks(loss, tensordict)
-    if isinstance(loss, ON_POLICY):
-        for one in recurrent:
-            refuse_lost_memory(tensordict, one, str(type(loss).__name__))
-    if _reads_stored_states(loss, tensordict):
-        for one in recurrent:
-            _refuse_missing_states(loss, tensordict, one)
-            if isinstance(loss, ON_POLICY):
-                _refuse_states_never_stored(loss, tensordict, one)
-
-
-def refuse_parts(
-    loss: nn.Module, tensordict: TensorDictBase, init_keys: Iterable[NestedKey]
-) -> None:
-    """Raise if SAC with a value network would cut slices when it deals them out to its critics.
-
-    Reads values, so that the host waits for a device that holds them.
-
-    Raises:
-        ValueError: with the batch size and the remedy.
-    """
-    if not isinstance(loss, SACLoss) or getattr(loss, "value_network", None) is None:
-        return
-    parts, number = loss.num_qvalue_nets, tensordict.shape[0]
-    fits = number % parts == 0
-    if fits and tensordict.ndim == 1:
-        cuts = torch.arange(1, parts) * (number // parts)
-        fits = all(bool(find_segment_starts(tensordict, key)[cuts].all()) for key in init_keys)
-    if not fits:
-        raise ValueError(
-            f"{type(loss).__name__} with a value_network gives each of its {parts} critics a part "
-            f"of the batch, and would cut this one, {list(tensordict.batch_size)}, in the midst of "
-            "a slice. Reshape slices of one length to rows, batch.reshape(-1, "
-            f"slice_len), and take a multiple of {parts} of them; or leave value_network out."
-        )
-
-
-def refuse_multi_step(tensordict: TensorDictBase, key: NestedKey, instead: str) -> None:
-    """Raise if the next view is no shifted sequence.
+def find_loss_problems(loss: nn.Module, layers: Iterable[Layer]) -> Iterator[Problem]:
+    """Yield problems of a loss that no flags and states can make right.
 
     Args:
-        tensordict: the batch.
-        key: of the number of steps to the next observation, which multi-step transforms write.
-        instead: what makes longer returns, for the message.
+        loss: a TorchRL loss or value estimator.
+        layers: the recurrent layers inside.
 
-    Raises:
-        ValueError: with the remedy.
+    Examples:
+        >>> from torchrl.objectives.value import VTrace
+        >>> issubclass(VTrace, ValueEstimatorBase)
+        True
     """
-    if tensordict.get(key, None) is not None:
-        raise ValueError(
-            f"The batch holds multi-step transitions ({key!r} is there): its next view jumps "
-            "several steps and shrinks at the ends of episodes, which is no sequence a recurrent "
-            "network can run. Take MultiStepTransform (or MultiStep) away and use "
-            f"{instead} for longer returns."
+    for kind, (reason, remedy) in _LOSSES.items():
+        if isinstance(loss, kind):
+            yield _unsupported(_name(loss), reason, remedy)
+    yield from find_estimator_problems(loss)
+    if isinstance(loss, (SACLoss, DiscreteSACLoss)) and not isinstance(loss, TQCLoss):
+        if loss.skip_done_states:
+            yield _unsupported(
+                f"{_name(loss)}(skip_done_states=True)",
+                "it skips every step that is done, and so bootstraps nothing where an episode or a "
+                "sampled slice was merely cut",
+                "Leave skip_done_states=False.",
+            )
+    if isinstance(loss, READS_OWN_STATES):
+        for layer in layers:
+            yield from _find_own_state_problems(_name(loss), layer)
+
+
+def _unsupported(name: str, reason: str, remedy: str) -> Problem:
+    return Problem(
+        "unsupported-loss", f"{name} cannot be right with a recurrent network: {reason}.", remedy
+    )
+
+
+def find_estimator_problems(loss: nn.Module) -> Iterator[Problem]:
+    """Yield a problem if the value estimator of a loss is V-trace."""
+    if isinstance(getattr(loss, "_value_estimator", None), VTrace):
+        yield _unsupported("VTrace", *_LOSSES[VTrace])
+
+
+def _find_own_state_problems(name: str, layer: Layer) -> Iterator[Problem]:
+    kind = _name(layer.module)
+    if not layer.writes_states:
+        yield Problem(
+            "states-not-written",
+            f"{name} starts its next tensordict from the states that its own forward writes, and "
+            f"{type(layer.module).__module__.split('.')[0]}'s {kind} writes zeros in place of most "
+            "states.",
+            f"Use rnnkeys.{kind}: the same arguments, keys and state_dict.",
+        )
+    elif getattr(layer.module, "state_grad", False):
+        yield Problem(
+            "state-grad",
+            f"{name} starts its next tensordict from the states that its own forward writes, "
+            "without detaching them, so with state_grad=True gradients reach the target.",
+            f"Make the {kind} with state_grad=False.",
         )
 
 
-def _refuse_mask(name: str, tensordict: TensorDictBase) -> None:
-    mask = tensordict.get(MASK_KEY, None)
+def find_written_state_problems(layer: Layer, reader: str) -> Iterator[Problem]:
+    """Yield a problem if a module does not write the state after every step.
+
+    Args:
+        layer: the recurrent module.
+        reader: who reads the states, for the message.
+    """
+    if not layer.writes_states:
+        kind = _name(layer.module)
+        yield Problem(
+            "states-not-written",
+            f"{reader} reads the states that networks write, and "
+            f"{type(layer.module).__module__.split('.')[0]}'s {kind} writes zeros in place of most "
+            "states.",
+            f"Use rnnkeys.{kind}: the same arguments, keys and state_dict.",
+        )
+
+
+def find_batch_problems(
+    loss: nn.Module, batch: TensorDictBase, layers: Iterable[Layer]
+) -> Iterator[Problem]:
+    """Yield problems of a batch for a loss that keys, dtypes and shapes show.
+
+    Values are read only where an entry is unusual: a mask for a loss that ignores it, or a state
+    that is missing.
+
+    Args:
+        loss: a TorchRL loss or value estimator.
+        batch: sequences ``[*, T]``.
+        layers: the recurrent layers inside.
+    """
+    name, keys = _name(loss), getattr(loss, "tensor_keys", None)
+    yield from find_multi_step_problems(
+        batch,
+        getattr(keys, MULTI_STEP_KEY, MULTI_STEP_KEY),
+        "loss.make_value_estimator(ValueEstimators.TDLambda, gamma=..., lmbda=...)",
+    )
+    for end in ("done", "terminated"):
+        yield from find_done_problems(batch, next_key(getattr(keys, end, end)))
+    if isinstance(loss, (QMixerLoss, TD3BCLoss)):
+        yield from _find_padding_problems(name, batch)
+    if isinstance(loss, ValueEstimatorBase):
+        yield from _find_chunk_problems(loss, batch)
+    layers = list(layers)
+    if isinstance(loss, ON_POLICY):
+        for layer in layers:
+            yield from find_start_problems(batch, layer, name)
+    if _reads_stored_states(loss, batch):
+        for layer in layers:
+            yield from _find_next_state_problems(name, batch, layer)
+            if isinstance(loss, ON_POLICY):
+                yield from _find_value_state_problems(loss, batch, layer)
+
+
+def _find_padding_problems(name: str, batch: TensorDictBase) -> Iterator[Problem]:
+    mask = batch.get(MASK_KEY, None)
     if mask is not None and not mask.all():
-        raise ValueError(
-            f"{name} averages over every step and ignores the mask ('collector', 'mask'), so "
-            "padding would be learned from. Sample slices without padding (pad_output=False)."
+        yield Problem(
+            "padding",
+            f"{name} averages over every step and ignores the mask {MASK_KEY!r}, so it would learn "
+            "from padding.",
+            "Sample slices without padding (pad_output=False).",
         )
 
 
-def refuse_values(loss: nn.Module, tensordict: TensorDictBase) -> None:
-    """Raise if a loss would learn from nothing or, on collected data, from what is no number.
-
-    Reads values, so that the host waits for a device that holds them.
-
-    Raises:
-        ValueError: if there are no unmasked steps or, on collected data, no steps, or if the
-            reward, advantage or value target of an unmasked one is not finite.
-    """
-    name = str(type(loss).__name__)
-    if not isinstance(loss, ON_POLICY):
-        read_mask(tensordict, name)
-        return
-    refuse_emptiness(tensordict, name)
-    mask = read_mask(tensordict, name)
-    names: Any = loss.tensor_keys
-    read = {key: unravel_key(getattr(names, key, key)) for key in ("advantage", "value_target")}
-    for key in (next_key(unravel_key(getattr(names, "reward", "reward"))), *read.values()):
-        if not (isinstance(loss, ValueEstimatorBase) and key in read.values()):
-            refuse_not_finite(tensordict, key, mask)
-
-
-def refuse_emptiness(tensordict: TensorDictBase, reader: str) -> None:
-    """Raise if there is no step.
-
-    Raises:
-        ValueError: with the batch size.
-    """
-    if not tensordict.ndim or not tensordict.batch_size.numel():
-        raise ValueError(
-            f"{reader} takes sequences [*, T]; at least one step is expected. Got batch size "
-            f"{list(tensordict.batch_size)}: there are no sequences in it."
-        )
-
-
-def read_mask(tensordict: TensorDictBase, reader: str) -> Tensor | None:
-    """Return the mask ``[*, T]`` if there is one, checked.
-
-    Raises:
-        TypeError: if it is not bool.
-        ValueError: if it is False everywhere.
-    """
-    mask = tensordict.get(MASK_KEY, None)
-    check_mask(mask)
-    if mask is None:
-        return None
-    mask = mask.reshape(tensordict.batch_size)
-    if not mask.any():
-        raise ValueError(
-            f"The mask {MASK_KEY!r} of this batch {list(tensordict.batch_size)} is False "
-            f"everywhere, so there is nothing that {reader} could learn from. Expected a step at "
-            "least that is True: skip such a batch."
-        )
-    return mask
-
-
-def refuse_not_finite(tensordict: TensorDictBase, key: NestedKey, mask: Tensor | None) -> None:
-    """Raise if an entry ``[*, T, ...]`` is there and is NaN or infinite at an unmasked step.
-
-    Raises:
-        ValueError: with the number of such steps and the place of the first.
-    """
-    value = tensordict.get(key, None)
-    if value is None or value.isfinite().all():
-        return
-    bad = (~value.isfinite()).reshape(*tensordict.batch_size, -1).any(-1)
-    if mask is not None:
-        bad &= mask
-    if bad.any():
-        raise ValueError(
-            f"{key!r} is not finite at {int(bad.sum())} of {bad.numel()} steps, first at "
-            f"{bad.nonzero()[0].tolist()}: nothing can be learned from that. Look for the reward "
-            "or the network that made it."
-        )
-
-
-def _refuse_chunks(estimator: ValueEstimatorBase, tensordict: TensorDictBase) -> None:
+def _find_chunk_problems(estimator: ValueEstimatorBase, batch: TensorDictBase) -> Iterator[Problem]:
     if estimator.value_chunk_size is None and estimator.num_chunks is None:
         return
-    if estimator.value_chunk_dim % tensordict.ndim == tensordict.ndim - 1:
-        raise ValueError(
-            f"{type(estimator).__name__}(value_chunk_dim={estimator.value_chunk_dim}) would cut a "
-            f"batch of shape {list(tensordict.shape)} along time, its last dimension, and with it "
-            "the memory of the value network. Chunk another dimension, or drop value_chunk_size "
-            "and num_chunks."
+    if batch.ndim and estimator.value_chunk_dim % batch.ndim == batch.ndim - 1:
+        yield Problem(
+            "chunks-of-time",
+            f"{_name(estimator)}(value_chunk_dim={estimator.value_chunk_dim}) would cut a batch of "
+            f"shape {list(batch.shape)} along time, its last dimension, and the value network "
+            "would lose its state at the cuts.",
+            "Chunk another dimension, or leave out value_chunk_size and num_chunks.",
         )
 
 
-def _reads_stored_states(loss: nn.Module, tensordict: TensorDictBase) -> bool:
-    """Whether a next view will be run from states that the batch holds."""
-    if tensordict.get("next", None) is None or isinstance(loss, READS_OWN_STATES):
+def find_start_problems(batch: TensorDictBase, layer: Layer, reader: str) -> Iterator[Problem]:
+    """Yield a problem if a row starts inside an episode and holds no state to start from.
+
+    Reads the flags of the first steps only where a state is missing.
+
+    Args:
+        batch: sequences ``[*, T]``.
+        layer: the recurrent module that would run on it.
+        reader: who runs it, for the message.
+    """
+    missing = [key for key in layer.state_keys if batch.get(key, None) is None]
+    flags = batch.get(layer.init_key, None)
+    if not missing or flags is None or not batch.ndim or not batch.batch_size.numel():
+        return
+    if not flags.select(batch.ndim - 1, 0).all():
+        yield Problem(
+            "state-missing",
+            f"{reader} would run {_name(layer.module)} from zeros inside episodes: the state "
+            f"{missing} is not in the batch, and not every row starts with an episode.",
+            "Collect with it, TensorDictSequential(actor, critic) as the collector's policy, and "
+            "append get_env_transforms_from_module(...) of the same to the environment.",
+            KeyError,
+        )
+
+
+def _reads_stored_states(loss: nn.Module, batch: TensorDictBase) -> bool:
+    """Return whether the next tensordict will be run from states that the batch holds."""
+    if batch.get("next", None) is None or isinstance(loss, READS_OWN_STATES):
         return False
     if isinstance(loss, ValueEstimatorBase):
         return True
-    # Losses on advantages that were worked out before run nothing on the next view.
+    # Losses on advantages that were computed before run no network on the next tensordict.
     advantage = getattr(getattr(loss, "tensor_keys", None), "advantage", None)
-    return advantage is None or tensordict.get(advantage, None) is None
+    return advantage is None or batch.get(advantage, None) is None
 
 
-def _refuse_missing_states(
-    loss: nn.Module, tensordict: TensorDictBase, recurrent: Recurrent
-) -> None:
-    for key in recurrent.state_keys:
+def _find_next_state_problems(name: str, batch: TensorDictBase, layer: Layer) -> Iterator[Problem]:
+    for key in layer.state_keys:
         ahead = next_key(key)
-        if tensordict.get(key, None) is not None and tensordict.get(ahead, None) is None:
-            raise KeyError(
-                f"The state {key!r} is in the batch and {ahead!r} is not, so {type(loss).__name__} "
-                "would run its next view from zeros. Store both in the replay buffer, or neither "
-                "(then sequences start from zeros in both views)."
+        if batch.get(key, None) is not None and batch.get(ahead, None) is None:
+            yield Problem(
+                "next-state-missing",
+                f"The state {key!r} is in the batch and {ahead!r} is not, so {name} would run its "
+                "next tensordict from zeros.",
+                f"Store {ahead!r} in the replay buffer too, or neither: then both start from 0.",
+                KeyError,
             )
 
 
-def _refuse_states_never_stored(loss: Any, tensordict: TensorDictBase, one: Recurrent) -> None:
-    """Raise if the next view of a value network would start from zeros behind a first step."""
-    missing = [key for key in one.state_keys if tensordict.get(next_key(key), None) is None]
+def _find_value_state_problems(loss: Any, batch: TensorDictBase, layer: Layer) -> Iterator[Problem]:
+    """Yield a problem if a value network would run the next tensordict from zeros."""
+    missing = [key for key in layer.state_keys if batch.get(next_key(key), None) is None]
     if not missing:
         return
     is_estimator = isinstance(loss, ValueEstimatorBase)
     network: Any = loss.value_network if is_estimator else getattr(loss, "critic_network", None)
     estimator = loss if is_estimator else getattr(loss, "_value_estimator", None)
     value = next_key(unravel_key(loss.tensor_keys.value))
-    is_known = getattr(estimator, "skip_existing", None) and tensordict.get(value, None) is not None
+    is_known = getattr(estimator, "skip_existing", None) and batch.get(value, None) is not None
     if network is None or getattr(estimator, "shifted", False) or is_known:
         return
-    if any(module is one.module for module in network.modules()):
-        raise KeyError(
-            f"The state {missing} is not in the batch, so {type(loss).__name__} would run the next "
-            "view of its value network from zeros, and not from the state behind the first step. "
+    if any(module is layer.module for module in network.modules()):
+        yield Problem(
+            "next-state-missing",
+            f"The state {missing} is not in the batch, so {_name(loss)} would run the next "
+            "tensordict of its value network from zeros instead of the state after the first "
+            "step.",
             "Collect with it, TensorDictSequential(actor, critic) as the collector's policy, and "
             "append get_env_transforms_from_module(...) of the same to the environment; or make "
-            "the estimator with shifted=True."
+            "the estimator with shifted=True.",
+            KeyError,
         )
 
 
-def refuse_lost_memory(tensordict: TensorDictBase, recurrent: Recurrent, reader: str) -> None:
-    """Raise if a row starts in the midst of an episode and holds no state to start from.
+def find_value_problems(
+    loss: Any, batch: TensorDictBase, mask: Tensor | None, starts: Tensor
+) -> Iterator[Problem]:
+    """Yield problems of a batch for a loss that only values show. Reads values.
 
     Args:
-        tensordict: ``[*, T]``, time last.
-        recurrent: the module that would run on it.
-        reader: what runs it, for the message.
-
-    Raises:
-        KeyError: with the keys that are missing, and how they get there.
+        loss: a TorchRL loss or value estimator.
+        batch: sequences ``[*, T]``, not empty.
+        mask: bool ``[*, T]``, False at padding.
+        starts: bool ``[*, T]``, True where a segment starts.
     """
-    missing = [key for key in recurrent.state_keys if tensordict.get(key, None) is None]
-    marks = tensordict.get(recurrent.init_key, None)
-    if not missing or marks is None or not tensordict.ndim:
-        return
-    if not marks.select(tensordict.ndim - 1, 0).all():
-        raise KeyError(
-            f"{reader} would run {type(recurrent.module).__name__} from zeros in the midst of "
-            f"episodes: the state {missing} is not in the data. Collect with it, "
-            "TensorDictSequential(actor, critic) as the collector's policy, and append "
-            "get_env_transforms_from_module(...) of the same to the environment."
-        )
+    if isinstance(loss, ON_POLICY):
+        yield from find_finite_problems(batch, _numbers_read(loss), mask)
+    if isinstance(loss, SACLoss) and getattr(loss, "value_network", None) is not None:
+        yield from _find_part_problems(loss, batch, starts)
 
 
-def refuse_unknown_states(recurrent: Recurrent, reader: str) -> None:
-    """Raise unless a module writes the state after every step.
+def _numbers_read(loss: Any) -> list[NestedKey]:
+    """Return the keys of the reward, and of the advantage and value target that a loss reads."""
+    keys = loss.tensor_keys
+    reward = next_key(unravel_key(getattr(keys, "reward", "reward")))
+    if isinstance(loss, ValueEstimatorBase):
+        return [reward]
+    computed = (getattr(keys, key, key) for key in ("advantage", "value_target"))
+    return [reward, *map(unravel_key, computed)]
 
-    Raises:
-        ValueError: with the module and the remedy.
-    """
-    module = recurrent.module
-    if not recurrent.writes_states:
-        raise ValueError(
-            f"{reader} reads the states that networks write, and {type(module).__name__} of "
-            f"{type(module).__module__.split('.')[0]} writes zeros in place of most. Use rnnkeys': "
-            "the same arguments, keys and state_dict."
+
+def _find_part_problems(loss: Any, batch: TensorDictBase, starts: Tensor) -> Iterator[Problem]:
+    """SAC with a value network deals the batch out to its critics along the first dimension."""
+    parts, number = loss.num_qvalue_nets, batch.shape[0]
+    fits = number % parts == 0
+    if fits and batch.ndim == 1:
+        cuts = torch.arange(1, parts, device=starts.device) * (number // parts)
+        fits = bool(starts[cuts].all())
+    if not fits:
+        yield Problem(
+            "parts",
+            f"{_name(loss)} with a value_network gives each of its {parts} critics a part of the "
+            f"batch, and would cut this one, {list(batch.batch_size)}, inside a slice.",
+            "Reshape slices of one length to rows, batch.reshape(-1, slice_len), and take a "
+            f"multiple of {parts} of them; or leave value_network out.",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ class Problem:
             the names.
         message: the key or argument, its value, and what was expected.
         remedy: what to change.
-        error: exception type to raise.
+        error: exception type to raise, or a warning category.
 
     Examples:
         >>> print(Problem("mask-dtype", "The mask must be bool. Got float32.", "Use .bool()."))
@@ -38,15 +39,19 @@ class Problem:
         return self.error(str(self))
 
 
-def raise_first(problems: Iterable[Problem]) -> None:
-    """Raise the first problem, if there is one.
+def raise_first(problems: Iterable[Problem], stacklevel: int = 2) -> None:
+    """Raise the first problem that is an error, if there is one; warn of those before it.
 
     Args:
-        problems: what a ``find_..._problems`` function yields; the ones after the first are never
-            computed.
+        problems: what a ``find_..._problems`` function yields; the ones after the first error are
+            never computed.
+        stacklevel: of the warnings, as for ``warnings.warn``.
 
     Raises:
         Exception: of the type that the problem names.
+
+    Warns:
+        UserWarning: if a problem's type is a warning.
 
     Examples:
         >>> raise_first([])
@@ -55,4 +60,6 @@ def raise_first(problems: Iterable[Problem]) -> None:
         ValueError: The batch is empty. Skip it. [no-steps]
     """
     for problem in problems:
-        raise problem.as_error()
+        if not issubclass(problem.error, Warning):
+            raise problem.as_error()
+        warnings.warn(str(problem), problem.error, stacklevel=stacklevel + 1)

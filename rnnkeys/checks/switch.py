@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 
 from torch import Tensor
@@ -10,6 +13,7 @@ from torch.compiler import is_compiling
 from .._compat import FakeTensor, in_transform
 
 _enabled = True
+_suspended: ContextVar[bool] = ContextVar("_suspended", default=False)
 
 
 class set_value_checks:
@@ -58,7 +62,23 @@ class set_value_checks:
 
 def value_checks_enabled() -> bool:
     """Return whether the checks that read values are switched on."""
-    return _enabled
+    return _enabled and not _suspended.get()
+
+
+@contextmanager
+def suspend_value_checks() -> Iterator[None]:
+    """Switch the checks that read values off in this thread: an outer call has run them.
+
+    Examples:
+        >>> with suspend_value_checks():
+        ...     value_checks_enabled()
+        False
+    """
+    token = _suspended.set(True)
+    try:
+        yield
+    finally:
+        _suspended.reset(token)
 
 
 def can_read_values(tensor: Tensor | None) -> bool:
@@ -69,6 +89,6 @@ def can_read_values(tensor: Tensor | None) -> bool:
         >>> can_read_values(torch.zeros(2)), can_read_values(torch.zeros(2, device="meta"))
         (True, False)
     """
-    if not _enabled or tensor is None or is_compiling() or in_transform():
+    if tensor is None or is_compiling() or in_transform() or not value_checks_enabled():
         return False
     return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..keys import MULTI_STEP_KEY, next_key
 from ..modules.network import Recurrent
-from ..sequences.segment_starts import check_contiguous_time, find_segment_starts, read_is_init
+from ..sequences.continuity import find_continuity_problems
+from ..sequences.segment_starts import find_segment_starts, read_is_init
 from .report import Report
 
 _CLOCKS = ("step_count", ("collector", "traj_ids"), ("collector", "mask"), "index")
@@ -84,11 +85,7 @@ def _moved(batch: TensorDictBase, dim: int, key: Any) -> TensorDictBase:
 
 
 def _is_contiguous(batch: TensorDictBase, key: Any) -> bool:
-    try:
-        check_contiguous_time(batch, key, find_segment_starts(batch, key))
-    except ValueError:
-        return False
-    return True
+    return not list(find_continuity_problems(batch, key))
 
 
 def _dimension_of_states(batch: TensorDictBase, recurrent: list[Recurrent]) -> int | None:

@@ -9,11 +9,12 @@ from torch import nn
 from torchrl.objectives import A2CLoss, LossModule, PPOLoss, ReinforceLoss
 from torchrl.objectives.value import ValueEstimatorBase
 
-from ..checks.losses import refuse_batch, refuse_loss
+from ..checks.losses import find_batch_problems, find_loss_problems
 from ..keys import MULTI_STEP_KEY, next_key
 from ..mode import recurrent_mode
 from ..modules.network import Recurrent
-from ..objectives.recurrent_loss import Wired, find_cut_keys
+from ..objectives.loss_inputs import find_dropped_keys
+from ..objectives.wiring import Wired
 from .batches import next_view_is_marked
 from .report import Report
 
@@ -29,10 +30,10 @@ def check_loss(
     if _wires_itself(loss) and not isinstance(loss, Wired):
         # The package's own losses mark and start their sequences themselves.
         return
-    try:
-        refuse_loss(loss, recurrent)
-    except ValueError as error:
-        report.add("refused", str(error), "see there: no marks and states cure it")
+    problems = list(find_loss_problems(loss, recurrent))
+    for problem in problems:
+        report.add(problem.check, problem.message, problem.remedy)
+    if problems:
         return
     if batch is not None and batch.get(MULTI_STEP_KEY, None) is None:
         _check_loss_with_batch(loss, recurrent, batch, report)
@@ -47,18 +48,8 @@ def _wires_itself(loss: nn.Module) -> bool:
 def _check_loss_with_batch(
     loss: nn.Module, recurrent: list[Recurrent], batch: TensorDictBase, report: Report
 ) -> None:
-    try:
-        refuse_batch(loss, batch, recurrent)
-    except KeyError as error:
-        keys = [next_key(key) for one in recurrent for key in one.state_keys]
-        missing = [key for key in keys if batch.get(key, None) is None]
-        report.add(
-            "target-state",
-            str(error.args[0]),
-            f"keep {missing} with the transitions that the replay buffer stores",
-        )
-    except ValueError as error:
-        report.add("refused", str(error), "see there")
+    for problem in find_batch_problems(loss, batch, recurrent):
+        report.add(problem.check, problem.message, problem.remedy)
 
 
 def _check_unwired(
@@ -78,7 +69,7 @@ def _check_unwired(
     if not isinstance(loss, LossModule):
         return
     states = {key for one in recurrent for key in one.state_keys}
-    cut = [key for key in find_cut_keys(loss) if key in states]
+    cut = [key for key in find_dropped_keys(loss) if key in states]
     if cut:
         report.add(
             "critic-state",

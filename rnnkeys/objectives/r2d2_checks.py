@@ -20,7 +20,7 @@ from ..checks import (
 )
 from ..keys import MASK_KEY, MULTI_STEP_KEY, entry_names, next_key
 from ..modules.network import RecurrentNetwork
-from ..transforms.prepare import find_sequence_problems
+from ..sequences import find_sequence_problems
 
 _READER = "R2D2Loss"
 _AGENTS_REMEDY = (

@@ -1,11 +1,15 @@
-"""What stands at masked steps is nobody's: no loss may see it."""
+"""Valid masks of padded sequences."""
 
 from __future__ import annotations
 
 import torch
 from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
 from torch import Tensor
 from torch.compiler import is_compiling
+
+from ..checks import find_mask_problems, raise_first
+from ..keys import MASK_KEY
 
 
 def sequence_mask(lengths: Tensor, max_len: int | None = None) -> Tensor:
@@ -37,19 +41,54 @@ def sequence_mask(lengths: Tensor, max_len: int | None = None) -> Tensor:
     return torch.arange(max_len, device=lengths.device) < lengths.unsqueeze(-1)
 
 
+def read_mask(
+    batch: TensorDictBase, reader: str = "a loss", mask_key: NestedKey = MASK_KEY
+) -> Tensor | None:
+    """Return the valid mask of a batch in the shape of the batch, or None without one.
+
+    Args:
+        batch: sequences ``[*, T]``.
+        reader: who reads the batch, for error messages.
+        mask_key: key of the mask, bool ``[*, T]`` or ``[*, T, 1]``.
+
+    Returns:
+        Bool ``[*, T]``, False at padding.
+
+    Raises:
+        TypeError: if the mask is not bool.
+        ValueError: if there is not one value for each step.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> mask = torch.ones(2, 5, 1, dtype=torch.bool)
+        >>> read_mask(TensorDict({"collector": {"mask": mask}}, [2, 5])).shape
+        torch.Size([2, 5])
+    """
+    mask = batch.get(mask_key, None)
+    if mask is None:
+        return None
+    raise_first(find_mask_problems(batch, reader, mask_key))
+    return mask.reshape(batch.batch_size)
+
+
 def zero_masked(
     batch: TensorDictBase, mask: Tensor, *, integers: bool = False, finite: bool = True
 ) -> TensorDictBase:
-    """Put zeros where steps are masked: a NaN there, times zero, would be NaN in the gradient.
+    """Zero out entries at padding steps.
+
+    A loss that multiplies padding by zero turns a NaN there into a NaN gradient; a zero it leaves
+    alone.
 
     Args:
-        batch: ``[*, T]``; it stays as it was.
-        mask: bool ``[*, T]``, False where steps are masked.
-        integers: put zeros in place of integers too, such as actions that there are not.
-        finite: put zeros in place of finite floats too, not only of NaN and infinities.
+        batch: sequences ``[*, T]``; it stays as it is.
+        mask: bool ``[*, T]``, False at padding.
+        integers: whether to zero out integers too, such as actions out of range.
+        finite: whether to zero out finite floats too, and not only NaN and infinities.
+
+    Returns:
+        A copy; the batch itself if it is in CPU memory and nothing is masked.
 
     Examples:
-        >>> import torch
         >>> from tensordict import TensorDict
         >>> batch = TensorDict({"reward": torch.tensor([1.0, float("nan")])}, [2])
         >>> zero_masked(batch, torch.tensor([True, False]))["reward"]
@@ -62,7 +101,7 @@ def zero_masked(
     def fill(entry: Tensor) -> Tensor:
         if not (entry.is_floating_point() or (integers and entry.dtype.is_signed)):
             return entry
-        where = ~mask.reshape(*mask.shape, *[1] * (entry.ndim - mask.ndim))
-        return entry.masked_fill(where if finite else where & ~entry.isfinite(), 0)
+        padding = ~mask.reshape(*mask.shape, *[1] * (entry.ndim - mask.ndim))
+        return entry.masked_fill(padding if finite else padding & ~entry.isfinite(), 0)
 
     return batch.apply(fill)  # pyright: ignore[reportReturnType]

@@ -1,4 +1,4 @@
-"""Where segments start in a batch of sequences: marks read, checked, carried to the next view."""
+"""Segment starts of a batch of sequences, and the states that segments start from."""
 
 from __future__ import annotations
 
@@ -9,224 +9,256 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from ..keys import MASK_KEY, entry_names, next_key
+from ..checks import (
+    Problem,
+    find_done_problems,
+    find_init_problems,
+    find_step_problems,
+    raise_first,
+)
+from ..keys import as_tuple, entry_names, next_key
 
 
-def set_next_is_init(
-    tensordict: TensorDictBase, init_keys: Iterable[NestedKey], *, check: bool = True
-) -> TensorDictBase:
-    """Return a shallow copy whose next view is marked wherever the root starts a segment.
-
-    The next view is the root shifted by one step. Run as a sequence it would go on from one slice
-    or episode to the following one; marked, each of its segments starts from the state that is
-    stored at ``("next", state)``.
+def read_is_init(batch: TensorDictBase, init_key: NestedKey) -> Tensor:
+    """Return the ``is_init`` flags of a batch.
 
     Args:
-        tensordict: ``[*, T]``, time last, with a ``"next"`` sub-TensorDict.
-        init_keys: keys of the marks.
-        check: whether to check that time is contiguous, which reads values on the host.
+        batch: sequences ``[*, T]``.
+        init_key: key of the flags.
 
     Returns:
-        A shallow copy: tensors are shared, the marks are new.
+        Bool ``[*, T, 1]``, or per agent ``[*, T, agents, 1]``.
 
     Raises:
-        KeyError: if a mark or ``"next"`` is missing.
-        TypeError: if a mark is not bool.
-        ValueError: if a mark has a wrong shape, or if time is missing or not contiguous.
+        KeyError: if the flags are missing.
+        TypeError: if they are not bool.
+        ValueError: if their shape is wrong, or if there is no time dimension.
 
     Examples:
         >>> from tensordict import TensorDict
-        >>> marks = torch.tensor([[True], [False], [True]])
-        >>> batch = TensorDict({"is_init": marks, "next": {"is_init": marks & False}}, [3])
-        >>> set_next_is_init(batch, ["is_init"])["next", "is_init"].flatten()
-        tensor([ True, False,  True])
+        >>> flags = torch.zeros(2, 5, 1, dtype=torch.bool)
+        >>> read_is_init(TensorDict({"is_init": flags}, [2, 5]), "is_init") is flags
+        True
     """
-    marked = tensordict.copy()
-    if tensordict.get("next", None) is None:
-        raise KeyError(
-            "There is no 'next' entry, so there is no next view to mark. Pass transitions as "
-            f"collectors and replay buffers give them. Entries here: {entry_names(tensordict)}."
-        )
-    for key in init_keys:
-        starts = find_segment_starts(tensordict, key)
-        if check:
-            check_contiguous_time(tensordict, key, starts)
-        marked.set(key, starts)
-        marked.set(next_key(key), _next_marks(tensordict, key, starts))
-    return marked
+    if not batch.ndim:
+        raise_first(find_step_problems(batch, "A recurrent network in recurrent mode"))
+    flags = batch.get(init_key, None)
+    raise_first(find_init_problems(batch, init_key))
+    return flags
 
 
-def find_segment_starts(tensordict: TensorDictBase, init_key: NestedKey) -> Tensor:
-    """Return the marks ``[*, T, ..., 1]`` of the root, and of the steps that follow a ``done``.
+def find_segment_starts(batch: TensorDictBase, init_key: NestedKey) -> Tensor:
+    """Return where segments start: at ``is_init`` flags, and after every ``done``.
 
-    A step that follows a ``done`` in its row starts a segment whoever forgot to say so: TorchRL
-    0.14.1's ``PrioritizedSliceSampler`` sets ``done`` at the end of every slice and marks no start.
+    The step after a ``done`` in its row starts a segment even if it carries no flag: TorchRL's
+    ``PrioritizedSliceSampler`` (0.14.1) sets ``done`` at the end of every slice and no flag, and
+    ``NoopResetEnv`` acts in resets. Flags belong to the ``done`` of their own group: those at
+    ``("agents", "is_init")`` to ``("next", "agents", "done")``, or else to ``("next", "done")``.
+
+    Args:
+        batch: sequences ``[*, T]``.
+        init_key: key of the flags, bool ``[*, T, 1]`` or per agent ``[*, T, agents, 1]``.
+
+    Returns:
+        Bool, in the shape of the flags. The first step of a row is True only if it is flagged.
 
     Raises:
-        KeyError: if the mark is missing.
-        TypeError: if it is not bool.
-        ValueError: if it has a wrong shape, or if there is no time dimension.
+        KeyError: if the flags are missing.
+        TypeError: if the flags or ``done`` are not bool.
+        ValueError: if the shape of the flags or of ``done`` is wrong, or if there is no time
+            dimension.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> flags = torch.tensor([[True], [False], [False]])
+        >>> done = torch.tensor([[False], [True], [False]])
+        >>> batch = TensorDict({"is_init": flags, "next": {"done": done}}, [3])
+        >>> find_segment_starts(batch, "is_init").flatten()
+        tensor([ True, False,  True])
     """
-    marks = read_is_init(tensordict, init_key)
-    done = _done_of(tensordict, init_key, marks)
-    if done is None or marks.shape[tensordict.ndim - 1] < 2:
-        return marks
-    time = tensordict.ndim - 1
-    follows = done.narrow(time, 0, done.shape[time] - 1)
-    return marks | torch.cat([torch.zeros_like(done.narrow(time, 0, 1)), follows], time)
+    flags = read_is_init(batch, init_key)
+    return flags | follow_done(batch, init_key, flags)
 
 
-def set_segment_starts(
-    tensordict: TensorDictBase, init_keys: Iterable[NestedKey]
-) -> TensorDictBase:
+def follow_done(
+    batch: TensorDictBase, init_key: NestedKey, flags: Tensor, name: str = "done"
+) -> Tensor:
+    """Return which steps follow a ``done`` of the flags' group in their row.
+
+    Args:
+        batch: sequences ``[*, T]``.
+        init_key: key of the flags.
+        flags: the flags.
+        name: ``"done"`` or ``"terminated"``.
+
+    Returns:
+        Bool, in the shape of the flags.
+
+    Raises:
+        TypeError: if ``done`` is not bool.
+        ValueError: if its shape is wrong.
+    """
+    time = batch.ndim - 1
+    key = _done_key(batch, init_key, name)
+    if key is None or flags.shape[time] < 2:
+        return torch.zeros_like(flags)
+    raise_first(find_done_problems(batch, key))
+    done = match_agents(batch.get(key), flags, batch.ndim)
+    ends = done.narrow(time, 0, done.shape[time] - 1)
+    return torch.cat([torch.zeros_like(done.narrow(time, 0, 1)), ends], time)
+
+
+def find_group_done_problems(batch: TensorDictBase, init_key: NestedKey) -> Iterable[Problem]:
+    """Yield problems of the ``done`` entry that belongs to the flags at ``init_key``."""
+    key = _done_key(batch, init_key)
+    if key is not None:
+        yield from find_done_problems(batch, key)
+
+
+def _done_key(
+    batch: TensorDictBase, init_key: NestedKey, name: str = "done"
+) -> tuple[str, ...] | None:
+    """Return the key of the ``done`` beside the flags, or else of the one nearest to the root."""
+    group = as_tuple(init_key)[:-1]
+    for depth in range(len(group), -1, -1):
+        key = ("next", *group[:depth], name)
+        if batch.get(key, None) is not None:
+            return key
+    return None
+
+
+def match_agents(flags: Tensor, like: Tensor, ndim: int) -> Tensor:
+    """Bring flags to the agent dimensions of other flags.
+
+    Shared flags hold for every agent. Of flags per agent, those of all agents together make a
+    shared one.
+
+    Args:
+        flags: bool ``[*batch, 1]`` or ``[*batch, agents, 1]``.
+        like: bool of either shape.
+        ndim: number of batch dimensions.
+
+    Returns:
+        Bool in the shape of ``like``.
+
+    Examples:
+        >>> per_agent = torch.tensor([[[True], [False]], [[True], [True]]])
+        >>> match_agents(per_agent, torch.zeros(2, 1), 1).flatten()
+        tensor([False,  True])
+    """
+    if flags.shape == like.shape:
+        return flags
+    if flags.ndim > like.ndim:
+        flags = flags.flatten(ndim).all(-1, keepdim=True)
+    shape = (*flags.shape[:ndim], *[1] * (like.ndim - flags.ndim), *flags.shape[ndim:])
+    return flags.reshape(shape).expand_as(like)
+
+
+def any_agent(flags: Tensor, ndim: int) -> Tensor:
+    """Reduce flags ``[*batch, ..., 1]`` to ``[*batch]``: True where any agent's is.
+
+    Examples:
+        >>> any_agent(torch.tensor([[[True], [False]]]), 1)
+        tensor([True])
+    """
+    return flags.flatten(ndim).any(-1)
+
+
+def set_segment_starts(batch: TensorDictBase, init_keys: Iterable[NestedKey]) -> TensorDictBase:
     """Return a shallow copy whose flags are those of :func:`find_segment_starts`.
+
+    Args:
+        batch: sequences ``[*, T]``; it stays as it is.
+        init_keys: keys of the flags.
 
     Raises:
         KeyError: as :func:`find_segment_starts`, which raises its other errors too.
     """
-    marked = tensordict.copy()
+    flagged = batch.copy()
     for key in init_keys:
-        marked.set(key, find_segment_starts(tensordict, key))
-    return marked
+        flagged.set(key, find_segment_starts(batch, key))
+    return flagged
 
 
-def check_mask(mask: Tensor | None) -> None:
-    """Raise TypeError if there is a mask that is not bool."""
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(
-            f"The mask {MASK_KEY!r} must be bool. Got {mask.dtype}: convert it with .bool()."
-        )
+def set_next_flags(batch: TensorDictBase, init_keys: Iterable[NestedKey]) -> TensorDictBase:
+    """Return a shallow copy with segment starts flagged at the root and in ``next``.
 
+    The ``next`` tensordict is the root shifted by one step. Run as a sequence, it must start a
+    segment wherever the root does, from the state stored at ``("next", state)``.
 
-def read_is_init(tensordict: TensorDictBase, init_key: NestedKey) -> Tensor:
-    """Return the marks stored at ``init_key``, checked.
+    Args:
+        batch: sequences ``[*, T]`` with a ``next`` tensordict; it stays as it is.
+        init_keys: keys of the flags.
 
     Raises:
-        KeyError: if there are none.
-        TypeError: if they are not bool.
-        ValueError: if their shape is not ``[*batch, ..., 1]``, or if there is no time dimension.
+        KeyError: if flags or ``next`` are missing.
+        TypeError: if flags or ``done`` are not bool.
+        ValueError: if a shape is wrong.
     """
-    if not tensordict.ndim:
-        raise ValueError(
-            "A batch of sequences needs a time dimension, the last one of its batch size. Got "
-            "batch size []."
-        )
-    marks = tensordict.get(init_key, None)
-    if marks is None:
-        raise KeyError(
-            f"There is no init key {init_key!r} in this batch, so nothing says where episodes "
-            "and slices start. Append InitTracker() to the environment, or all that a policy "
-            "needs with env = env.append_transform(get_env_transforms_from_module(policy)); if the "
-            f"flags have another name, pass it as init_key=. Entries: {entry_names(tensordict)}."
-        )
-    _check_marks(init_key, marks, tensordict)
-    return marks
+    if batch.get("next", None) is None:
+        raise_first([_missing_next(batch)])
+    flagged = batch.copy()
+    for key in init_keys:
+        starts = find_segment_starts(batch, key)
+        flagged.set(key, starts)
+        flagged.set(next_key(key), _next_starts(batch, key, starts))
+    return flagged
 
 
-def _check_marks(key: NestedKey, marks: Tensor, tensordict: TensorDictBase) -> None:
-    if marks.dtype is not torch.bool:
-        raise TypeError(
-            f"The init key {key!r} must be bool. Got {marks.dtype}: convert it with "
-            f"batch.set({key!r}, batch.get({key!r}).bool())."
-        )
-    if marks.ndim <= tensordict.ndim or marks.shape[-1] != 1:
-        raise ValueError(
-            f"The init key {key!r} must have the shape [*batch, 1] or, per agent, [*batch, "
-            f"agents, 1], with batch {list(tensordict.batch_size)}. Got {list(marks.shape)}: add "
-            "the last dimension with .unsqueeze(-1)."
-        )
+def _missing_next(batch: TensorDictBase) -> Problem:
+    return Problem(
+        "next",
+        f"The batch has no 'next' tensordict. Entries: {entry_names(batch)}.",
+        "Pass transitions as collectors and replay buffers return them.",
+        KeyError,
+    )
 
 
-def _next_marks(tensordict: TensorDictBase, key: NestedKey, starts: Tensor) -> Tensor:
-    time = tensordict.ndim - 1
+def _next_starts(batch: TensorDictBase, key: NestedKey, starts: Tensor) -> Tensor:
+    time = batch.ndim - 1
     first = torch.ones_like(starts.narrow(time, 0, 1))
-    # A loss may lay rows end to end (CrossQ does, SAC does to skip done states), so rows' starts
-    # are marked too.
-    marks = torch.cat([first, starts.narrow(time, 1, starts.shape[time] - 1)], time)
-    stored = tensordict.get(next_key(key), None)
+    # Some losses lay rows end to end (CrossQ, SAC without done states), so rows start segments too.
+    flags = torch.cat([first, starts.narrow(time, 1, starts.shape[time] - 1)], time)
+    stored = batch.get(next_key(key), None)
     if stored is None:
-        return marks
-    _check_marks(next_key(key), stored, tensordict)
-    if stored.shape != marks.shape:
-        raise ValueError(
-            f"The init key {next_key(key)!r} must have the shape of {key!r}, {list(marks.shape)}. "
-            f"Got {list(stored.shape)}."
-        )
-    return marks | stored
+        return flags
+    raise_first(find_init_problems(batch, next_key(key)))
+    if stored.shape != flags.shape:
+        raise_first([_other_shape(key, flags, stored)])
+    return flags | stored
 
 
-def _done_of(tensordict: TensorDictBase, init_key: NestedKey, marks: Tensor) -> Tensor | None:
-    """Find the ``done`` beside a mark, or else nearer to the root, in the mark's shape."""
-    path = () if isinstance(init_key, str) else init_key[:-1]
-    for depth in range(len(path), -1, -1):
-        done = tensordict.get(("next", *path[:depth], "done"), None)
-        if done is None or done.dtype is not torch.bool or done.shape[-1:] != (1,):
-            continue
-        if done.shape == marks.shape:
-            return done
-        if done.ndim == tensordict.ndim + 1 < marks.ndim:
-            wide = done.reshape(*tensordict.batch_size, *[1] * (marks.ndim - tensordict.ndim))
-            return wide.expand_as(marks)
-    return None
+def _other_shape(key: NestedKey, flags: Tensor, stored: Tensor) -> Problem:
+    return Problem(
+        "init-shape",
+        f"The init key {next_key(key)!r} must have the shape of {key!r}, {list(flags.shape)}. Got "
+        f"{list(stored.shape)}.",
+        f"Remove it (batch.exclude({next_key(key)!r})), or store the flags that InitTracker "
+        "writes.",
+    )
 
 
-def check_contiguous_time(tensordict: TensorDictBase, init_key: NestedKey, starts: Tensor) -> None:
-    """Check that every step follows the one before it in its row, unless it is marked as a start.
+def shift_states(after: Tensor, initial: Tensor, starts: Tensor, time: int) -> Tensor:
+    """Return the state that enters each step.
 
-    What the batch says about time is believed: trajectory ids and step counts, or else the index in
-    a replay buffer.
+    At segment starts, and at the first step of a row, it is the initial state; elsewhere it is the
+    state after the step before.
 
-    Raises:
-        ValueError: if a step follows one that is not the step before it.
+    Args:
+        after: states after each step, ``[*, T, ..., L, H]``.
+        initial: states that segments would start from, of the same shape.
+        starts: bool ``[*, T, 1]`` or per agent ``[*, T, agents, 1]``.
+        time: index of the time dimension.
+
+    Returns:
+        States in the shape of ``after``.
+
+    Examples:
+        >>> after = torch.tensor([1.0, 2.0, 3.0]).reshape(3, 1, 1)
+        >>> starts = torch.tensor([[True], [False], [True]])
+        >>> shift_states(after, torch.zeros(3, 1, 1), starts, 0).flatten()
+        tensor([0., 1., 0.])
     """
-    if tensordict.batch_size[-1] < 2:
-        return
-    for key, breaks in _time_breaks(tensordict):
-        unmarked = breaks & ~starts.flatten(tensordict.ndim).any(-1)[..., 1:]
-        mask = tensordict.get(MASK_KEY, None)
-        if mask is not None:
-            unmarked &= mask.reshape(tensordict.batch_size)[..., 1:]
-        if unmarked.any():
-            where = (
-                unmarked.nonzero()[0]
-                + torch.eye(tensordict.ndim, dtype=torch.long)[-1].to(unmarked.device)
-            ).tolist()
-            raise ValueError(
-                f"Time is not contiguous in this batch: {int(unmarked.sum())} of "
-                f"{unmarked.numel()} steps do not follow the step before them (see {key!r}; the "
-                f"first is at {where}), and {init_key!r} marks no start there. A recurrent "
-                "network in recurrent mode needs runs of consecutive steps, each start marked. "
-                "Sample slices: SliceSampler, or a sampler of rnnkeys.transforms; to run single "
-                "transitions, use set_recurrent_mode(False)."
-            )
-
-
-def _time_breaks(tensordict: TensorDictBase) -> Iterable[tuple[NestedKey, Tensor]]:
-    """Yield for each clock where ``[*, T - 1]`` the following step is not the next in time."""
-    shape = tensordict.batch_size
-    known = False
-    ids = tensordict.get(("collector", "traj_ids"), None)
-    if ids is not None and ids.numel() == shape.numel():
-        known = True
-        yield ("collector", "traj_ids"), ids.reshape(shape).diff(dim=-1) != 0
-    count = tensordict.get("step_count", None)
-    if count is not None and count.numel() == shape.numel():
-        known = True
-        yield "step_count", count.reshape(shape).diff(dim=-1) != 1
-    index = tensordict.get("index", None)
-    if index is not None and not known:
-        yield from _index_breaks(index, len(shape))
-
-
-def _index_breaks(index: Tensor, ndim: int) -> Iterable[tuple[NestedKey, Tensor]]:
-    if not isinstance(index, Tensor) or index.ndim not in (ndim, ndim + 1):
-        return
-    index = index.unsqueeze(-1) if index.ndim == ndim else index
-    step = index.diff(dim=ndim - 1)
-    if not step.any():
-        # A buffer of whole windows repeats the window's index along time, which tells nothing.
-        return
-    # A full buffer goes on at its first place.
-    wraps = index.narrow(ndim - 1, 1, index.shape[ndim - 1] - 1)[..., 0] == 0
-    follows = ((step[..., 0] == 1) | wraps) & (step[..., 1:] == 0).all(-1)
-    yield "index", ~follows
+    is_first = starts.reshape(*starts.shape[:-1], *[1] * (after.ndim - starts.ndim + 1)).clone()
+    is_first.select(time, 0).fill_(True)
+    return torch.where(is_first, initial, after.roll(1, time))

@@ -7,13 +7,6 @@ from ..modules.primers import get_env_transforms_from_module as get_env_transfor
 from ..modules.primers import get_primers_from_module as get_primers_from_module
 from ..sequences.masks import sequence_mask as sequence_mask
 from .burn_in import BurnIn as BurnIn
-from .next_init import NextInitPrioritizedSliceSampler as NextInitPrioritizedSliceSampler
-from .next_init import NextInitSliceSampler as NextInitSliceSampler
-from .next_init import (
-    NextInitSliceSamplerWithoutReplacement as NextInitSliceSamplerWithoutReplacement,
-)
-from .next_init import NextInitStreamingSliceSampler as NextInitStreamingSliceSampler
-from .next_init import NextInitTracker as NextInitTracker
 from .refresh import RefreshStates as RefreshStates
 from .staleness import compute_staleness as compute_staleness
 from .staleness import measure_staleness as measure_staleness

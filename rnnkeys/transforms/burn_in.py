@@ -8,7 +8,6 @@ from typing import cast
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from tensordict.utils import NestedKey
 
 from ..checks import as_int
 from ..keys import next_key
@@ -124,8 +123,9 @@ def write_initial_states(
     Args:
         network: runs over the first steps, in recurrent mode.
         windows: ``[*, T]``, with the stored states (missing states are zeros).
-        learned: its steps from ``burn_in`` on, ``[*, T - K]``. The states at its first step, and
-            those of the first ``next`` tensordict if they are there, are written, into new tensors.
+        learned: its steps from ``burn_in`` on, ``[*, T - K]``. The states at its first step are
+            written, into new tensors; if ``next`` holds states, so is the state after the first
+            step, there and where the second step reads it.
         burn_in: ``K``, at least 1.
     """
     time = windows.ndim - 1
@@ -139,16 +139,24 @@ def write_initial_states(
         if state is None:
             state = entering.new_zeros((*learned.batch_size, *after.shape[learned.ndim :]))
         entering = torch.where(is_start, state.select(time, 0), entering)
-        _write_first(learned, key, state, entering, time)
+        learned.set(key, _with_step(state, 0, entering, time))
         after_first = learned.get(next_key(key), None)
-        if after_first is not None:
-            _write_first(learned, next_key(key), after_first, after.select(time, burn_in), time)
+        if after_first is None:
+            continue
+        first = after.select(time, burn_in)
+        learned.set(next_key(key), _with_step(after_first, 0, first, time))
+        if learned.shape[time] > 1:
+            state = learned.get(key)
+            is_start = expand_flags(learned.get(init_key), after_first).select(time, 1)
+            second = torch.where(is_start, state.select(time, 1), first)
+            learned.set(key, _with_step(state, 1, second, time))
 
 
-def _write_first(
-    learned: TensorDictBase, key: NestedKey, state: torch.Tensor, first: torch.Tensor, time: int
-) -> None:
-    # A stored state may be expanded along time, so that it cannot be written in place.
-    state = state.clone(memory_format=torch.contiguous_format)
-    state.select(time, 0).copy_(first)
-    learned.set(key, state)
+def _with_step(states: torch.Tensor, step: int, value: torch.Tensor, time: int) -> torch.Tensor:
+    """Return a copy of states with the value of one step replaced."""
+    if states.stride(time) == 0 and states.shape[time] > 1:
+        # One state for a whole window: that of its first step.
+        return states if step else value.unsqueeze(time).expand_as(states)
+    states = states.clone(memory_format=torch.contiguous_format)
+    states.select(time, step).copy_(value)
+    return states

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
-import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from ..checks import (
-    Problem,
-    can_read_values,
-    find_done_problems,
-    find_empty_mask_problems,
-    find_init_problems,
-    find_mask_problems,
-    find_step_problems,
-    raise_first,
-)
-from ..keys import MASK_KEY
-from ..sequences.segment_starts import (
-    check_contiguous_time,
-    find_segment_starts,
-    set_segment_starts,
-)
+from ..checks import raise_first
+from ..sequences import find_sequence_problems, set_segment_starts
 
 
 def prepare_sequences(
@@ -39,7 +24,7 @@ def prepare_sequences(
 
     Returns:
         A shallow copy whose flags are those of
-        :func:`rnnkeys.sequences.segment_starts.find_segment_starts`.
+        :func:`rnnkeys.sequences.find_segment_starts`.
 
     Raises:
         KeyError: if flags are missing.
@@ -52,41 +37,6 @@ def prepare_sequences(
     return set_segment_starts(batch, init_keys)
 
 
-def find_sequence_problems(
-    batch: TensorDictBase,
-    init_keys: Iterable[NestedKey],
-    state_keys: Iterable[tuple[NestedKey, NestedKey]] = (),
-    *,
-    reader: str = "a recurrent network",
-    read_values: bool | None = None,
-) -> Iterator[Problem]:
-    """Yield the problems of a batch as sequences."""
-    problems = [*find_step_problems(batch, reader)]
-    yield from problems
-    for key in init_keys:
-        yield from find_init_problems(batch, key)
-    yield from find_done_problems(batch, ("next", "done"))
-    yield from find_mask_problems(batch, reader)
-    flags = batch.get(next(iter(init_keys)), None)
-    if not (can_read_values(flags) if read_values is None else read_values):
-        return
-    mask = batch.get(MASK_KEY, None)
-    if mask is not None:
-        yield from find_empty_mask_problems(mask, reader)
-    for key in init_keys:
-        try:
-            check_contiguous_time(batch, key, find_segment_starts(batch, key))
-        except ValueError as error:
-            yield Problem("continuity", str(error), "")
-
-
 def expand_flags(flags: Tensor, state: Tensor) -> Tensor:
     """Give flags ``[*, T, ..., 1]`` the dimensions of a state ``[*, T, ..., L, H]``."""
     return flags.reshape(*flags.shape[:-1], *[1] * (state.ndim - flags.ndim + 1))
-
-
-def shift_states(after: Tensor, initial: Tensor, starts: Tensor, time: int) -> Tensor:
-    """Return the state that enters each step."""
-    is_first = expand_flags(starts, after).clone()
-    is_first.select(time, 0).fill_(True)
-    return torch.where(is_first, initial, after.roll(1, time))

@@ -13,7 +13,8 @@ from torchrl.data import ListStorage, TensorStorage
 from ..checks import as_int
 from ..keys import MASK_KEY, next_key
 from ..modules.network import RecurrentNetwork
-from .prepare import prepare_sequences, shift_states
+from ..sequences import shift_states
+from .prepare import prepare_sequences
 from .windows import EPISODE_KEY, FIRST_KEY
 
 

@@ -23,7 +23,8 @@ from rnnkeys import check_recurrent_policy, get_primers_from_module, set_recurre
 from rnnkeys.diagnostics import Report, staleness_by_step
 from rnnkeys.objectives import R2D2Loss, recurrent_loss
 from rnnkeys.replay import PrioritizedSliceSampler
-from rnnkeys.transforms import NextInitSliceSampler, NextInitTracker, Windows
+from rnnkeys.sequences import set_next_is_init
+from rnnkeys.transforms import Windows
 from tests.support import target_cases as cases
 from tests.support.target_cases import Mod, Seq, ShortEpisodes
 
@@ -101,10 +102,7 @@ def test_a_right_wiring_of_an_estimator() -> None:
 
 def test_marks_alone_are_right_too() -> None:
     setup = DQN.make(rnnkeys, "gru")
-    data = cases.collect(DQN, setup.policy, 80)
-    batch = cases.sampled(data, 40, NextInitSliceSampler(slice_len=4))
-    assert not Wiring(setup.policy, batch=batch, loss=setup.loss).check()
-    batch = NextInitTracker()(cases.flat(DQN, setup.policy))
+    batch = set_next_is_init(cases.flat(DQN, setup.policy))
     assert not Wiring(setup.policy, batch=batch, loss=setup.loss).check()
 
 
@@ -288,7 +286,7 @@ def target_without_states() -> Wiring:
 
 def dropped_critic_state() -> Wiring:
     wiring = unmarked(TD3)
-    wiring.batch = NextInitTracker()(wiring.batch)
+    wiring.batch = set_next_is_init(wiring.batch)
     return wiring
 
 
@@ -381,12 +379,12 @@ FAULTS: dict[str, tuple[Callable[[], Wiring], str, str]] = {
     "next view not marked": (unmarked, "next-view", "recurrent_loss"),
     "loss alone": (unmarked_loss_alone, "next-view", "recurrent_loss"),
     "no slice marked": (unmarked_by_torchrls_prioritised_sampler, "next-view", "recurrent_loss"),
-    "target without states": (target_without_states, "target-state", "'next', 'critic_h'"),
+    "target without states": (target_without_states, "next-state-missing", "'next', 'critic_h'"),
     "critic's state dropped": (dropped_critic_state, "critic-state", "recurrent_loss"),
     "multi-step data": (multi_step, "multi-step", "TDLambda"),
-    "refused loss": (loss_that_cannot_be_right, "refused", ""),
-    "refused estimator": (estimator_that_changed, "refused", ""),
-    "chunks of time": (chunks_of_time, "refused", ""),
+    "refused loss": (loss_that_cannot_be_right, "unsupported-loss", ""),
+    "refused estimator": (estimator_that_changed, "unsupported-loss", ""),
+    "chunks of time": (chunks_of_time, "chunks-of-time", ""),
     "estimator in single steps": (estimator_in_single_steps, "mode", "recurrent_loss"),
     "stale states": (stale, "staleness", "burn sequences in"),
     "steps mixed": (mixed_steps, "single-step", "mixes steps"),

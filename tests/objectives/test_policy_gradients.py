@@ -164,7 +164,10 @@ def test_a_critic_whose_states_nobody_collected_is_refused(reader: str) -> None:
         wired(bare)
     # Rows that start with their episode need none at the root, but behind their first step.
     bare["is_init"][:, 0] = True
-    with pytest.raises(KeyError, match="next view of its value network from zeros.*shifted=True"):
+    with pytest.raises(
+        KeyError,
+        match=r"from zeros.*shifted=True.*\[next-state-missing\]",
+    ):
         wired(bare)
 
 

@@ -26,7 +26,7 @@ from benchmarks import targets
 from rnnkeys import set_recurrent_mode
 from rnnkeys.objectives import recurrent_loss
 from rnnkeys.replay import PrioritizedSliceSampler
-from rnnkeys.transforms import NextInitTracker
+from rnnkeys.sequences import set_next_is_init
 from tests.support import target_cases as cases
 from tests.support import target_oracle as oracle
 from tests.support.target_cases import CASES, DATA, Case, Setup
@@ -205,7 +205,7 @@ def test_marks_alone_make_it_right(name: str) -> None:
     """The tracker on a sampled batch, and no wiring: enough where no state is cut away."""
     case = BY_NAME[name]
     setup = case.make(rnnkeys, "gru")
-    batch = NextInitTracker()(data_of("flat", case, setup))
+    batch = set_next_is_init(data_of("flat", case, setup))
     check_next_values(case, setup, batch)
 
 

@@ -30,10 +30,12 @@ ENTRIES = "rnnkeys.modules.entries:"
 MODE = "rnnkeys.mode:"
 PRIMERS = "rnnkeys.modules.primers:"
 STARTS = "rnnkeys.sequences.segment_starts:"
-WIRING = "rnnkeys.objectives.recurrent_loss:"
+LOSS_INPUTS = "rnnkeys.objectives.loss_inputs:"
+WIRING = "rnnkeys.objectives.wiring:"
+VALID_STEPS = "rnnkeys.objectives.valid_steps:"
+WINDOW_CUTS = "rnnkeys.sequences.windows:"
 MASKS = "rnnkeys.sequences.masks:"
 R2D2 = "rnnkeys.objectives.r2d2:"
-MINIBATCHES = "rnnkeys.objectives.minibatches:"
 BURN_IN = "rnnkeys.transforms.burn_in:"
 WINDOWS = "rnnkeys.transforms.windows:"
 STREAMS = "rnnkeys.transforms.streams:"
@@ -256,16 +258,16 @@ def primer_of_another_dtype(original: Any, shapes: Any, dtype: Any = None, devic
 
 @seen_by(
     "tests/objectives/test_targets.py::test_next_values[DQN double delayed TD0-flat]",
-    target=STARTS + "set_next_is_init",
+    target=STARTS + "set_next_flags",
 )
-def next_flags_not_set(original: Any, tensordict: Any, init_keys: Any, **options: Any):
+def next_flags_not_set(original: Any, batch: Any, init_keys: Any):
     """The next tensordict has no is_init flags, so it runs on from one segment to another."""
-    marked = original(tensordict, init_keys, **options)
-    return marked.update({"next": tensordict.get("next").copy()})
+    flagged = original(batch, init_keys)
+    return flagged.update({"next": batch.get("next").copy()})
 
 
 @seen_by(
-    "tests/transforms/test_next_init.py::test_a_step_behind_done_becomes_a_start",
+    "tests/sequences/test_next_is_init.py::test_set_next_is_init_without_flags_after_done_sets_them",
     target=STARTS + "find_segment_starts",
 )
 def done_starts_no_segment(original: Any, tensordict: Any, init_key: Any):
@@ -275,7 +277,7 @@ def done_starts_no_segment(original: Any, tensordict: Any, init_key: Any):
 
 @seen_by(
     "tests/objectives/test_targets.py::test_returns_stop_at_slices_that_nobody_truncated[GAE]",
-    target=WIRING + "_mark_ends",
+    target=WIRING + "Wired._end_returns",
 )
 def returns_not_cut(original: Any, *args: Any):
     """Returns are summed over the start of the next segment."""
@@ -283,7 +285,7 @@ def returns_not_cut(original: Any, *args: Any):
 
 @seen_by(
     "tests/objectives/test_targets.py::test_the_critic_keeps_its_state_in_the_actor_loss_too[TD3]",
-    target=WIRING + "_keep_cut_keys",
+    target=LOSS_INPUTS + "keep_dropped_keys",
 )
 def critic_state_cut(original: Any, loss: Any):
     """TD3 cuts the critic's state out of the batch."""
@@ -332,21 +334,23 @@ def returns_over_episodes(original: Any, rewards: Any, value: Any, ends: Tensor,
 
 @seen_by(
     "tests/objectives/test_minibatches.py::test_minibatches_have_the_size_asked_for",
-    target=MINIBATCHES + "SequenceMinibatches._cut",
+    target=WINDOW_CUTS + "find_spans",
 )
-def sequences_cut_early(original: Any, self: Any, starts: Tensor, mask: Any):
+def sequences_cut_early(original: Any, *args: Any):
     """SequenceMinibatches: sequences lack their last step."""
-    cut = original(self, starts, mask)
+    cut = original(*args)
     return cut._replace(length=cut.length - 1)
 
 
 @seen_by(
     "tests/objectives/test_minibatches.py::test_advantages_are_normalised_over_unmasked_steps",
-    target=MINIBATCHES + "normalize",
+    target=VALID_STEPS + "standardize",
 )
-def advantages_over_padding(original: Any, advantage: Tensor, valid: Tensor):
-    """SequenceMinibatches: advantages are normalised over padding, too."""
-    return original(advantage, torch.ones_like(valid))
+def advantages_over_padding(
+    original: Any, advantage: Tensor, mask: Tensor, *rest: Any, **options: Any
+):
+    """SequenceMinibatches: advantages are normalized over padding, too."""
+    return original(advantage, torch.ones_like(mask), *rest, **more)
 
 
 @seen_by(

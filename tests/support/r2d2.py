@@ -61,11 +61,13 @@ def make_windows(one_hot: bool = True, masked: bool = True) -> TensorDict:
     after = torch.randn(B, T, I, dtype=F64)
     continues = ~over[:, :-1]
     after[:, :-1][continues] = observation[:, 1:][continues]
+    state = torch.randn(B, T, 1, H, dtype=F64)
+    state[:, 1:][(terminated | truncated)[:, :-1]] = 0
     action = torch.randint(A, (B, T))
     data = TensorDict(
         {
             "observation": observation,
-            "recurrent_state": torch.randn(B, T, 1, H, dtype=F64),
+            "recurrent_state": state,
             "is_init": starts.unsqueeze(-1),
             "action": nn.functional.one_hot(action, A) if one_hot else action,
             "priority_weight": torch.rand(B, 1, dtype=F64).expand(B, T),

@@ -93,9 +93,10 @@ def run(loss: Any, batch: TensorDictBase) -> Seen:
 
 
 def perturbed(batch: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
-    """Change everything real in one slice from the middle; return where nothing was changed.
+    """Change every float in one slice from the middle; return where nothing was changed.
 
-    A slice behind one that was cut short is preferred: there a return could run on.
+    The slice stays a sequence: what ``next`` holds arrives at the next step. A slice after one that
+    was cut short is preferred, because there a return could run on.
     """
     starts = starts_of(batch)
     number = starts.cumsum(0)
@@ -108,5 +109,9 @@ def perturbed(batch: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
     for value in other.values(True, True):
         if value.is_floating_point():
             value[inside] += torch.randn_like(value[inside]) * 0.5
+    steps = inside.nonzero().flatten()
+    for key, value in other["next"].items(True, True):
+        if value.is_floating_point() and other.get(key, None) is not None:
+            other.get(key)[steps[1:]] = value[steps[:-1]]
     assert inside.any() and not inside[0] and not inside[-1]
     return other, ~inside

@@ -14,6 +14,7 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from rnnkeys import LSTMModule, recurrent_module, set_recurrent_mode
 from rnnkeys.keys import as_tuple
+from rnnkeys.sequences import find_sequence_problems
 from rnnkeys.transforms import BurnIn, RefreshStates, Windows
 from tests.support.recurrent import F64, batch, by_hand, chain, recurrently
 from tests.support.tolerances import assert_equal
@@ -36,9 +37,11 @@ def _module(kind: str = "gru", **arguments: Any) -> Any:
 
 
 def _with_next(module: Any, data: TensorDictBase) -> TensorDictBase:
-    """Add next states, as an older network would have written them."""
+    """Add next states, as an older network would have written them: they arrive one step later."""
     for key in module.state_keys:
-        data.set(("next", *as_tuple(key)), torch.randn_like(data.get(key)))
+        after = data.get(key).roll(-1, 1)
+        after[:, -1] = torch.randn_like(after[:, -1])
+        data.set(("next", *as_tuple(key)), after)
     return data
 
 
@@ -111,6 +114,7 @@ def test_sequences_done_without_a_flag_ends_an_episode(run):
     data = _with_next(module, batch(module, (2, 20), marks=0.0))
     data["is_init"][:, [0, 5, 10, 15]] = True
     data["next", "done"] = data["is_init"].roll(-1, 1)
+    data["recurrent_state"][:, [5, 10, 15]] = 0
     bare = data.clone()
     bare["is_init"][:, 1:] = False
     expected, actual = run(module)(data), run(module)(bare)
@@ -200,3 +204,19 @@ def test_burn_in_nan_in_later_padding_changes_nothing():
     assert torch.equal(left["recurrent_state"][:, 0], clean["recurrent_state"][:, 0])
     actual, expected = (recurrently(module, one)["embed"][:, :3] for one in (left, clean))
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("layout", ["stepwise", "one state", "one state copied"])
+def test_burn_in_of_a_batch_leaves_a_sequence_without_problems(layout):
+    module = _module()
+    data = _with_next(module, batch(module, (3, 9), marks=0.0))
+    if layout != "stepwise":
+        for key in ("recurrent_state", ("next", "recurrent_state")):
+            data[key] = data[key][:, :1].expand(3, 9, 2, 5)
+    if layout == "one state copied":
+        data = data.clone()
+        data["next", "recurrent_state"] = data["next", "recurrent_state"].contiguous()
+        data["recurrent_state"] = data["recurrent_state"].contiguous()
+    learned = BurnIn(module, 2)(data)
+    assert not [*find_sequence_problems(learned, ["is_init"], [("recurrent_state", "is_init")])]
+    assert torch.equal(learned["is_init"], data["is_init"][:, 2:])

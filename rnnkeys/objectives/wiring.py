@@ -1,0 +1,324 @@
+"""What a wired loss does around every call: check and prepare the batch, return what it wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase, unravel_key
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torch.compiler import is_compiling
+from torchrl.objectives import (
+    A2CLoss,
+    DistributionalDQNLoss,
+    IQLLoss,
+    PPOLoss,
+    ReinforceLoss,
+)
+from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS
+from torchrl.objectives.value import ValueEstimatorBase
+
+from ..checks import find_finite_problems, raise_first, suspend_value_checks, value_checks_enabled
+from ..checks.losses import find_batch_problems, find_estimator_problems, find_value_problems
+from ..keys import MASK_KEY, as_keys, as_tuple, next_key
+from ..mode import set_recurrent_mode
+from ..modules.network import RecurrentLayer, RecurrentNetwork
+from ..sequences import find_sequence_problems, read_mask, zero_masked
+from ..sequences.segment_starts import any_agent, find_segment_starts, match_agents, set_next_flags
+from .loss_inputs import find_dropped_keys, keep_masks
+
+
+@dataclass
+class Wiring:
+    """What a wired loss holds besides its own attributes: no parameters, nothing for a state_dict.
+
+    Attributes:
+        layers: the recurrent modules inside.
+        init_keys: keys of their ``is_init`` flags.
+        state_keys: pairs ``(state key, init key)``.
+        written: keys that the networks inside write.
+        selected: state keys that the loss would drop (see ``loss_inputs``).
+        checked: whether the values of a batch have been checked.
+        active: whether a call is running.
+        valid: valid mask of the running call, ``[*, T]`` or per agent; None without padding.
+        seen: tensors that hooks of the running call have recorded, by name.
+    """
+
+    layers: tuple[RecurrentLayer, ...]
+    init_keys: list[NestedKey]
+    state_keys: list[tuple[NestedKey, NestedKey]]
+    written: set[Any]
+    selected: list[NestedKey]
+    checked: bool = False
+    active: bool = False
+    valid: Tensor | None = None
+    seen: dict[str, Tensor] = field(default_factory=dict)
+
+
+def make_wiring(loss: Any, init_key: NestedKey | list[NestedKey] | None) -> Wiring:
+    """Find the recurrent modules of a loss and their keys.
+
+    Args:
+        loss: a TorchRL loss or value estimator.
+        init_key: key of the flags, or a list of keys; None for those of the modules inside.
+    """
+    network = RecurrentNetwork(loss)
+    init_keys = list(network.init_keys) if init_key is None else as_keys(init_key)
+    states = set(network.state_keys)
+    selected = [key for key in find_dropped_keys(loss) if key in states]
+    pairs = [pair for pair in network.pairs if pair[1] in init_keys]
+    return Wiring(network.layers, init_keys, pairs, set(network.output_keys), selected)
+
+
+class Wired:
+    """Base of the classes that :func:`recurrent_loss` makes, before the loss in their bases.
+
+    Attributes:
+        wired_class: the class of the loss before it was wired.
+    """
+
+    wired_class: Any
+    _wiring: Wiring
+
+    def call_wired(
+        self, method: Callable[..., Any], batch: TensorDictBase, args: Any, kwargs: Any
+    ) -> Any:
+        """Check and prepare a batch, run a method of the loss on it, and return what it wrote.
+
+        Args:
+            method: ``forward`` or another method that takes the batch.
+            batch: sequences ``[*, T]``; the loss's own results are written into it.
+            args: further arguments of the method.
+            kwargs: further keyword arguments.
+
+        Returns:
+            What the method returns.
+        """
+        if self._wiring.active:
+            return method(self, batch, *args, **kwargs)
+        prepared = self._prepare(batch)
+        self._wiring.valid = self._find_valid(prepared)
+        before = prepared.copy()
+        result = self._call(method, prepared, args, kwargs)
+        self._check_result(result, before)
+        self._return_written(before, prepared, batch)
+        return batch if result is prepared else result
+
+    def _call(
+        self, method: Callable[..., Any], batch: TensorDictBase, args: Any, kwargs: Any
+    ) -> Any:
+        wiring = self._wiring
+        wiring.active = True
+        try:
+            # The batch has been checked; modules inside need not check it again.
+            with nullcontext() if is_compiling() else suspend_value_checks():
+                with set_recurrent_mode(True):
+                    result = method(self, batch, *args, **kwargs)
+                return self.correct_for_padding(result, batch)
+        finally:
+            wiring.active = False
+            wiring.valid = None
+            wiring.seen.clear()
+
+    def correct_for_padding(self, result: Any, batch: TensorDictBase) -> Any:
+        """Correct what a loss averages over padding; called after the method of the loss.
+
+        Args:
+            result: what the method returned.
+            batch: the prepared batch.
+
+        Returns:
+            The result, with corrected figures.
+        """
+        return result
+
+    def _prepare(self, batch: TensorDictBase) -> TensorDictBase:
+        """Return a checked shallow copy, with segment starts flagged and padding without NaN."""
+        self._check(batch)
+        mask = read_mask(batch)
+        if isinstance(self, IQLLoss) and not is_compiling():
+            keep_masks(self, batch, self._mask_keys())
+        if mask is not None:
+            # Finite values stay: TorchRL's losses report some values of masked steps too.
+            batch = zero_masked(batch, mask, finite=False)
+        if batch.get("next", None) is None:
+            return batch.copy()
+        prepared = set_next_flags(batch, self._wiring.init_keys)
+        self._add_zero_states(prepared)
+        self._end_returns(prepared, mask)
+        self._drop_lone_value(prepared)
+        if isinstance(self, DistributionalDQNLoss) and prepared.ndim > 1:
+            return _lay_end_to_end(prepared, self._wiring.init_keys)
+        return prepared
+
+    def _check(self, batch: TensorDictBase) -> None:
+        wiring = self._wiring
+        loss: Any = self
+        reads_values = self._reads_values(batch)
+        name = str(self.wired_class.__name__)
+        raise_first(find_estimator_problems(loss))
+        raise_first(find_batch_problems(loss, batch, wiring.layers))
+        raise_first(
+            find_sequence_problems(
+                batch, wiring.init_keys, wiring.state_keys, reader=name, read_values=reads_values
+            )
+        )
+        if reads_values:
+            flags = [find_segment_starts(batch, key) for key in wiring.init_keys]
+            starts = torch.stack([any_agent(one, batch.ndim) for one in flags]).any(0)
+            raise_first(find_value_problems(loss, batch, read_mask(batch), starts))
+            wiring.checked = True
+
+    def _reads_values(self, batch: TensorDictBase) -> bool:
+        """Whether to read values: always in CPU memory, elsewhere at the first call alone."""
+        if is_compiling() or not value_checks_enabled():
+            return False
+        flags = batch.get(self._wiring.init_keys[0], None)
+        on_cpu = flags is None or flags.device.type == "cpu"
+        return on_cpu or not self._wiring.checked
+
+    def _mask_keys(self) -> tuple[NestedKey, ...]:
+        """Return the keys of the masks that the loss reads."""
+        named = getattr(self, "loss_mask_key", MASK_KEY)
+        if named is None:
+            return ()
+        return AUTO_LOSS_MASK_KEYS if named == "auto" else (named,)
+
+    def _find_valid(self, batch: TensorDictBase) -> Tensor | None:
+        """Return the mask of the steps that count, of all masks that the loss reads."""
+        masks = [batch.get(key, None) for key in self._mask_keys()]
+        masks = [mask for mask in masks if mask is not None]
+        if not masks:
+            return None
+        most = max(masks, key=lambda mask: mask.ndim)
+        valid = most
+        for mask in masks:
+            valid = valid & mask.reshape(*mask.shape, *[1] * (most.ndim - mask.ndim))
+        return valid
+
+    def _add_zero_states(self, batch: TensorDictBase) -> None:
+        """Add zeros for states that are not stored and that the loss selects from the batch."""
+        if all(batch.get(key, None) is not None for key in self._wiring.selected):
+            return
+        for layer in self._wiring.layers:
+            for key in layer.state_keys:
+                if key in self._wiring.selected and batch.get(key, None) is None:
+                    zero = RecurrentNetwork(layer.module).initial_states()[key]
+                    zeros = zero.expand(*batch.batch_size, *zero.shape)
+                    batch.set(key, zeros).set(next_key(key), zeros)
+
+    def _end_returns(self, batch: TensorDictBase, mask: Tensor | None) -> None:
+        """Set ``done`` at the last step of every segment and before padding, in place.
+
+        A sampler with ``truncated_key=None`` leaves no ``done`` at the end of a slice; TD(lambda),
+        TD(1) and GAE would add the rewards of the next one. Flags end the returns of their own
+        group of agents, and those of groups inside or around it.
+        """
+        loss: Any = self
+        time = batch.ndim - 1
+        key = next_key(getattr(loss.tensor_keys, "done", "done"))
+        done = batch.get(key, None)
+        if done is None or batch.shape[time] < 2 or getattr(loss, "auto_reset_env", False):
+            return
+        terminated = next_key(getattr(loss.tensor_keys, "terminated", "terminated"))
+        if batch.get(terminated, None) is None:
+            batch.set(terminated, done)
+        starts = [
+            match_agents(batch.get(one), done, batch.ndim)
+            for one in self._wiring.init_keys
+            if _share_group(as_tuple(one)[:-1], key[1:-1])
+        ]
+        ends = torch.stack([torch.zeros_like(done), *starts]).any(0).roll(-1, time)
+        if mask is not None:
+            padding = (mask & ~mask.roll(-1, time)).reshape(
+                *mask.shape, *[1] * (done.ndim - mask.ndim)
+            )
+            ends = ends | padding
+        ends = ends.clone()
+        ends.select(time, -1).fill_(False)
+        batch.set(key, done | ends)
+
+    def _drop_lone_value(self, batch: TensorDictBase) -> None:
+        """Drop a value that is stored in one half of the transition only: both are computed."""
+        loss: Any = self
+        keys = loss.tensor_keys
+        if isinstance(loss, ValueEstimatorBase):
+            computes = loss.value_network is not None and not loss.skip_existing
+        else:
+            has_advantage = isinstance(loss, (A2CLoss, PPOLoss, ReinforceLoss))
+            computes = has_advantage and batch.get(keys.advantage, None) is None
+        if computes:
+            stored = [key for key in _value_keys(loss) if batch.get(key, None) is not None]
+            if len(stored) == 1:
+                batch.del_(stored[0])
+
+    def _check_result(self, result: Any, batch: TensorDictBase) -> None:
+        """Raise if the result is not finite because an entry of the batch is not."""
+        if not self._reads_values(batch) or self._is_finite(result):
+            return
+        keys = [key for key in batch.keys(True, True) if not self._is_state(key)]
+        mask = read_mask(batch)
+        raise_first(find_finite_problems(batch, keys, mask))
+        for state, init in self._wiring.state_keys:
+            for key, flags in ((state, init), (next_key(state), next_key(init))):
+                if batch.get(key, None) is None or batch.get(flags, None) is None:
+                    continue
+                starts = any_agent(batch.get(flags), batch.ndim).clone()
+                starts.select(batch.ndim - 1, 0).fill_(True)
+                used = starts if mask is None else starts & mask
+                raise_first(find_finite_problems(batch, [key], used))
+
+    def _is_finite(self, result: Any) -> bool:
+        """Return whether the losses, or the advantages of an estimator, are finite."""
+        if isinstance(self, ValueEstimatorBase):
+            keys: Any = self.tensor_keys
+            result = [result.get(keys.advantage, None), result.get(keys.value_target, None)]
+        elif isinstance(result, TensorDictBase):
+            result = [value for key, value in result.items() if str(key).startswith("loss")]
+        values = result if isinstance(result, (list, tuple)) else [result]
+        floats = [x for x in values if isinstance(x, Tensor) and x.is_floating_point()]
+        return all(bool(value.isfinite().all()) for value in floats)
+
+    def _is_state(self, key: NestedKey) -> bool:
+        path = as_tuple(key)
+        path = path[1:] if path[0] == "next" else path
+        return any(path == as_tuple(state) for state, _ in self._wiring.state_keys)
+
+    def _return_written(
+        self, before: TensorDictBase, after: TensorDictBase, batch: TensorDictBase
+    ) -> None:
+        """Write what the loss wrote into the caller's batch, without flags and network outputs."""
+        networks = self._wiring.written
+        if isinstance(self, ValueEstimatorBase):
+            networks = networks.difference(_value_keys(self))
+        for key, value in after.items(True, True):
+            if key in networks or value is before.get(key, None):
+                continue
+            if after.shape != batch.shape:
+                value = value.reshape(*batch.shape, *value.shape[1:])
+            batch.set(key, value)
+
+
+def _share_group(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    """Return whether one of two groups of agents lies inside the other, or is it."""
+    number = min(len(one), len(other))
+    return one[:number] == other[:number]
+
+
+def _lay_end_to_end(batch: TensorDictBase, init_keys: list[NestedKey]) -> TensorDictBase:
+    """Flatten ``[*, T]`` to ``[N]`` for a loss that takes nothing else; rows start segments."""
+    time = batch.ndim - 1
+    for key in init_keys:
+        flags = batch.get(key).clone()
+        flags.select(time, 0).fill_(True)
+        batch.set(key, flags)
+    return batch.reshape(-1)
+
+
+def _value_keys(loss: Any) -> tuple[NestedKey, NestedKey]:
+    key = unravel_key(loss.tensor_keys.value)
+    return key, next_key(key)
