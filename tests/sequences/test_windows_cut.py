@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tensordict import NonTensorStack, TensorDict
 
@@ -28,12 +30,14 @@ def test_find_spans_with_a_mask_leaves_out_runs_without_a_valid_step() -> None:
 
 def test_cut_windows_repeats_the_last_step_and_keeps_masks_and_other_entries() -> None:
     rows = TensorDict({"x": torch.arange(10).reshape(2, 5)}, [2, 5])
-    rows["name"] = NonTensorStack(*[NonTensorStack(*"abcde"), NonTensorStack(*"fghij")])
+    stack: Any = NonTensorStack
+    rows["name"] = stack(stack(*"abcde"), stack(*"fghij"))
     spans = Spans(torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([4, 2]))
     windows, mask = cut_windows(rows, spans)
     assert windows["x"].tolist() == [[1, 2, 3, 4], [5, 6, 6, 6]]
     assert mask.tolist() == [[True] * 4, [True, True, False, False]]
-    assert windows[1].get("name").tolist() == ["f", "g", "g", "g"]
+    names: Any = windows.get("name")
+    assert names[1].tolist() == ["f", "g", "g", "g"]
     rows[MASK] = torch.tensor([[[True]] * 5, [[False]] + [[True]] * 4])
     assert cut_windows(rows, spans)[1].tolist() == [[True] * 4, [False, True, False, False]]
 

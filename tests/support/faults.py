@@ -350,7 +350,7 @@ def advantages_over_padding(
     original: Any, advantage: Tensor, mask: Tensor, *rest: Any, **options: Any
 ):
     """SequenceMinibatches: advantages are normalized over padding, too."""
-    return original(advantage, torch.ones_like(mask), *rest, **more)
+    return original(advantage, torch.ones_like(mask), *rest, **options)
 
 
 @seen_by(
