@@ -77,6 +77,7 @@ def make_simple_env(
     hide: Sequence[int] = (),
     scale: float | Sequence[float] = 1.0,
     frame_stack: int = 1,
+    discrete_actions: bool = False,
 ) -> gym.Env:
     """Make one environment of Gymnasium whose spaces are of the few kinds that networks use.
 
@@ -92,6 +93,8 @@ def make_simple_env(
         hide: indices of entries that are left out of a vector, such as velocities.
         scale: factor of a vector's entries, or one factor for each that is left.
         frame_stack: number of last observations that are concatenated.
+        discrete_actions: keep the actions of a Discrete space, from 0, for networks with a value
+            for each action; raise if the space is another one.
 
     Raises:
         EnvError: if the environment or a wrapper cannot be made, if a space cannot be
@@ -109,7 +112,7 @@ def make_simple_env(
     if pixels:
         env = gym.wrappers.GrayscaleObservation(gym.wrappers.AddRenderObservation(env))
         env = gym.wrappers.ResizeObservation(env, (84, 84))
-    env = _simplify_actions(env, name)
+    env = _number_actions(env, name) if discrete_actions else _simplify_actions(env, name)
     if _is_image(env.observation_space):
         if hide:
             raise EnvError(f"hide is {tuple(hide)}, but {name} shows images: expected ()")
@@ -263,6 +266,17 @@ class _Vector:
                 "a finite number. Correct the environment, or replace the value in a wrapper"
             )
         return vector
+
+
+def _number_actions(env: gym.Env, name: str) -> gym.Env:
+    space: Any = env.action_space
+    if not isinstance(space, spaces.Discrete):
+        raise EnvError(
+            f"{name} has the action space {' '.join(str(space).split())}: expected Discrete, for a "
+            "network has one value for each action. Convert it in a wrapper"
+        )
+    shift = partial(np.add, space.start, dtype=space.dtype)
+    return gym.wrappers.TransformAction(env, shift, spaces.Discrete(int(space.n)))
 
 
 def _simplify_actions(env: gym.Env, name: str) -> gym.Env:

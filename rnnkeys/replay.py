@@ -87,6 +87,9 @@ class AnyTrees:
     dtype: torch.dtype
     _max_capacity: int
     _device: torch.device | None
+    _sum_tree: Any
+    _alpha: float
+    _eps: float
 
     def _init(self) -> None:
         on_cuda = self._device is not None and self._device.type == "cuda"
@@ -105,6 +108,29 @@ class AnyTrees:
         """Set priorities of any floating dtype; the extension takes only that of its trees."""
         cast = torch.as_tensor(priority).to(self.dtype)
         super().update_priority(index, cast, **storage)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def get_priorities(self, index: Tensor) -> Tensor:
+        """Return the priorities of items, as ``update_priority`` takes them.
+
+        Where ``alpha=0`` makes all items equal, their priorities are 1.
+
+        Args:
+            index: indices of items, int64 ``[*]``.
+
+        Returns:
+            float64 ``[*]``.
+
+        Examples:
+            >>> sampler = PrioritizedSampler(max_capacity=4, alpha=0.5, beta=1.0)
+            >>> sampler.extend(torch.arange(3))
+            >>> sampler.update_priority(torch.tensor([0, 2]), torch.tensor([2.0, 5.0]))
+            >>> sampler.get_priorities(torch.tensor([2, 0])).round(decimals=4)
+            tensor([5., 2.], dtype=torch.float64)
+        """
+        mass = torch.as_tensor(self._sum_tree[index]).double().cpu()
+        if self._alpha == 0:
+            return torch.ones_like(mass)
+        return mass ** (1 / self._alpha) - self._eps
 
 
 class PrioritizedSampler(AnyTrees, samplers.PrioritizedSampler):

@@ -203,3 +203,17 @@ def test_make_gym_env_value_that_is_not_finite_raises(name: str, message: str) -
     play(name, steps=12)
     with pytest.raises(EnvError, match=message):
         play(name, steps=13)
+
+
+@pytest.mark.parametrize(("name", "count"), [("Choice", 2), ("ChoiceFromMinus1", 3)])
+def test_make_gym_env_discrete_actions_are_one_hot_from_the_first(name: str, count: int) -> None:
+    actions = play(action_id(name), discrete_actions=True)["action"]
+    assert actions.shape == (2, 45, count)
+    assert (actions.sum((0, 1)) > 0).all() and (actions.sum(-1) == 1).all()
+
+
+@pytest.mark.parametrize("name", ["Binary", "ChoicesMatrix"])
+def test_make_gym_env_discrete_actions_of_another_space_raise(name: str) -> None:
+    space = type(ACTIONS[name][0]).__name__
+    with pytest.raises(EnvError, match=rf"action space {space}\(.*\): expected Discrete"):
+        make_gym_env(action_id(name), discrete_actions=True)

@@ -111,3 +111,14 @@ def test_states_are_saved_and_loaded(tmp_path):
 def test_other_dtypes_are_refused():
     with pytest.raises(NotImplementedError, match=r"dtype=torch\.int64.*torch\.float32"):
         replay.PrioritizedSampler(4, 0.7, 0.9, dtype=torch.int64)
+
+
+@given(priorities, st.sampled_from([0.0, 0.6, 1.0]))
+def test_sampler_get_priorities_returns_what_update_priority_took(values, alpha):
+    sampler = replay.PrioritizedSampler(40, alpha, 0.4)
+    index = torch.arange(len(values))
+    sampler.extend(index)
+    sampler.update_priority(index, torch.tensor(values))
+    got = sampler.get_priorities(index.flip(0)).flip(0)
+    expected = torch.tensor(values).double() if alpha else torch.ones(len(values)).double()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)

@@ -72,7 +72,8 @@ def compute_values(
 def starts_in_window(network: RecurrentNetwork, windows: TensorDictBase, steps: int) -> Tensor:
     """Return which of the first steps follow an episode start in their window.
 
-    Their states do not depend on the stored state, so they are never stale.
+    Their states do not depend on the stored state, so they are never stale. Of a network without
+    flags, a feed-forward one, that holds for all steps.
 
     Args:
         network: whose ``is_init`` flags are read.
@@ -82,7 +83,8 @@ def starts_in_window(network: RecurrentNetwork, windows: TensorDictBase, steps: 
     Returns:
         Bool ``[B, steps]``.
     """
-    found = torch.ones(1, dtype=torch.bool, device=windows.device)
+    device = windows.get(network.input_keys[0]).device
+    found = torch.ones(windows.shape[0], steps, dtype=torch.bool, device=device)
     for key in network.init_keys:
         flags = read_is_init(windows, key)[:, :steps]
         found = found & (flags.flatten(2).cumsum(1) > 0).all(-1)

@@ -1,0 +1,348 @@
+"""The R2D2 tutorial, run with small budgets. ``make learn`` measures that it learns."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from tensordict import TensorDict
+
+from rnnkeys.collectors import ActorsLostError, LocalActors
+from tests.support import odd_environments
+from tests.support.tutorials import (
+    ROOT,
+    assert_complete,
+    assert_same,
+    interrupt_script,
+    load_tutorial,
+    read_checkpoint,
+    read_result,
+    read_rows,
+    start_script,
+)
+
+SCRIPT = ROOT / "tutorials" / "r2d2.py"
+SMALL = [
+    *("--warmup", "128", "--num-envs", "4", "--batch-frames", "64", "--updates", "2"),
+    *("--windows", "4", "--window-len", "8", "--period", "4", "--burn-in", "2"),
+    *("--hidden-size", "8", "--eval-episodes", "2", "--eval-every", "128"),
+]
+SHORT = [*SMALL, "--frames", "384"]
+NO_SIGNALS = pytest.mark.skipif(sys.platform == "win32", reason="no signals between processes")
+
+pytestmark = pytest.mark.usefixtures("signal_handlers")
+tutorial = load_tutorial("r2d2")
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    def main(*argv: str) -> Path:
+        tutorial.main([*argv, "--output", str(tmp_path)])
+        return tmp_path
+
+    return main
+
+
+def make_run(folder: Path, *argv: str, checkpoint: Any = None) -> Any:
+    args, _ = tutorial.read_args([*argv, "--output", str(folder / "new")])
+    return tutorial.Run(args, checkpoint or {})
+
+
+def count_gradient_steps(checkpoint: dict[str, Any]) -> int:
+    return int(checkpoint["optimizer"]["state"][0]["step"])
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--burn-in", "0", "--state", "zero", "--cell", "gru"],
+        ["--burn-in", "0", "--state", "refreshed", "--refresh-every", "64"],
+        ["--alpha", "0", "--cell", "lstm_ln", "--target-period", "3", "--decay", "constant"],
+    ],
+    ids=" ".join,
+)
+def test_run_writes_all_files(
+    run: Run, argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(*SHORT, *argv)
+    assert_complete(folder, [128, 256, 384])
+    assert count_gradient_steps(read_checkpoint(folder)) == 2 * 5
+    assert read_rows(folder)[1]["staleness_first"] > 0
+    out, bar = capsys.readouterr()
+    assert f"mean return {read_result(folder)['test_return']:.1f} over 20 new episodes" in out
+    for shown in ("384/384", "it/s", "training_return=", "loss=", "epsilon=", "lag="):
+        assert shown in bar
+
+
+def test_run_of_the_feed_forward_baseline_has_no_staleness(run: Run) -> None:
+    folder = run(*SHORT, "--cell", "feed_forward")
+    assert_complete(folder, [128, 256, 384])
+    assert not any(row["staleness_first"] for row in read_rows(folder)[1:])
+
+
+@pytest.mark.parametrize("name", ["Image", "Dict", "Discrete", "Float64"])
+def test_run_in_other_observation_spaces_learns(run: Run, name: str) -> None:
+    folder = run(*SMALL, "--frames", "192", "--env", odd_environments.observation_id(name))
+    assert count_gradient_steps(read_checkpoint(folder)) == 2 * 2
+
+
+def test_run_with_one_seed_repeats_itself(tmp_path: Path) -> None:
+    rows = []
+    for name in ("a", "b"):
+        tutorial.main([*SHORT, "--output", str(tmp_path / name)])
+        rows.append([{**row, "seconds": 0.0} for row in read_rows(tmp_path / name)])
+    assert_same(rows[0], rows[1])
+
+
+def test_resume_with_more_frames_continues(run: Run) -> None:
+    folder = run(*SHORT)
+    before, rows = read_checkpoint(folder), read_rows(folder)
+    tutorial.main(["--resume", str(folder / "checkpoint.pt"), "--frames", "512"])
+    after = read_checkpoint(folder)
+    assert_complete(folder, [128, 256, 384, 512])
+    assert read_rows(folder)[:3] == rows
+    # The replay buffer is restored: no second warmup.
+    assert count_gradient_steps(after) - count_gradient_steps(before) == 2 * 2
+    assert after["trajectories"] > before["trajectories"] > 0
+
+
+@pytest.mark.parametrize("capacity", ["40", "1000"])
+def test_resume_restores_the_saved_state(run: Run, tmp_path: Path, capacity: str) -> None:
+    folder = run(*SHORT, "--capacity", capacity)
+    saved = read_checkpoint(folder)
+    assert len(saved["replay"]["priorities"]) <= int(capacity)
+    args = tutorial.Args(**saved["args"])
+    tutorial.Run(args, saved).save()
+    again = read_checkpoint(folder)
+    old, new = saved["replay"].pop("priorities"), again["replay"].pop("priorities")
+    torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-7)
+    assert_same(again, saved)
+
+
+class ReplayMachine(RuleBasedStateMachine):
+    """A replay buffer of six windows of one step, against a list of values and priorities."""
+
+    args = tutorial.Args(window_len=1, period=1, burn_in=0, capacity=6, windows=3, alpha=0.6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.replay = tutorial.make_replay(self.args, {})
+        self.next = 0
+
+    @property
+    def saved(self) -> dict[float, float]:
+        saved = tutorial.save_replay(self.replay)
+        if not saved:
+            return {}
+        values = saved["windows"]["x"].flatten().tolist()
+        return dict(zip(values, saved["priorities"].tolist(), strict=True))
+
+    @rule(steps=st.integers(1, 8))
+    def extend(self, steps: int) -> None:
+        before = self.saved
+        x = torch.arange(self.next, self.next + steps).float().unsqueeze(0)
+        flags = torch.zeros(1, steps, 1, dtype=torch.bool)
+        trajectory = torch.zeros(1, steps, dtype=torch.int64)
+        batch = TensorDict({"x": x, "is_init": flags}, [1, steps])
+        batch["next", "done"] = flags
+        batch["collector", "traj_ids"] = trajectory
+        self.replay.extend(batch)
+        self.next += steps
+        kept = {value: before[value] for value in before if value in self.saved}
+        assert {value: self.saved[value] for value in kept} == pytest.approx(kept, rel=1e-5)
+
+    @rule(priority=st.floats(0.1, 10.0))
+    def update_priorities(self, priority: float) -> None:
+        if not len(self.replay):
+            return
+        windows = self.replay.sample()
+        windows["td_error"] = torch.full(windows.shape, priority)
+        self.replay.update_tensordict_priority(windows)
+        for value in windows["x"].flatten().tolist():
+            assert self.saved[value] == pytest.approx(priority, rel=1e-5)
+
+    @rule()
+    def save_and_load(self) -> None:
+        before = self.saved
+        self.replay = tutorial.make_replay(self.args, tutorial.save_replay(self.replay))
+        assert self.saved == pytest.approx(before, rel=1e-5)
+
+    @invariant()
+    def holds_the_newest_windows_from_the_oldest_on(self) -> None:
+        newest = range(max(0, self.next - self.args.capacity), self.next)
+        assert list(self.saved) == list(newest)
+
+
+ReplayMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=12, deadline=None)
+TestReplayMachine = ReplayMachine.TestCase
+
+
+def test_learn_starts_windows_from_zero_or_stored_states(run: Run, tmp_path: Path) -> None:
+    saved = read_checkpoint(run(*SHORT))
+    for state in ("zero", "stored"):
+        args = tutorial.Args(**{**saved["args"], "state": state, "windows": 200})
+        one = tutorial.Run(args, saved)
+        seen = []
+        one.loss.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        one.learn()
+        inside = seen[0]["window", "first"] > 0
+        assert seen[0]["recurrent_state_h"][inside].any() == (state == "stored")
+
+
+def test_make_explorer_gives_each_actor_its_part_of_the_ladder(tmp_path: Path) -> None:
+    one = make_run(tmp_path, *SHORT, "--actors", "process", "--num-actors", "2")
+    explorers = [
+        tutorial.make_explorer(one.args, one.policy, one.epsilon_floor, actor)[-1]
+        for actor in range(2)
+    ]
+    rates = torch.cat([explorer.epsilons for explorer in explorers])
+    assert len(rates) == 4 and (rates.diff() < 0).all() and rates[0] == pytest.approx(0.4)
+    one.frames = 7_500
+    one.anneal()
+    assert explorers[0].floor == explorers[1].floor == 0.5
+
+
+@pytest.mark.parametrize(
+    ("exploration", "rate"),
+    [("linear", 0.5), ("exponential", 0.05 + 0.9 * math.exp(-0.5))],
+)
+def test_anneal_follows_the_exploration_schedule(
+    tmp_path: Path, exploration: str, rate: float
+) -> None:
+    argv = ["--exploration", exploration, "--epsilon", "0.05", "--epsilon-start", "0.95"]
+    one = make_run(tmp_path, *SHORT, *argv, "--epsilon-frames", "1000")
+    one.frames = 500
+    one.anneal()
+    explorer = tutorial.make_explorer(one.args, one.policy, one.epsilon_floor, 0)[-1]
+    assert explorer.floor.item() == pytest.approx(rate) and not explorer.epsilons.any()
+
+
+def test_run_with_a_target_period_copies_the_network_at_once(run: Run, tmp_path: Path) -> None:
+    saved = read_checkpoint(run(*SHORT, "--decay", "constant"))
+    one = tutorial.Run(tutorial.Args(**{**saved["args"], "target_period": 3}), saved)
+
+    def is_equal() -> bool:
+        online, target = one.loss.value_network_params, one.loss.target_value_network_params
+        return bool((online.data == target.data).all())
+
+    equal = []
+    for _ in range(6):
+        one.learn()
+        equal.append(is_equal())
+    assert equal == [False, False, True, False, False, True]
+
+
+def test_run_without_actors_saves_and_says_so(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect, batches = LocalActors.next, []
+
+    def collect_four(actors: LocalActors) -> Any:
+        if len(batches) == 4:
+            raise ActorsLostError("Actor 1 is lost, and no other is left")
+        batches.append(collect(actors))
+        return batches[-1]
+
+    monkeypatch.setattr(LocalActors, "next", collect_four)
+    with pytest.raises(SystemExit, match="error: Actor 1 is lost, and no other is left"):
+        run(*SHORT)
+    saved = read_checkpoint(tmp_path)
+    assert saved["frames"] == 256 and count_gradient_steps(saved) == 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ("OddNaN-v0", "an observation of OddNaN-v0 is nan"),
+        ("OddNaNReward-v0", "a reward of OddNaNReward-v0 is nan"),
+    ],
+)
+def test_run_with_nan_from_the_environment_names_it(run: Run, env: str, message: str) -> None:
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        run(*SHORT, "--env", env)
+
+
+def test_run_with_infinite_loss_names_the_remedy(run: Run) -> None:
+    with pytest.raises(ValueError, match="The loss .*is not finite .*Scale rewards down"):
+        run(*SHORT, "--reward-scale", "1e38")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--burn-in", "40"], "--burn_in is 40: expected less than window_len"),
+        (["--period", "41"], "--period is 41: expected at most window_len"),
+        (["--num-actors", "2"], "--num_actors is 2: expected 1 if this process collects"),
+        (["--actors", "ray", "--num-actors", "3"], "--num_envs is 16: expected a multiple"),
+        (["--batch-frames", "100"], "--batch_frames is 100: expected a multiple of num_envs"),
+        (["--eta", "1.5"], "--eta is 1.5: expected a number from 0 to 1"),
+        (["--windows", "0"], "--windows is 0: expected at least 1"),
+        (["--hide", "7"], r"hide is \(7,\): expected some of the entries 0 to 3"),
+        (["--env", "Pendulum-v1"], r"action space Box.*expected Discrete"),
+        (["--env", odd_environments.action_id("Choices")], "action space MultiDiscrete"),
+        (["--env", odd_environments.action_id("Binary")], "action space MultiBinary"),
+        (["--env", "CartPole-v9"], "error: .*CartPole-v9"),
+        (["--env", "nowhere:It-v0"], "error: .*nowhere"),
+        (["--resume", str(SCRIPT)], "not a checkpoint of this program"),
+    ],
+)
+def test_main_with_a_bad_value_raises_and_writes_nothing(
+    tmp_path: Path, argv: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit, match=message) as raised:
+        tutorial.main([*argv, "--output", str(tmp_path)])
+    assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argv", [["--frame", "3"], ["--cell", "rnn"], ["--actors", "thread"]])
+def test_main_with_an_unknown_option_raises(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        tutorial.main(argv)
+    assert argv[-2] in capsys.readouterr().err
+
+
+def test_run_in_a_folder_with_a_run_needs_resume_or_overwrite(run: Run) -> None:
+    folder = run(*SHORT)
+    saved = (folder / "checkpoint.pt").read_bytes()
+    with pytest.raises(SystemExit, match=r"contains a run. Continue it with --resume .*--overwr"):
+        run(*SHORT, "--seed", "1")
+    with pytest.raises(SystemExit, match="Nowhere"):
+        run(*SHORT, "--env", "Nowhere-v0", "--overwrite")
+    with pytest.raises(SystemExit, match="--window_len must be 8, as in"):
+        tutorial.main(["--resume", str(folder / "checkpoint.pt"), "--window-len", "10"])
+    assert (folder / "checkpoint.pt").read_bytes() == saved
+    run(*SHORT, "--seed", "1", "--overwrite")
+    assert read_result(folder)["args"]["seed"] == 1
+
+
+@NO_SIGNALS
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_script_after_a_signal_saves_the_run(tmp_path: Path, number: signal.Signals) -> None:
+    out = interrupt_script(SCRIPT, [*SMALL, "--frames", "10000000"], tmp_path, number)
+    checkpoint = read_checkpoint(tmp_path / "out")
+    assert f"Stopped after {checkpoint['frames']} frames" in out
+    assert "--resume out/checkpoint.pt" in out
+    assert len(read_rows(tmp_path / "out")) == checkpoint["frames"] // 128
+
+
+def test_script_in_another_folder_collects_with_processes(tmp_path: Path) -> None:
+    argv = [*SHORT, "--actors", "process", "--num-actors", "2"]
+    process = start_script(SCRIPT, argv, tmp_path)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    folder = tmp_path / "runs" / "r2d2"
+    assert_complete(folder, [128, 256, 384])
+    assert read_rows(folder)[-1]["lag"] >= 1
