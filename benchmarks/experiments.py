@@ -37,6 +37,11 @@ FEED_FORWARD = ("--cell", "feed_forward")
 POSITIONS = ("--keep-observations", "0", "2", "--observation-scales", "2.4", "0.2095")
 SHORT = ("--episodes", "2000")  # for variants that do not learn; the others need fewer
 BRIEF = ("--frames", "40000", "--burn-in", "0")
+# Rewards of 1/48, which no action but the latest has an influence on; episodes of 51 steps.
+CARDS = (
+    *("--env", "popgym:popgym-RepeatPreviousEasy-v0", "--window-len", "24", "--period", "12"),
+    *("--windows", "64", "--reward-scale", "10", "--gamma", "0.5"),
+)
 PENDULUM = (
     *("--env", "Pendulum-v1", "--magnify", "5", "--gamma", "0.9", "--reward-scale", "0.02"),
     *("--num-envs", "10", "--steps", "200", "--seq-len", "25", "--minibatch-steps", "250"),
@@ -99,19 +104,19 @@ EXPERIMENTS = {
         title="R2D2 on CartPole with its velocities hidden",
         text=f"{HIDDEN} {BEST}",
         variants={
-            "recurrent": (),
-            "memoryless": ("--memoryless", "--frames", "40000"),
+            "LSTM": (),
+            "feed-forward": (*FEED_FORWARD, "--frames", "40000"),
         },
-        few={"memoryless": range(2)},
+        few={"feed-forward": range(2)},
     ),
     "r2d2_states": Experiment(
         script="r2d2",
-        title="R2D2: the states that windows start from",
+        title="R2D2: the initial states of windows",
         text=(
-            "Windows of 40 steps start from the state that was stored, from that which the network "
-            "had at the last refresh, or from zeros. Staleness is how far values are off for it, "
-            "in windows that start inside an episode: at the first step that is learned from, and "
-            f"at the last one (see docs/r2d2.md). {HIDDEN} {BEST}"
+            "Windows of 40 steps start from the stored state, from the state that the last refresh "
+            "has recomputed, or from zeros. Staleness is the effect of that state on the values, "
+            "in windows that start inside an episode: at the first learned step, and at the last "
+            f"one (see docs/r2d2.md). {HIDDEN} {BEST}"
         ),
         variants={
             "zero": (*BRIEF, "--state", "zero"),
@@ -129,14 +134,11 @@ EXPERIMENTS = {
             f"Returns are from -1 to 1; guessing gives -0.5 on average. {BEST}"
         ),
         variants={
-            "recurrent": ("--env", "popgym:popgym-RepeatPreviousEasy-v0"),
-            "memoryless": (
-                *("--env", "popgym:popgym-RepeatPreviousEasy-v0"),
-                *("--memoryless", "--frames", "15000"),
-            ),
+            "LSTM": (*CARDS, "--frames", "50000"),
+            "feed-forward": (*CARDS, *FEED_FORWARD, "--frames", "15000"),
         },
         seeds=range(3),
-        few={"memoryless": range(2)},
+        few={"feed-forward": range(2)},
     ),
     "recurrent_ppo_pendulum": Experiment(
         script="recurrent_ppo",

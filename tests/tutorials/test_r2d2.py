@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tensordict import TensorDict
 
+from benchmarks.experiments import EXPERIMENTS
 from rnnkeys.collectors import ActorsLostError, LocalActors
 from tests.support import odd_environments
 from tests.support.tutorials import (
@@ -312,6 +313,20 @@ def test_main_with_an_unknown_option_raises(
     with pytest.raises(SystemExit):
         tutorial.main(argv)
     assert argv[-2] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        argv
+        for experiment in EXPERIMENTS.values()
+        if experiment.script == "r2d2"
+        for argv in experiment.variants.values()
+    ],
+)
+def test_read_args_of_each_experiment_accepts_it(argv: list[str], tmp_path: Path) -> None:
+    args, _ = tutorial.read_args([*argv, "--output", str(tmp_path)])
+    assert args.hide == ((1, 3) if args.env == "CartPole-v1" else None)
 
 
 def test_run_in_a_folder_with_a_run_needs_resume_or_overwrite(run: Run) -> None:
