@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
-from importlib import import_module
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -39,25 +36,6 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture
-def tutorial(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The test module's ``SCRIPT`` as a module; its neighbours are importable, too."""
-    script: Path = request.module.SCRIPT
-    monkeypatch.syspath_prepend(str(script.parent))
-    return import_module(script.stem)
-
-
-@pytest.fixture
-def run(tutorial: ModuleType, tmp_path: Path) -> Callable[..., Path]:
-    """Run that script in this process, and return its output folder."""
-
-    def main(*argv: str) -> Path:
-        tutorial.main([*argv, "--output", str(tmp_path)])
-        return tmp_path
-
-    return main
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
