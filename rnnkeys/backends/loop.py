@@ -6,7 +6,7 @@ backends are tested against it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,13 +62,13 @@ def select(where: Tensor, chosen: State, other: State) -> State:
 def join_steps(
     outputs: list[Tensor],
     states: list[State],
-    join: Callable[[Sequence[Tensor]], Tensor] = torch.stack,
+    join: Callable[[tuple[Tensor, ...]], Tensor] = torch.stack,
 ) -> tuple[Tensor, State]:
     """Join the outputs and states of all steps, once where the output is the first state."""
     joined = tuple(join(entry) for entry in zip(*states, strict=True))
     if all(state and output is state[0] for output, state in zip(outputs, states, strict=True)):
         return joined[0], joined
-    return join(outputs), joined
+    return join(tuple(outputs)), joined
 
 
 def run_dense(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import fused, fused_gru, fused_lstm
+from .cut_rows import cut_rows
 
 
 def _sizes(sizes: Sequence[int], where: Tensor | None) -> list[int]:
@@ -41,8 +42,15 @@ def lstm(
     resets, bias = _resets(where, reset_h, reset_c), None
     if b_ih is not None and b_hh is not None:
         bias = b_ih + b_hh
-    steps = _sizes(sizes, where)
-    return fused_lstm.lstm_forward(x, w_ih, w_hh, bias, (h0, c0), steps, resets, keep)
+    weights = w_ih, w_hh, bias
+    cut = cut_rows(resets)
+    if cut is None or resets is None:
+        steps = _sizes(sizes, where)
+        return fused_lstm.lstm_forward(x, *weights, (h0, c0), steps, resets, keep)
+    start = cut.starts((h0, c0), resets)
+    # Activations stay packed: only the backward pass reads them.
+    h, c, i_f_o, g = fused_lstm.lstm_forward(cut.pack(x), *weights, start, cut.sizes, None, keep)
+    return cut.unpack(h), cut.unpack(c), i_f_o, g
 
 
 @torch.library.custom_op("rnnkeys::lstm_backward", mutates_args=())
@@ -66,20 +74,40 @@ def lstm_backward(
     want_reset_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run ``lstm_backward``; gradients that were not asked for are empty."""
-    grads = fused_lstm.lstm_backward(
-        (grad_h, grad_c),
-        (w_ih, w_hh),
-        x,
-        (h0, c0),
-        (h, c, i_f_o, g),
-        _sizes(sizes, where),
-        _resets(where, reset_h, reset_c),
-        want_x_grad,
-        want_reset_grad,
-    )
-    d_x, d_w_ih, d_w_hh, d_b, dh, dc, d_reset_h, d_reset_c = grads
-    resets = _or_empty(d_reset_h, h), _or_empty(d_reset_c, h)
-    return _or_empty(d_x, h), d_w_ih, d_w_hh, d_b, dh, dc, *resets
+    weights, resets = (w_ih, w_hh), _resets(where, reset_h, reset_c)
+    cut = cut_rows(resets)
+    if cut is None or resets is None:
+        grads = fused_lstm.lstm_backward(
+            (grad_h, grad_c),
+            weights,
+            x,
+            (h0, c0),
+            (h, c, i_f_o, g),
+            _sizes(sizes, where),
+            resets,
+            want_x_grad,
+            want_reset_grad,
+        )
+        d_x, d_w_ih, d_w_hh, d_b, dh, dc, d_reset_h, d_reset_c = grads
+    else:
+        grads = fused_lstm.lstm_backward(
+            (cut.pack_if(grad_h), cut.pack_if(grad_c)),
+            weights,
+            cut.pack(x),
+            cut.starts((h0, c0), resets),
+            (cut.pack(h), cut.pack(c), i_f_o, g),
+            cut.sizes,
+            None,
+            want_x_grad,
+            False,
+        )
+        d_w_ih, d_w_hh, d_b = grads[1:4]
+        d_x = cut.unpack_if(grads.x)
+        dh, d_reset_h = cut.split_start_grad(grads.h0, resets)
+        dc, d_reset_c = cut.split_start_grad(grads.c0, resets)
+    d_resets = (d_reset_h, d_reset_c) if want_reset_grad else (None, None)
+    d_resets = (_or_empty(d, h) for d in d_resets)
+    return _or_empty(d_x, h), d_w_ih, d_w_hh, d_b, dh, dc, *d_resets
 
 
 @torch.library.custom_op("rnnkeys::gru", mutates_args=())
@@ -96,8 +124,14 @@ def gru(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run ``gru_forward``; dense batches give ``where [T, B]`` and its states."""
-    resets, steps = _resets(where, reset_h), _sizes(sizes, where)
-    return fused_gru.gru_forward(x, w_ih, w_hh, b_ih, b_hh, h0, steps, resets, keep)
+    weights, resets = (w_ih, w_hh, b_ih, b_hh), _resets(where, reset_h)
+    cut = cut_rows(resets)
+    if cut is None or resets is None:
+        return fused_gru.gru_forward(x, *weights, h0, _sizes(sizes, where), resets, keep)
+    (start,) = cut.starts((h0,), resets)
+    # Activations stay packed: only the backward pass reads them.
+    h, r_z, n = fused_gru.gru_forward(cut.pack(x), *weights, start, cut.sizes, None, keep)
+    return cut.unpack(h), r_z, n
 
 
 @torch.library.custom_op("rnnkeys::gru_backward", mutates_args=())
@@ -118,18 +152,37 @@ def gru_backward(
     want_reset_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run ``gru_backward``; gradients that were not asked for are empty."""
-    grads = fused_gru.gru_backward(
-        grad_h,
-        (w_ih, w_hh, b_hh),
-        x,
-        h0,
-        (h, r_z, n),
-        _sizes(sizes, where),
-        _resets(where, reset_h),
-        want_x_grad,
-        want_reset_grad,
-    )
-    d_x, *most, d_reset = grads
+    weights, resets = (w_ih, w_hh, b_hh), _resets(where, reset_h)
+    cut = cut_rows(resets)
+    if cut is None or resets is None:
+        grads = fused_gru.gru_backward(
+            grad_h,
+            weights,
+            x,
+            h0,
+            (h, r_z, n),
+            _sizes(sizes, where),
+            resets,
+            want_x_grad,
+            want_reset_grad,
+        )
+        d_x, *most, d_reset = grads
+    else:
+        (start,) = cut.starts((h0,), resets)
+        grads = fused_gru.gru_backward(
+            cut.pack(grad_h),
+            weights,
+            cut.pack(x),
+            start,
+            (cut.pack(h), r_z, n),
+            cut.sizes,
+            None,
+            want_x_grad,
+            False,
+        )
+        dh, d_reset = cut.split_start_grad(grads.h0, resets)
+        d_x, most = cut.unpack_if(grads.x), [*grads[1:5], dh]
+    d_reset = d_reset if want_reset_grad else None
     d_w_ih, d_w_hh, d_b_ih, d_b_hh, dh = most
     return _or_empty(d_x, h), d_w_ih, d_w_hh, d_b_ih, d_b_hh, dh, _or_empty(d_reset, h)
 
