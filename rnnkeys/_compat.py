@@ -17,6 +17,7 @@ from torch._C._functorch import TransformType as TransformType
 from torch._C._functorch import get_interpreter_stack as get_interpreter_stack
 from torch._C._functorch import is_legacy_batchedtensor as is_legacy_batchedtensor
 from torch._C._functorch import peek_interpreter_stack
+from torch._dynamo.exc import UserError as UserError
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling

@@ -1,4 +1,4 @@
-"""The exported single step plays an episode as the policy itself does."""
+"""An exported single step plays an episode as the policy does."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.envs import GymEnv, TransformedEnv
+from torchrl.envs.transforms import ObservationNorm
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import OneHotCategorical, ProbabilisticActor, QValueModule, TanhNormal
 
 from rnnkeys import GRUModule, LSTMModule, export_step, get_env_transforms_from_module
+from rnnkeys.deploy.export import Step
 from tests.support.target_cases import Mod, Seq
 
 KINDS: dict[str, Any] = {"lstm": LSTMModule, "gru": GRUModule}
@@ -24,16 +26,16 @@ def make(cell: str, kind: str, layers: int = 2) -> tuple[Any, Any]:
     """Return a policy with weights that do not always choose the same, and its environment."""
     name, size, actions = ("Pendulum-v1", 3, 1) if kind == "normal" else ("CartPole-v1", 4, 2)
     env = GymEnv(name)
-    memory = KINDS[cell](size, 8, num_layers=layers, in_key="observation", out_key="embed")
+    recurrent = KINDS[cell](size, 8, num_layers=layers, in_key="observation", out_key="embed")
     if kind == "normal":
         head = torch.nn.Linear(8, 2 * actions)
         bell = Mod(Spread(head), ["embed"], ["loc", "scale"])
         policy: Any = ProbabilisticActor(
-            Seq(memory, bell), in_keys=["loc", "scale"], distribution_class=TanhNormal
+            Seq(recurrent, bell), in_keys=["loc", "scale"], distribution_class=TanhNormal
         )
     else:
         key = "action_value" if kind == "values" else "logits"
-        body = Seq(memory, Mod(torch.nn.Linear(8, actions, bias=False), ["embed"], [key]))
+        body = Seq(recurrent, Mod(torch.nn.Linear(8, actions, bias=False), ["embed"], [key]))
         policy = (
             Seq(body, QValueModule(spec=env.action_spec))
             if kind == "values"
@@ -41,7 +43,7 @@ def make(cell: str, kind: str, layers: int = 2) -> tuple[Any, Any]:
         )
     with torch.no_grad():
         for key, value in policy.named_parameters():
-            # Without biases what is seen decides; with this sign it is answered by its opposite,
+            # Without biases the observation decides; with this sign the opposite action follows,
             # so that actions differ.
             value.mul_(0.0 if "bias" in key else -3.0 if value.shape == (actions, 8) else 3.0)
     transforms: Any = get_env_transforms_from_module(policy)
@@ -68,7 +70,7 @@ def play(env: Any, policy: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def replay(
     step: Callable[..., Any], observations: torch.Tensor, cell: str, layers: int = 2
 ) -> torch.Tensor:
-    """Let an exported step act on what was seen, carrying its states by hand."""
+    """Let an exported step act on observations, carrying its states by hand."""
     states = [torch.zeros(1, layers, 8) for _ in range(2 if cell == "lstm" else 1)]
     actions = []
     for observation in observations:
@@ -91,7 +93,7 @@ in_all_kinds = pytest.mark.parametrize("kind", ["categories", "values", "normal"
 
 @in_all_kinds
 @pytest.mark.parametrize("cell", KINDS)
-def test_the_program_plays_as_the_policy(cell: str, kind: str) -> None:
+def test_exported_program_plays_as_the_policy(cell: str, kind: str) -> None:
     policy, env, observations, actions = make_and_play(cell, kind)
     example = TensorDict(observation=observations[:1], batch_size=[1])
     program = export_step(policy, example)
@@ -103,7 +105,7 @@ def test_the_program_plays_as_the_policy(cell: str, kind: str) -> None:
 
 @in_all_kinds
 @pytest.mark.parametrize("cell", KINDS)
-def test_onnx_plays_as_the_policy(cell: str, kind: str, tmp_path: Path) -> None:
+def test_exported_onnx_plays_as_the_policy(cell: str, kind: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     policy, _, observations, actions = make_and_play(cell, kind)
@@ -121,20 +123,20 @@ def test_onnx_plays_as_the_policy(cell: str, kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(again.to(actions.dtype), actions, rtol=1e-5, atol=1e-5)
 
 
-def test_the_batch_is_of_any_size_and_states_are_returned() -> None:
+def test_exported_program_with_another_batch_size_returns_outputs_and_states() -> None:
     gru = GRUModule(3, 5, in_key="observation", out_key="embed")
     example = TensorDict(observation=torch.zeros(1, 3), batch_size=[1])
     program = export_step(gru, example, outputs=["embed"]).module()
     x, h = torch.randn(7, 3), torch.randn(7, 1, 5)
-    marks = torch.zeros(7, 1, dtype=torch.bool)
-    data = TensorDict(observation=x, recurrent_state=h, is_init=marks, batch_size=[7])
+    is_init = torch.zeros(7, 1, dtype=torch.bool)
+    data = TensorDict(observation=x, recurrent_state=h, is_init=is_init, batch_size=[7])
     truth = gru(data)
     embed, state = program(x, h)
     torch.testing.assert_close(embed, truth["embed"])
     torch.testing.assert_close(state, truth["next", "recurrent_state"])
 
 
-def test_bad_examples() -> None:
+def test_export_of_a_wrong_example_is_rejected_by_name() -> None:
     gru = GRUModule(3, 5, in_key="observation", out_key="embed")
     with pytest.raises(ValueError, match=r"one batch dimension, \[N\]. Got batch size \[\]"):
         export_step(gru, TensorDict(observation=torch.zeros(3)))
@@ -143,5 +145,67 @@ def test_bad_examples() -> None:
         export_step(gru, example)
     with pytest.raises(TypeError, match=r"list of keys. Got 'embed': pass \['embed'\]"):
         export_step(gru, example, outputs="embed")
-    with pytest.raises(KeyError, match="The example misses 'observation'"):
+    with pytest.raises(KeyError, match=r"The example misses \['observation'\]"):
         export_step(gru, TensorDict(seen=torch.zeros(1, 3), batch_size=[1]))
+
+
+def test_export_of_agents_without_states_in_the_example_runs_agents() -> None:
+    keys: Any = {
+        "in_keys": [("agents", "observation"), ("agents", "h")],
+        "out_keys": [("agents", "embed"), ("next", "agents", "h")],
+    }
+    gru = GRUModule(3, 5, **keys)
+    example = TensorDict({("agents", "observation"): torch.zeros(1, 4, 3)}, [1])
+    program = export_step(gru, example, outputs=[("agents", "embed")]).module()
+    x, h = torch.randn(6, 4, 3), torch.randn(6, 4, 1, 5)
+    step = TensorDict({("agents", "observation"): x, ("agents", "h"): h}, [6])
+    step["is_init"] = torch.zeros(6, 1, dtype=torch.bool)
+    truth = gru(step)
+    embed, state = program(x, h)
+    torch.testing.assert_close(embed, truth["agents", "embed"])
+    torch.testing.assert_close(state, truth["next", "agents", "h"])
+
+
+def test_export_of_a_normalizer_before_the_policy_normalizes() -> None:
+    gru = GRUModule(3, 5, in_key="observation", out_key="embed")
+    loc, scale = torch.randn(3), torch.rand(3) + 0.5
+    normalizer = ObservationNorm(
+        loc=loc, scale=scale, in_keys=["observation"], standard_normal=True
+    )
+    example = TensorDict(observation=torch.zeros(1, 3), batch_size=[1])
+    x, h = torch.randn(6, 3), torch.randn(6, 1, 5)
+    program = export_step(Seq(normalizer, gru), example, outputs=["embed"]).module()
+    plain = export_step(gru, example, outputs=["embed"]).module()
+    torch.testing.assert_close(program(x, h), plain((x - loc) / scale, h))
+    assert isinstance(normalizer.standard_normal, torch.Tensor)
+    assert "standard_normal" in normalizer.state_dict()
+
+
+def test_export_of_statistics_by_environment_warns_and_keeps_the_batch_size() -> None:
+    gru = GRUModule(3, 5, in_key="observation", out_key="embed")
+    loc, scale = torch.randn(2, 3), torch.rand(2, 3) + 0.5
+    normalizer = ObservationNorm(
+        loc=loc, scale=scale, in_keys=["observation"], standard_normal=True
+    )
+    example = TensorDict(observation=torch.zeros(2, 3), batch_size=[2])
+    with pytest.warns(UserWarning, match="batches of 2 only.*reduce_batch_dims=True"):
+        program = export_step(Seq(normalizer, gru), example, outputs=["embed"]).module()
+    x, h = torch.randn(2, 3), torch.randn(2, 1, 5)
+    plain = export_step(gru, example, outputs=["embed"]).module()
+    torch.testing.assert_close(program(x, h), plain((x - loc) / scale, h))
+
+
+# torch.jit is deprecated, and still what robots run.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("cell", KINDS)
+def test_step_that_is_traced_by_torch_jit_equals_the_step(cell: str) -> None:
+    module = KINDS[cell](3, 5, num_layers=2, in_key="observation", out_key="embed")
+    step = Step(module, ["embed"]).eval()
+
+    def inputs(number: int) -> tuple[torch.Tensor, ...]:
+        return (torch.randn(number, 3), *(torch.randn(number, 2, 5) for _ in step.state_keys))
+
+    traced: Any = torch.jit.trace(step, inputs(2))
+    given = inputs(6)
+    torch.testing.assert_close(traced(*given), step(*given))
