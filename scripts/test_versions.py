@@ -52,7 +52,9 @@ class Lane(NamedTuple):
 # The nightly builds are distributions of another name, which the packaging tests look for in vain.
 NIGHTLY = {"torchrl": "torchrl-nightly", "tensordict": "tensordict-nightly"}
 LANES = {
-    "torch 2.11": Lane({"torch": "torch==2.11.*", "triton": "triton"}),
+    "torch 2.11": Lane(
+        {"torch": "torch==2.11.*", "triton": "triton", "setuptools": "setuptools<82"}
+    ),
     "pinned": Lane({}),
     "torch 2.14": Lane({"torch": "torch==2.14.*", "triton": "triton"}),
     "newest torch": Lane({"torch": "torch", "triton": "triton"}),
@@ -78,9 +80,11 @@ def requirements(extra: str = "test") -> Iterator[Requirement]:
 
 
 def write_constraints(lane: Lane, path: Path) -> None:
-    """Write ``constraints.txt`` without the pins that the lane replaces."""
+    """Write ``constraints.txt`` with the lane's versions in place of the pins that it replaces."""
     lines = (PROJECT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if line.partition("==")[0] not in lane.instead]
+    # A name without a version is no constraint.
+    kept += [text for text in lane.instead.values() if Requirement(text).specifier]
     path.write_text("\n".join(kept) + "\n", encoding="utf-8")
 
 
@@ -97,7 +101,7 @@ def build(lane: Lane, folder: Path) -> Path:
     install = [str(python), "-m", "pip", "install", "--progress-bar", "off"]
     # torch first: what is installed later takes the build that is there.
     pins = [lane.instead.get(name, name) for name in ("torch", "tensordict", "torchrl")]
-    for packages in (pins[:1], pins[1:], [*wanted, *lane.instead.values(), "setuptools"]):
+    for packages in (pins[:1], pins[1:], [*wanted, "setuptools", *lane.instead.values()]):
         _call([*install, "-c", str(folder / "constraints.txt"), *packages])
     return python
 

@@ -10,10 +10,12 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.objectives import ClipPPOLoss, ReinforceLoss, ValueEstimators
 from torchrl.objectives.value import GAE, TD0Estimator, TD1Estimator, TDLambdaEstimator
+from torchrl.trainers.algorithms import PPOTrainer
 
 from rnnkeys import set_recurrent_mode
 from rnnkeys.objectives import SequenceMinibatches, recurrent_loss
 from tests.support.policy_gradients import SHAPES, Agent, collect, make_agent
+from tests.support.target_cases import ShortEpisodes
 from tests.support.tolerances import assert_equal
 
 GAMMA, LAMBDA = 0.9, 0.8
@@ -24,6 +26,10 @@ ESTIMATORS: dict[str, tuple[Any, dict[str, Any]]] = {
     "TD(0)": (TD0Estimator, {}),
     "TD(1)": (TD1Estimator, {}),
 }
+# From TorchRL 0.15 on.
+if hasattr(GAE, "for_recurrent"):
+    options = {"lmbda": LAMBDA, "average_gae": False}
+    ESTIMATORS["GAE for recurrent networks"] = getattr(GAE, "for_recurrent"), options  # noqa: B009
 in_every_shape = pytest.mark.parametrize("shared", SHAPES.values(), ids=SHAPES)
 for_both_cells = pytest.mark.parametrize("cell", ["lstm", "gru"])
 
@@ -191,3 +197,27 @@ def test_one_call_for_both_views_needs_no_states_of_the_critic() -> None:
         values = critic(whole)["state_value"]
     torch.testing.assert_close(batch["state_value"], values[:-1])
     torch.testing.assert_close(batch["value_target"], values[1:])
+
+
+# The trainer warns that it is experimental, and about its own hooks.
+@pytest.mark.filterwarnings("ignore:PPOTrainer is an experimental:UserWarning")
+@pytest.mark.filterwarnings("ignore:The '\\w+' hook stage will be replaced:FutureWarning")
+@pytest.mark.skipif(not hasattr(PPOTrainer, "from_env"), reason="needs TorchRL 0.15")
+def test_ppo_trainer_on_parts_of_trajectories_trains_a_wired_loss() -> None:
+    agent = make_agent("discrete", "gru", shared=True)
+    env = ShortEpisodes("discrete", (2,))
+    trainer = getattr(PPOTrainer, "from_env")(  # noqa: B009
+        env,
+        actor=agent.actor,
+        critic=agent.critic,
+        total_frames=64,
+        frames_per_batch=32,
+        minibatch_size=16,
+        sub_traj_len=8,
+        progress_bar=False,
+    )
+    recurrent_loss(trainer.loss_module)
+    before = [p.detach().clone() for p in agent.both.parameters()]
+    trainer.train()
+    for parameter, old in zip(agent.both.parameters(), before, strict=True):
+        assert parameter.isfinite().all() and not torch.equal(parameter, old)

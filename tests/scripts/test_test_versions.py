@@ -49,6 +49,13 @@ def test_write_constraints_leaves_out_the_pins_of_replaced_packages(tmp_path: Pa
     assert not {"torchrl", "tensordict"} & names
 
 
+def test_write_constraints_keeps_the_versions_of_the_lane(tmp_path: Path):
+    script.write_constraints(LANES["torch 2.11"], tmp_path / "constraints.txt")
+    lines = (tmp_path / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert "torch==2.11.*" in lines and "triton" not in lines
+    assert not any(line.startswith("torch==2.13") for line in lines)
+
+
 def test_build_with_an_absent_python_names_it(tmp_path: Path):
     with pytest.raises(RuntimeError, match=r"python3\.absent does not run"):
         script.build(Lane({}, python="python3.absent"), tmp_path)
