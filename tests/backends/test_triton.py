@@ -15,7 +15,7 @@ import torch
 from benchmarks import bench_gpu, gpu_bounds, gpu_contestants, gpu_report
 from benchmarks.cases import Case, Shape
 from benchmarks.gpu_contestants import ALL, CUDNN, OURS, THEIRS_PAD, THEIRS_SCAN, THEIRS_TRITON
-from benchmarks.patience import Patience
+from benchmarks.time_limits import TimeLimits
 from rnnkeys.backends import triton, why_not
 from rnnkeys.backends.triton.config import MAX_HIDDEN, Device, choose_config
 from rnnkeys.cells import GRU_CELL, LSTM_CELL, Weights
@@ -221,9 +221,9 @@ def test_who_fails_or_is_slow_is_left_out_and_the_others_go_on(monkeypatch):
     out = bench_gpu.check("cpu", "ieee")
     assert out[THEIRS_TRITON] == "out of resource: shared memory"
     assert out[CUDNN].startswith(f"{CUDNN!r} differs from")
-    patience = Patience(seconds=1.0)
-    patience.note(THEIRS_SCAN, CASE, 3.0)
-    for row in bench_gpu.measure(CASE, "ieee", "cpu", 0.0, patience, {CUDNN: "differs"}):
+    limits = TimeLimits(call_seconds=1.0)
+    limits.record(THEIRS_SCAN, CASE, 3.0)
+    for row in bench_gpu.measure(CASE, "ieee", "cpu", 0.0, limits, {CUDNN: "differs"}):
         assert row.skipped == {
             THEIRS_TRITON: "out of resource: shared memory",
             THEIRS_SCAN: "took 3.0 s on LSTM (4, 8, 16, 32)",
@@ -242,15 +242,15 @@ def test_our_own_wrong_result_stops_the_benchmark(monkeypatch):
 def test_a_quick_benchmark_ends_in_time_and_sees_all_sizes():
     quick = bench_gpu.parse(["--quick"])
     cases = [case for case, _ in bench_gpu.grid(quick)]
-    assert 50 < len(cases) < 80 and quick.minutes == 7.0 and quick.patience == 2.0
+    assert 50 < len(cases) < 80 and quick.minutes == 7.0 and quick.call_seconds == 2.0
     seen = [{case.shape[i] for case in cases} for i in (0, 1, 3)]
     every = (bench_gpu.BATCHES, bench_gpu.STEPS, bench_gpu.HIDDEN)
     assert all(found == set(all_sizes) for found, all_sizes in zip(seen, every, strict=True))
     now = [0.0]
-    patience = Patience(1.0, minutes=8.0, clock=lambda: now[0])
-    assert not patience.is_over
+    limits = TimeLimits(1.0, run_minutes=8.0, clock=lambda: now[0])
+    assert not limits.is_over
     now[0] = 481.0
-    assert patience.is_over and not Patience(1.0).is_over
+    assert limits.is_over and not TimeLimits(1.0).is_over
 
 
 def test_goals_are_told_from_the_figures():
