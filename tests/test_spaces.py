@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.distributions import Categorical
 from torchrl.modules import IndependentNormal, TanhNormal
 
 from rnnkeys.environments import make_gym_env
-from rnnkeys.spaces import Choices, ImageEncoder, RunningNorm, action_distribution
+from rnnkeys.spaces import Choices, ImageEncoder, Layers, RunningNorm, action_distribution
 from tests.support.odd_environments import ACTIONS, action_id
 
 
@@ -105,3 +107,17 @@ def test_image_encoder_ortho_init_makes_rows_orthogonal() -> None:
             weight @ weight.mT, 2 * torch.eye(len(weight)), atol=1e-4, rtol=0
         )
         assert layer.bias is not None and not layer.bias.any()
+
+
+def test_layers_write_what_a_tensordict_module_writes() -> None:
+    data = TensorDict(a=torch.randn(2, 3), b=torch.randn(2, 3), batch_size=[2])
+    layers = nn.Bilinear(3, 3, 4)
+    keys = ["a", "b"], [("next", "c")]
+    want = TensorDictModule(layers, *keys)(data.clone())
+    assert torch.equal(Layers(layers, *keys)(data)["next", "c"], want["next", "c"])
+
+
+def test_layers_with_a_missing_output_raises() -> None:
+    data = TensorDict(a=torch.randn(2, 3), batch_size=[2])
+    with pytest.raises(ValueError, match="shorter"):
+        Layers(nn.Linear(3, 4), ["a"], ["loc", "scale"])(data)

@@ -29,7 +29,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from tensordict import TensorDictBase
-from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule, TensorDictSequential
+from tensordict.nn import AddStateIndependentNormalScale, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.envs import TransformedEnv
@@ -43,7 +43,7 @@ from rnnkeys import get_env_transforms_from_module, recurrent_module
 from rnnkeys.environments import EnvError, evaluate_policy, make_gym_env
 from rnnkeys.exploration import CorrelatedNoise, StateDependentNoise, StateDependentScale
 from rnnkeys.objectives import SequenceMinibatches, recurrent_loss
-from rnnkeys.spaces import Choices, ImageEncoder, RunningNorm, action_distribution
+from rnnkeys.spaces import Choices, ImageEncoder, Layers, RunningNorm, action_distribution
 
 
 @dataclass
@@ -181,9 +181,7 @@ class Agent(nn.Module):
             cell = args.cell if args.critic == "recurrent" else "feed_forward"
             critic_body = self._make_body("critic", cell)
         layers = nn.Sequential(*self._make_layers(args.hidden_size, *args.net_arch, 1, gain=1.0))
-        head: Any = TensorDictModule(
-            layers, ["critic" if critic_body else "actor"], ["state_value"]
-        )
+        head: Any = Layers(layers, ["critic" if critic_body else "actor"], ["state_value"])
         self.critic = TensorDictSequential(*(critic_body or body), head)
         self.critic_in_loss = self.critic if critic_body else TensorDictSequential(head)
         self.collector = TensorDictSequential(self.actor, *noise, *critic_body)
@@ -210,7 +208,7 @@ class Agent(nn.Module):
         out_keys = [name, *(("next", state) for state in states)]
         hidden, depth = self.args.hidden_size, self.args.num_layers
         recurrent = recurrent_module(cell, size, hidden, depth, in_keys=in_keys, out_keys=out_keys)
-        first = [TensorDictModule(one, ["observation"], [f"{name}_input"]) for one in encoder]
+        first = [Layers(one, ["observation"], [f"{name}_input"]) for one in encoder]
         return [*first, recurrent]
 
     def _make_actor(self, body: list[Any], spec: Any) -> tuple[Any, list[Any]]:
@@ -224,14 +222,14 @@ class Agent(nn.Module):
         if args.sde:
             scale = StateDependentScale(layers[-1].in_features, outputs, args.log_std_init)
             heads = [
-                TensorDictModule(nn.Sequential(*layers[:-1]), ["actor"], ["features"]),
-                TensorDictModule(layers[-1], ["features"], ["mean"]),
-                TensorDictModule(scale, ["mean", "features"], keys),
+                Layers(nn.Sequential(*layers[:-1]), ["actor"], ["features"]),
+                Layers(layers[-1], ["features"], ["mean"]),
+                Layers(scale, ["mean", "features"], keys),
             ]
         else:
             if kind is not Choices:
                 layers.append(AddStateIndependentNormalScale(outputs, init_value=args.log_std_init))
-            heads = [TensorDictModule(nn.Sequential(*layers), ["actor"], keys)]
+            heads = [Layers(nn.Sequential(*layers), ["actor"], keys)]
         actor = ProbabilisticActor(
             TensorDictSequential(*body, *heads),
             in_keys=keys,
@@ -351,8 +349,8 @@ class Trainer:
             if args.target_kl is not None and terms["kl_approx"] > 1.5 * args.target_kl:
                 break
             loss: Any = sum(value for key, value in terms.items() if key.startswith("loss_"))
-            bad = [key for key, value in terms.items() if not value.isfinite().all()]
-            if bad:
+            if not loss.isfinite():
+                bad = [key for key, value in terms.items() if not value.isfinite().all()]
                 raise UsageError(f"not finite at frame {self.frames}: {', '.join(bad)}")
             self.optimizer.zero_grad()
             loss.backward()

@@ -30,7 +30,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from tensordict import TensorDictBase
-from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
+from tensordict.nn import NormalParamExtractor, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
@@ -43,7 +43,7 @@ from tqdm import tqdm
 from rnnkeys import get_env_transforms_from_module, recurrent_module
 from rnnkeys.environments import EnvError, evaluate_policy, make_gym_env
 from rnnkeys.objectives import recurrent_loss
-from rnnkeys.spaces import Choices, ImageEncoder, action_distribution
+from rnnkeys.spaces import Choices, ImageEncoder, Layers, action_distribution
 
 
 @dataclass
@@ -165,7 +165,7 @@ def make_body(args: Args, env: TransformedEnv, name: str) -> tuple[list[Any], st
     key, size, encoder = "observation", shape[0], []
     if len(shape) == 3:
         key, size = f"{name}_input", ImageEncoder.num_features
-        encoder = [TensorDictModule(ImageEncoder(shape), ["observation"], [key])]
+        encoder = [Layers(ImageEncoder(shape), ["observation"], [key])]
     states = [f"{name}_{state}" for state in STATES[args.cell]]
     recurrent = recurrent_module(
         args.cell,
@@ -189,8 +189,8 @@ def make_actor(args: Args, env: TransformedEnv) -> Any:
         args.hidden_size + size, 2 * outputs, num_cells=args.net_arch, activation_class=nn.ReLU
     )
     body += [
-        TensorDictModule(head, ["actor", key], ["parameters"]),
-        TensorDictModule(NormalParamExtractor(), ["parameters"], ["loc", "scale"]),
+        Layers(head, ["actor", key], ["parameters"]),
+        Layers(NormalParamExtractor(), ["parameters"], ["loc", "scale"]),
     ]
     return ProbabilisticActor(
         TensorDictSequential(*body),
@@ -210,7 +210,7 @@ def make_critic(args: Args, env: TransformedEnv) -> TensorDictSequential:
     body, key, size = make_body(args, env, "critic")
     inputs = args.hidden_size + size + env.action_spec.shape[-1]
     head = MLP(inputs, 1, num_cells=args.net_arch, activation_class=nn.ReLU)
-    value: Any = TensorDictModule(head, ["critic", key, "action"], ["state_action_value"])
+    value: Any = Layers(head, ["critic", key, "action"], ["state_action_value"])
     return TensorDictSequential(*body, value).to(args.device)
 
 
@@ -305,8 +305,8 @@ class Trainer:
         terms = self.loss(batch)
         # Each term reaches its own weights only: one backward pass serves all three.
         loss = terms["loss_actor"] + terms["loss_qvalue"] + terms["loss_alpha"]
-        bad = [key for key, value in terms.items() if not value.isfinite().all()]
-        if bad:
+        if not loss.isfinite():
+            bad = [key for key, value in terms.items() if not value.isfinite().all()]
             raise UsageError(f"not finite at frame {self.frames}: {', '.join(bad)}")
         rate = self.args.learning_rate * max(0.0, 1 - self.frames / self.args.frames)
         self.optimizer.param_groups[0]["lr"] = rate
