@@ -38,8 +38,8 @@ class Layers(TensorDictModuleBase):
     ) -> None:
         super().__init__()
         self.layers = layers
-        self.in_keys = list(in_keys)
-        self.out_keys = list(out_keys)
+        self.in_keys: list[NestedKey] = list(in_keys)
+        self.out_keys: list[NestedKey] = list(out_keys)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """See the class."""

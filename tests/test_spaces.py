@@ -112,7 +112,7 @@ def test_image_encoder_ortho_init_makes_rows_orthogonal() -> None:
 def test_layers_write_what_a_tensordict_module_writes() -> None:
     data = TensorDict(a=torch.randn(2, 3), b=torch.randn(2, 3), batch_size=[2])
     layers = nn.Bilinear(3, 3, 4)
-    keys = ["a", "b"], [("next", "c")]
+    keys: Any = ["a", "b"], [("next", "c")]
     want = TensorDictModule(layers, *keys)(data.clone())
     assert torch.equal(Layers(layers, *keys)(data)["next", "c"], want["next", "c"])
 
