@@ -26,7 +26,7 @@ def as_complex(h: np.ndarray) -> np.ndarray:
 
 
 def as_real(h: np.ndarray) -> np.ndarray:
-    return np.concatenate([h.real, h.imag], -1)
+    return np.concatenate([np.real(h), np.imag(h)], -1)
 
 
 def mingru(w: Parameters, x: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
