@@ -393,7 +393,7 @@ class Trainer:
     def finish(self) -> None:
         """Test the last weights on episodes never seen before, and write the result."""
         returns = evaluate_policy(self.evaluation_env, self.agent.actor, TEST_SEED + self.args.seed)
-        best = max(self.rows, key=lambda row: row["evaluation"])
+        best = max(self.rows, key=lambda row: (row["evaluation"], row["frames"]))
         result = {
             "test_return": returns.mean().item(),
             "test_returns": returns.tolist(),
