@@ -87,9 +87,10 @@ def _split_row(
     """
     if not len(ends):
         return
+    other = torch.cat([torch.ones_like(ends[:1]), ids[1:] != ids[:-1]])
     follows_end = torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])
-    is_start = starts | follows_end
-    cuts = is_start | torch.cat([torch.ones_like(ends[:1]), ids[1:] != ids[:-1]])
+    is_start = starts | (follows_end & ~other)
+    cuts = is_start | other
     bounds = [*cuts.nonzero().squeeze(-1).tolist(), len(ends)]
     for first, last in zip(bounds, bounds[1:], strict=False):
         is_end = bool(ends[last - 1])
