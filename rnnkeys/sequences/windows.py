@@ -91,11 +91,13 @@ def cut_windows(
     valid = sequence_mask(spans.length, length)
     ahead = torch.arange(valid.shape[1], device=spans.row.device)
     step = spans.first.unsqueeze(-1) + ahead.minimum(spans.length.unsqueeze(-1) - 1)
-    index: Any = (spans.row.unsqueeze(-1), step)
-    windows: Any = rows[index]
+    # A single index: entries that are not tensors cannot be indexed by several.
+    windows: Any = rows.reshape(rows.batch_size.numel())[
+        spans.row.unsqueeze(-1) * rows.shape[1] + step
+    ]
     mask = rows.get(MASK_KEY, None)
     if mask is not None:
-        valid = valid & mask.reshape(rows.batch_size)[index]
+        valid = valid & mask.reshape(rows.batch_size)[spans.row.unsqueeze(-1), step]
     return windows, valid
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -133,43 +133,72 @@ class Stream:
 
     Attributes:
         episode: its number, a random one, which no other process or run draws again.
-        steps: positions of the steps that wait, int64 ``[W]``.
+        steps: positions of the steps that wait, and of those that arrive, each int64 ``[n]``.
         first: number of the first of them in the episode.
         covered: how many of them are in a window already.
         idle: number of batches since its last step arrived.
+        is_over: whether no more steps can arrive.
     """
 
-    episode: int
-    steps: Tensor
+    episode: int = field(default_factory=lambda: secrets.randbits(63))
+    steps: tuple[Tensor, ...] = ()
     first: int = 0
     covered: int = 0
     idle: int = 0
+    is_over: bool = False
 
-    @staticmethod
-    def start() -> Stream:
-        """Return an episode without steps."""
-        return Stream(secrets.randbits(63), torch.zeros(0, dtype=torch.long))
+    @property
+    def count(self) -> int:
+        """Number of steps."""
+        return sum(map(len, self.steps))
 
 
-class Cuts(NamedTuple):
-    """Windows, as positions of their steps.
+def continue_streams(
+    waiting: dict[tuple[str, int], Stream], pieces: list[Piece]
+) -> list[tuple[tuple[str, int], Stream]]:
+    """Append the pieces of a batch to the episodes that they continue.
 
-    Attributes:
-        steps: int64 ``[N, L]``; at padding the last step is repeated.
-        mask: bool ``[N, L]``, False at padding.
-        episode: number of each window's episode, int64 ``[N]``.
-        first: number of each window's first step in its episode, int64 ``[N]``.
+    Args:
+        waiting: open episodes; they stay as they are.
+        pieces: of the batch.
+
+    Returns:
+        All episodes, those that are over first.
+
+    Raises:
+        ValueError: if two open episodes of the batch have one trajectory id.
     """
+    is_over: list[tuple[tuple[str, int], Stream]] = []
+    is_open = {key: replace(one, idle=one.idle + 1) for key, one in waiting.items()}
 
-    steps: Tensor
-    mask: Tensor
-    episode: Tensor
-    first: Tensor
+    def end(key: tuple[str, int]) -> None:
+        is_over.append((key, replace(is_open.pop(key), is_over=True)))
+
+    for key, steps, is_start, is_end in pieces:
+        if is_start and key in is_open:
+            if not is_open[key].idle:
+                raise _same_id_twice(key)
+            end(key)
+        one = is_open.pop(key, None) or Stream()
+        is_open[key] = replace(one, steps=(*one.steps, steps), idle=0)
+        if is_end:
+            end(key)
+    for key in [key for key, one in is_open.items() if one.idle > _PATIENCE]:
+        end(key)
+    return [*is_over, *is_open.items()]
+
+
+def _same_id_twice(key: tuple[str, int]) -> ValueError:
+    return ValueError(
+        f"Two trajectories of this batch have the id {key[1]} at {TRAJECTORY_KEY!r}: the ids of "
+        "two collectors. Make one Windows for each collector, or give trajectories ids of their "
+        "own."
+    )
 
 
 @dataclass(frozen=True)
 class Cutter:
-    """Cut episodes that arrive in pieces into windows of one length.
+    """Find windows of one length in the steps of an episode.
 
     Args:
         length: steps in a window.
@@ -181,100 +210,35 @@ class Cutter:
     period: int
     residual: str
 
-    def cut_pieces(
-        self, streams: dict[tuple[str, int], Stream], pieces: list[Piece]
-    ) -> tuple[Cuts, dict[tuple[str, int], Stream], int]:
-        """Continue streams with the pieces of a batch, and cut the windows that are complete.
-
-        Args:
-            streams: open episodes; they stay as they are.
-            pieces: of the batch. Positions are those in one sequence of steps: first the steps that
-                wait, then the batch.
+    def find_windows(self, stream: Stream) -> tuple[list[tuple[int, int]], Stream]:
+        """Find the windows that are complete.
 
         Returns:
-            The windows, the episodes that are open now, and how many episodes have ended.
-
-        Raises:
-            ValueError: if two open episodes have one trajectory id.
+            The first step of each window and the step after its last, counted in the steps of the
+            stream; and the stream without the steps that no later window needs.
         """
-        still_open = {
-            key: Stream(one.episode, one.steps, one.first, one.covered, one.idle + 1)
-            for key, one in streams.items()
-        }
-        windows: list[Cuts] = []
-        number_of_ends = 0
-        for piece in pieces:
-            stream = still_open.pop(piece.stream, None)
-            if stream is not None and piece.is_start:
-                if not stream.idle:
-                    raise _same_id_twice(piece)
-                windows.append(self._cut(stream, is_end=True))
-                number_of_ends += 1
-                stream = None
-            stream = stream or Stream.start()
-            stream.steps, stream.idle = torch.cat([stream.steps, piece.steps]), 0
-            windows.append(self._cut(stream, piece.is_end))
-            number_of_ends += piece.is_end
-            if not piece.is_end:
-                still_open[piece.stream] = stream
-        for key in [key for key, stream in still_open.items() if stream.idle > _PATIENCE]:
-            windows.append(self._cut(still_open.pop(key), is_end=True))
-            number_of_ends += 1
-        return self._join(windows), still_open, number_of_ends
-
-    def cut_rest(self, streams: dict[tuple[str, int], Stream]) -> Cuts:
-        """Cut the steps that wait, as if their episodes had ended."""
-        return self._join([self._cut(stream, is_end=True) for stream in streams.values()])
-
-    def _cut(self, stream: Stream, is_end: bool) -> Cuts:
-        """Cut windows off an episode, which keeps the steps that later windows need."""
-        spans, keep, covered = self._find_spans(len(stream.steps), stream.covered, is_end)
-        bounds = torch.tensor(spans, dtype=torch.long).reshape(-1, 2)
-        step = bounds[:, :1] + torch.arange(self.length)
-        mask = step < bounds[:, 1:]
-        cuts = Cuts(
-            stream.steps[torch.minimum(step, bounds[:, 1:] - 1)],
-            mask,
-            torch.full((len(spans),), stream.episode),
-            bounds[:, 0] + stream.first,
-        )
-        stream.steps = stream.steps[keep:]
-        stream.first += keep
-        stream.covered = covered
-        return cuts
+        spans, keep, covered = self._find_spans(stream.count, stream.covered, stream.is_over)
+        steps = (torch.cat(stream.steps)[keep:],)
+        return spans, replace(stream, steps=steps, first=stream.first + keep, covered=covered)
 
     def _find_spans(
-        self, number: int, covered: int, is_end: bool
+        self, count: int, covered: int, is_over: bool
     ) -> tuple[list[tuple[int, int]], int, int]:
-        """Find windows in ``number`` steps of which the first ``covered`` are in a window already.
+        """Find windows in ``count`` steps of which the first ``covered`` are in a window already.
 
         Returns:
-            The first step of each window and the step after its last; the first step to keep; and
-            how many of the steps to keep are covered.
+            The windows; the first step to keep; and how many of the steps to keep are covered.
         """
         length, spans = self.length, []
         start = max(covered - (length - self.period), 0) if covered else 0
-        while start + length <= number:
+        while start + length <= count:
             spans.append((start, start + length))
             covered = start + length
             start += self.period
-        if is_end and covered < number:
+        if is_over and covered < count:
             if self.residual == "last":
-                spans.append((max(number - length, 0), number))
+                spans.append((max(count - length, 0), count))
             elif self.residual != "drop":
-                spans.append((start, number))
+                spans.append((start, count))
         keep = max(covered - length + 1, 0) if self.residual == "last" else min(start, covered)
         return spans, keep, covered - keep
-
-    def _join(self, windows: list[Cuts]) -> Cuts:
-        none = torch.zeros(0, dtype=torch.long)
-        empty = Cuts(none.reshape(0, self.length), none.reshape(0, self.length).bool(), none, none)
-        return Cuts(*(torch.cat(parts) for parts in zip(empty, *windows, strict=True)))
-
-
-def _same_id_twice(piece: Piece) -> ValueError:
-    return ValueError(
-        f"Two trajectories of this batch have the id {piece.stream[1]} at {TRAJECTORY_KEY!r}: the "
-        "ids of two collectors. Make one Windows for each collector, or give trajectories ids of "
-        "their own."
-    )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -18,16 +18,23 @@ from tensordict import (
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from ..checks import as_int
+from ..checks import as_int, can_read_values, raise_first
 from ..keys import MASK_KEY, as_tuple, next_key
+from ..sequences import Spans, cut_windows
+from ..sequences.continuity import find_continuity_problems
 from .base import SequenceTransform
-from .streams import Cuts, Cutter, Stream, find_pieces
+from .streams import Cutter, Stream, continue_streams, find_pieces
 
 RESIDUALS = ("drop", "last", "null", "repeat", "overlap")
 EPISODE_KEY, FIRST_KEY = ("window", "episode"), ("window", "first")
 _STATE_PREFIX = "recurrent_state"
 _DONE_NAMES = ("done", "terminated")
 _LOST_EPISODES = 10
+_STREAM_REMEDY = (
+    " Windows joins the steps of a trajectory id, or without ids a row with the same row of the "
+    "batch before: give each collector a Windows of its own, and call clear() where episodes were "
+    "interrupted between two batches."
+)
 
 
 class Windows(SequenceTransform):
@@ -126,7 +133,7 @@ class Windows(SequenceTransform):
     @property
     def waiting(self) -> int:
         """Number of steps that wait for the batch that continues their episodes."""
-        return sum(len(one.steps) - one.covered for one in self._streams.values())
+        return sum(one.count - one.covered for one in self._streams.values())
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Cut a batch into windows; inside a replay buffer, expand a sample of stored windows.
@@ -162,7 +169,8 @@ class Windows(SequenceTransform):
         self.clear()
         if waiting is None:
             return None
-        return self._gather(waiting, self._cutter.cut_rest(streams))
+        ended = [(key, replace(one, is_over=True)) for key, one in streams.items()]
+        return self._cut_streams(waiting, ended)[0]
 
     def cut(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Cut a batch into windows as a replay buffer stores them.
@@ -179,19 +187,63 @@ class Windows(SequenceTransform):
         self._check_rows(rows)
         pieces = find_pieces(rows, self.init_key)
         self._check_number_of_rows(rows, any(one.stream[0] == "row" for one in pieces))
-        steps = rows.reshape(-1)
-        offset = 0
-        if self._waiting is not None and len(self._waiting):
+        steps = rows.reshape(rows.batch_size.numel())
+        if self._waiting is not None:
             self._check_entries(steps)
             offset = len(self._waiting)
+            pieces = [one._replace(steps=one.steps + offset) for one in pieces]
             steps = _cat([self._waiting, steps])
-        pieces = [one._replace(steps=one.steps + offset) for one in pieces]
-        cuts, streams, ends = self._cutter.cut_pieces(self._streams, pieces)
-        windows = self._gather(steps, cuts)
-        self._keep(steps, streams)
-        self._num_rows = rows.shape[0]
-        self._warn_if_all_is_dropped(len(windows), ends)
+        streams = continue_streams(self._streams, pieces)
+        windows, waiting, kept = self._cut_streams(steps, streams)
+        self._waiting, self._streams, self._num_rows = waiting, kept, rows.shape[0]
+        self._warn_if_all_is_dropped(len(windows), sum(one.is_over for _, one in streams))
         return windows
+
+    def _cut_streams(
+        self, steps: TensorDictBase, streams: list[tuple[tuple[str, int], Stream]]
+    ) -> tuple[TensorDictBase, TensorDictBase | None, dict[tuple[str, int], Stream]]:
+        """Cut episodes whose steps are somewhere in ``steps [S]``.
+
+        Returns:
+            Windows ``[N]``; the steps that wait, ``[W]``, or None; and the streams that they belong
+            to.
+        """
+        positions, waiting, begins, spans, origins = [], [], [], [], []
+        kept: dict[tuple[str, int], Stream] = {}
+        begin = end = 0
+        for key, one in streams:
+            found, rest = self._cutter.find_windows(one)
+            spans += [(begin + first, last - first) for first, last in found]
+            origins += [(one.episode, one.first + first) for first, _ in found]
+            positions += one.steps
+            begins += [begin] if one.count else []
+            begin += one.count
+            if not one.is_over:
+                waiting += rest.steps
+                place = torch.arange(end, end := end + rest.count)
+                kept[key] = replace(rest, steps=(place,))
+        row = _index(steps, torch.cat(positions)) if begin else steps[:0]
+        self._check_continuity(row, begins)
+        rest = _index(steps, torch.cat(waiting)) if end else None
+        return self._gather(row, spans, origins), rest, kept
+
+    def _check_continuity(self, row: TensorDictBase, begins: list[int]) -> None:
+        """Check that every step follows the one before it in its episode.
+
+        Args:
+            row: steps ``[S]``, one episode after the other.
+            begins: positions of the first steps of the episodes.
+        """
+        flags = row.get(self.init_key, None)
+        flags = torch.zeros(len(row), 1, dtype=torch.bool) if flags is None else flags.clone()
+        if not can_read_values(flags):
+            return
+        flags[begins] = True
+        paths = [key for key in self._find_states(row) if key[0] != "next"]
+        states = [key if len(key) > 1 else key[0] for key in paths]
+        flagged = row.copy().set(self.init_key, flags)
+        problems = find_continuity_problems(flagged, self.init_key, states)
+        raise_first(replace(one, remedy=one.remedy + _STREAM_REMEDY) for one in problems)
 
     def _check_rows(self, rows: TensorDictBase) -> None:
         if rows.ndim != 2:
@@ -219,17 +271,6 @@ class Windows(SequenceTransform):
                 "flush() or clear() before the entries change."
             )
 
-    def _keep(self, steps: TensorDictBase, streams: dict[tuple[str, int], Stream]) -> None:
-        """Keep the steps that wait, and number them in the order of their streams."""
-        positions = [one.steps for one in streams.values()]
-        self._waiting = _index(steps, torch.cat(positions)) if positions else None
-        self._streams, number = {}, 0
-        for key, one in streams.items():
-            count = len(one.steps)
-            renumbered = torch.arange(number, number + count)
-            self._streams[key] = dataclasses.replace(one, steps=renumbered)
-            number += count
-
     def _warn_if_all_is_dropped(self, windows: int, episodes: int) -> None:
         if self._lost_episodes is None or self.residual != "drop" or windows:
             self._lost_episodes = None
@@ -244,21 +285,35 @@ class Windows(SequenceTransform):
             )
             self._lost_episodes = None
 
-    def _gather(self, steps: TensorDictBase, cuts: Cuts) -> TensorDictBase:
-        """Return windows ``[N]`` of steps ``[S]``."""
-        once = set() if self.keep_states else self._find_states(steps)
-        device = steps.device or _device_of(steps)
-        windows = TensorDict({}, [len(cuts.first)], device=steps.device)
-        padding = None
-        if self.residual != "repeat" and not cuts.mask.all():
-            padding = ~cuts.mask.to(device)
-        for key, value in _leaves(_index(steps.exclude(*once), cuts.steps)):
+    def _gather(
+        self, row: TensorDictBase, spans: list[tuple[int, int]], origins: list[tuple[int, int]]
+    ) -> TensorDictBase:
+        """Return windows ``[N]`` of steps ``[S]``.
+
+        Args:
+            row: the steps.
+            spans: first step and length of each window.
+            origins: episode of each window, and number of its first step there.
+        """
+        device = row.device or _device_of(row)
+        first, length = torch.tensor(spans, device=device).reshape(-1, 2).long().unbind(-1)
+        episode, number = torch.tensor(origins, device=device).reshape(-1, 2).long().unbind(-1)
+        once = set() if self.keep_states else self._find_states(row)
+        row = row if spans else _drop_texts(row)
+        cut, mask = cut_windows(
+            row.exclude(*once, MASK_KEY).unsqueeze(0),
+            Spans(torch.zeros_like(first), first, length),
+            self.length,
+        )
+        windows = TensorDict({}, [len(spans)], device=row.device)
+        padding = None if self.residual == "repeat" or mask.all() else ~mask
+        for key, value in _leaves(cut):
             windows.set(key, value if padding is None else _make_null(key, value, padding))
-        for key, value in _leaves(_index(steps.select(*once), cuts.steps[:, 0])):
+        for key, value in _leaves(_index(row.select(*once), first)):
             windows.set(key, value)
-        windows.set(EPISODE_KEY, cuts.episode.to(device))
-        windows.set(FIRST_KEY, cuts.first.to(device))
-        return windows.set(MASK_KEY, cuts.mask.to(device))
+        windows.set(EPISODE_KEY, episode)
+        windows.set(FIRST_KEY, number)
+        return windows.set(MASK_KEY, mask)
 
     def _find_states(self, tensordict: TensorDictBase) -> set[tuple[str, ...]]:
         """Return the keys of states that are there, in the root and in ``next``."""
@@ -306,6 +361,12 @@ def _make_null(key: tuple[str, ...], value: Any, padding: Tensor) -> Any:
         return value
     fill = key[0] == "next" and key[-1] in _DONE_NAMES
     return value.masked_fill(padding.reshape(*padding.shape, *[1] * (value.ndim - 2)), fill)
+
+
+def _drop_texts(steps: TensorDictBase) -> TensorDictBase:
+    """Leave out entries that cannot be indexed by an empty index."""
+    texts = [key for key, value in _leaves(steps) if isinstance(value, NonTensorStack)]
+    return steps.exclude(*texts)
 
 
 def _leaves(tensordict: TensorDictBase) -> Iterator[tuple[tuple[str, ...], Any]]:

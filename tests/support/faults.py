@@ -366,10 +366,10 @@ def burn_in_starts_late(original: Any, network: Any, windows: Any, learned: Any,
     "tests/transforms/test_windows.py::test_windows_state_is_the_one_entering_the_first_step[last]",
     target=WINDOWS + "Windows._gather",
 )
-def windows_store_the_next_state(original: Any, self: Any, steps: Any, cuts: Any):
+def windows_store_the_next_state(original: Any, self: Any, steps: Any, *rest: Any):
     """Windows: the stored state is the one after the first step."""
     moved = {"recurrent_state": steps.get("recurrent_state").roll(-1, 0)}
-    return original(self, steps.copy().update(moved), cuts)
+    return original(self, steps.copy().update(moved), *rest)
 
 
 @seen_by(
@@ -379,7 +379,8 @@ def windows_store_the_next_state(original: Any, self: Any, steps: Any, cuts: Any
 def windows_off_by_one(original: Any, self: Any, *args: Any):
     """Windows: the first window of every episode starts one step late."""
     spans, keep, covered = original(self, *args)
-    return [(first + (first == 0), end) for first, end in spans], keep, covered
+    late = [(first + (first == 0 and end > 1), end) for first, end in spans]
+    return late, keep, covered
 
 
 @seen_by(

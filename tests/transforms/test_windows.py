@@ -25,6 +25,7 @@ from torchrl.data import (
 from torchrl.envs import Compose, GymEnv, SerialEnv, TransformedEnv
 
 from rnnkeys import GRUModule, drqn_policy, get_env_transforms_from_module
+from rnnkeys.checks import set_value_checks
 from rnnkeys.replay import PrioritizedSampler
 from rnnkeys.transforms import BurnIn, Windows, sequence_mask
 from tests.support.recurrent import recurrently
@@ -409,3 +410,29 @@ def test_windows_with_text_are_stored_and_sampled():
 def test_sequence_transform_in_environment_raises(make, text, wrap):
     with pytest.raises(RuntimeError, match=f"cannot be appended to an environment.*{text}"):
         TransformedEnv(GymEnv("CartPole-v1"), wrap(make()))
+
+
+def test_windows_unflagged_break_raises_and_changes_nothing():
+    """A batch of another collector without trajectory ids comes in between."""
+    transform = Windows(4, "null")
+    transform(episode(6, done=False))
+    other = episode(6, done=False, first=107)
+    other["is_init"][:] = False
+    with pytest.raises(ValueError, match="1 of 7 steps do not.*Windows joins.*Windows of its own"):
+        transform(other)
+    mixed: Any = torch.cat([episode(3, done=False, first=7), other])
+    mixed["is_init"][:] = False
+    with pytest.raises(ValueError, match="'recurrent_state' is not the state at"):
+        transform(mixed)
+    with set_value_checks(False):
+        assert len(copy.deepcopy(transform)(other)) == 2
+    last = episode(3, first=7)
+    last["is_init"][:] = False
+    assert cut(transform, last) == [[5, 6, 7, 8], [9, NULL, NULL, NULL]]
+
+
+def test_windows_empty_batch_gives_no_windows():
+    transform = Windows(4, "null")
+    assert transform(episode(3)[:0]).shape == (0, 4)
+    data = episode(3, done=False)
+    assert transform(data.set(MASK, torch.zeros(3, dtype=torch.bool))).shape == (0, 4)
