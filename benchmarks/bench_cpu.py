@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from rnnkeys.backends import keep_freed_memory
+
 from . import contestants
 from .cases import GATES, Grid, full_grid, quick_grid, short_grid
 from .machine import cpu_facts, load
@@ -128,6 +130,7 @@ def run(
         say: told what runs next.
     """
     torch.set_num_threads(threads)
+    keep_freed_memory()
     # Whoever computes something else is not worth timing.
     contestants.check_agreement()
     for part in parts:

@@ -109,7 +109,7 @@ def _make_run(name: str, case: Case, layers: nn.RNNBase, batch: Batch) -> Forwar
     else:
         module = make_module(rnnkeys, case.cell, layers, **_ARGUMENTS[name], **recurrent)
     if name == PAD_OWN:
-        # Without the vendor's layers the packed rows run the hand-written kernel.
+        # Without the native layers the packed rows run the hand-written operator.
         module = module.make_python_based()  # pyright: ignore[reportCallIssue]
     marks = torch.zeros_like(batch.is_init) if name == NO_RESETS else batch.is_init
     states = batch.states
