@@ -81,6 +81,11 @@ def in_transform() -> bool:
     return peek_interpreter_stack() is not None or in_forward_derivative()
 
 
+def in_backward() -> bool:
+    """Return whether autograd runs a backward pass in this thread: torch 2.11 to 2.14."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def has_data(x: torch.Tensor) -> bool:
     """Return whether a tensor has values: it is neither on the meta device nor a fake tensor."""
     return not (x.is_meta or isinstance(x, FakeTensor))

@@ -108,8 +108,9 @@ def check_layers(name: str, layers: Any) -> None:
     kind = name.upper()
     if not isinstance(layers, nn.RNNBase) or layers.mode != kind:
         raise ValueError(
-            f"{name}= must be an nn.{kind} or the pure-PyTorch rnnkeys.{kind}. Got "
-            f"{type(layers).__name__}."
+            f"{name}= must be an nn.{kind} or the pure-PyTorch rnnkeys.{kind}, with parameters "
+            f"to read. Got {type(layers).__module__}.{type(layers).__name__}; leave "
+            f"{name!r} out of a quantization."
         )
     owner = next(cls for cls in type(layers).__mro__ if "forward" in vars(cls))
     if owner.__module__.partition(".")[0] not in _LIBRARIES:

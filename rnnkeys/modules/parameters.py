@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..cells import GRU_CELL, LSTM_CELL, Cell, Weights
 
 _CELLS = {"LSTM": LSTM_CELL, "GRU": GRU_CELL}
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Layers(ABC):
@@ -53,6 +55,14 @@ class Layers(ABC):
     def weights(self, layer: int, dtype: torch.dtype | None = None) -> Any:
         """Return the weights of one layer for its cell, cast to ``dtype`` if it is given."""
 
+    @property
+    def has_ignored_hooks(self) -> bool:
+        """Whether ``module`` has hooks that do not run, since it is never called."""
+        attributes = self.module.__dict__
+        if any(attributes[name] for name in _HOOKS):
+            return True
+        return any(not _computes_weight(h) for h in attributes["_forward_pre_hooks"].values())
+
 
 class TorchLayers(Layers):
     """Reads an ``nn.LSTM``, an ``nn.GRU`` or a pure-PyTorch one.
@@ -91,7 +101,10 @@ class TorchLayers(Layers):
         for tensors in ("_parameters", "_buffers"):
             if name in attributes[tensors]:
                 return attributes[tensors][name]
-        return attributes["_modules"]["parametrizations"][name]()
+        if is_compiling():
+            return attributes["_modules"]["parametrizations"][name]()
+        # The property obeys torch.nn.utils.parametrize.cached().
+        return getattr(self.module, name)
 
     def _recompute(self, name: str) -> None:
         """Call the hook that computes a weight.
@@ -100,13 +113,17 @@ class TorchLayers(Layers):
         ``nn.RNNBase``, which is not called here.
         """
         for hook in self._attributes["_forward_pre_hooks"].values():
-            if name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)):
+            if name == _name_of_weight(hook):
                 hook(self.module, ())
 
     @property
     def sample(self) -> Tensor:
-        """A parameter."""
-        return self.parameter("weight_hh_l0")
+        """A parameter, or the tensor in its place; parametrizations and hooks are not called."""
+        attributes = self._attributes
+        for tensors in (attributes, attributes["_parameters"], attributes["_buffers"]):
+            if "weight_hh_l0" in tensors:
+                return tensors["weight_hh_l0"]
+        return self.parameter("weight_hh_l0") if is_compiling() else next(self.module.parameters())
 
     def weights(self, layer: int, dtype: torch.dtype | None = None) -> Any:
         """Return the parameters of one layer, cast to ``dtype`` if it is given."""
@@ -117,3 +134,12 @@ class TorchLayers(Layers):
         if dtype is not None and self.sample.dtype != dtype:
             fields = [None if p is None else p.to(dtype) for p in fields]
         return Weights(*fields)  # pyright: ignore[reportArgumentType]
+
+
+def _name_of_weight(hook: Any) -> str | None:
+    """Return the parameter that a hook computes, as those of ``weight_norm`` and ``prune`` do."""
+    return getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
+
+
+def _computes_weight(hook: Any) -> bool:
+    return isinstance(_name_of_weight(hook), str)

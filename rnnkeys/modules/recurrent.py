@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from torchrl.envs.transforms import TensorDictPrimer
 from torchrl.modules import canonicalize_rnn_subset
 
-from .._compat import has_data, in_transform
+from .._compat import has_data, in_backward, in_transform
 from ..backends import BACKENDS, Options, unroll_layers, why_not
 from ..backends.step import run_step
 from ..cells import Cell
@@ -158,6 +158,13 @@ class RecurrentModule(TensorDictModuleBase, ABC):
             check_choice(name, value, BACKENDS)
         super().__setattr__(name, value)
 
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a submodule; layers are checked and used, as after an assignment."""
+        if name == self.layers_name:
+            self._use_layers(module)
+        else:
+            super().add_module(name, module)
+
     def _complete_in_keys(self, keys: Sequence[NestedKey]) -> Sequence[NestedKey]:
         """Check keys and append the init key if it is not there.
 
@@ -182,12 +189,22 @@ class RecurrentModule(TensorDictModuleBase, ABC):
         layers: Any = self._modules[self.layers_name]
         if layers is not self._layers.module:
             self._use_layers(layers)
-        if (layers._forward_hooks or layers._backward_hooks) and not self._warned_of_hooks:
+        if not self._warned_of_hooks and self._layers.has_ignored_hooks:
             self._warned_of_hooks = True
             warnings.warn(
                 f"Hooks on {self.layers_name} of {type(self).__name__} do not run: its parameters "
                 f"are read, and it is never called. Register them on the {type(self).__name__}.",
                 stacklevel=4,
+            )
+
+    def _check_mode_in_backward(self) -> None:
+        """Raise if ``torch.utils.checkpoint`` runs a forward again without its mode."""
+        if in_backward() and recurrent_mode() is None and self._recurrent_mode is None:
+            raise RuntimeError(
+                f"{type(self).__name__} runs inside a backward pass and no recurrent mode is set, "
+                "although its first run may have had one: torch.utils.checkpoint does not restore "
+                "the mode. Enter the mode inside the checkpointed function, for example by the "
+                "decorator @set_recurrent_mode(True), or use recurrent_recompute='full'."
             )
 
     @property
@@ -316,6 +333,7 @@ class RecurrentModule(TensorDictModuleBase, ABC):
         """
         if not is_compiling():
             self._notice_changed_layers()
+            self._check_mode_in_backward()
         # Without a state there is no recurrence over time.
         if self.recurrent_mode and self.cell.state_names:
             y, states = self._run_sequences(tensordict)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..cells import Cell, State
+from ..checks.arguments import as_int
 from .parameters import Layers, TorchLayers
 
 # Backends know kernels for these by name.
@@ -60,9 +61,9 @@ class CellStack(nn.Module):
                 "LSTMModule and GRUModule."
             )
         self.cell, self.mode = cell, cell.name.upper()
-        self.input_size = _check_size("input_size", input_size)
-        self.hidden_size = _check_size("hidden_size", hidden_size)
-        self.num_layers = _check_size("num_layers", num_layers)
+        self.input_size = _as_size("input_size", input_size)
+        self.hidden_size = _as_size("hidden_size", hidden_size)
+        self.num_layers = _as_size("num_layers", num_layers)
         self.bias, self.dropout = bias, float(dropout)
         # By layer: the first one may have others, since its input has another size.
         self.parameter_names: list[tuple[str, ...]] = []
@@ -179,7 +180,7 @@ class StepStack(nn.ModuleList):
         super().__init__(modules)
         first, name = modules[0], type(modules[0]).__name__
         given = input_size if input_size is not None else getattr(first, "input_size", None)
-        self.input_size = _check_size("input_size", given)
+        self.input_size = _as_size("input_size", given)
         sizes = state_sizes if state_sizes is not None else getattr(first, "state_sizes", None)
         if not isinstance(sizes, Mapping) or not sizes:
             raise ValueError(
@@ -188,8 +189,8 @@ class StepStack(nn.ModuleList):
                 "module."
             )
         for state, size in sizes.items():
-            _check_size(f"state_sizes[{state!r}]", size)
-        self.state_sizes = dict(sizes)
+            _as_size(f"state_sizes[{state!r}]", size)
+        self.state_sizes = {state: int(size) for state, size in sizes.items()}
         self.cell, self.num_layers, self.dropout = StepCell(tuple(sizes)), len(modules), dropout
         self.hidden_size = next(iter(self.state_sizes.values()))
         self.output_size = 0
@@ -280,10 +281,10 @@ def _sample(module: nn.Module) -> Tensor:
     return torch.empty(0)
 
 
-def _check_size(name: str, size: Any) -> int:
-    if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
-        raise ValueError(f"{name} must be passed, a positive int. Got {name}={size!r}.")
-    return size
+def _as_size(name: str, size: Any) -> int:
+    if size is None:
+        raise ValueError(f"{name} must be passed, an int of at least 1. Got {name}=None.")
+    return as_int(name, size)
 
 
 def make_stack(
