@@ -175,7 +175,8 @@ class Wired:
 
     def _reads_values(self, batch: TensorDictBase) -> bool:
         """Whether to read values: always in CPU memory, elsewhere at the first call alone."""
-        if is_compiling() or not value_checks_enabled():
+        # A feed-forward network has no flags, and no state to compare.
+        if is_compiling() or not value_checks_enabled() or not self._wiring.init_keys:
             return False
         flags = batch.get(self._wiring.init_keys[0], None)
         on_cpu = flags is None or flags.device.type == "cpu"

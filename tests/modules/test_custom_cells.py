@@ -208,7 +208,7 @@ def test_a_loss_trains_it_with_a_target_network_of_its_own(kind):
     policy = chain(module, head, QValueModule(action_space="categorical"))
     loss = recurrent_loss(DQNLoss(policy, action_space="categorical", delay_value=True))
     SoftUpdate(loss, tau=0.5)
-    data = recurrently(policy, batch(module))
+    data = recurrently(policy, batch(module, states=False))
     data["next", "observation"] = torch.randn(2, 7, 3)
     data["next", "reward"] = torch.randn(2, 7, 1)
     data["next", "done"] = data["next", "terminated"] = torch.zeros(2, 7, 1, dtype=torch.bool)
