@@ -25,6 +25,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -70,6 +71,7 @@ class Args:
     """indices of the entries that the policy reads; None: the positions in CartPole-v1, else all"""
     observation_scales: tuple[float, ...] | None = None
     """divisor of these entries, one or one each; None: CartPole-v1's limits of positions, else 1"""
+    max_episode_steps: int = 10_000  # later steps are cut off, if the environment allows them
     cell: Literal["lstm", "gru", "lstm_ln", "feed_forward"] = "lstm"  # kind of recurrent layer
     hidden_size: int = 128  # size of the hidden state
     frames: int = 100_000  # environment steps in the whole run
@@ -148,19 +150,22 @@ def check_args(args: Args) -> None:
 
 def make_env(args: Args, num_envs: int) -> TransformedEnv:
     """Make environments that this process steps together and that TorchRL resets."""
+    limit = partial(gym.wrappers.TimeLimit, max_episode_steps=args.max_episode_steps)
     try:
         envs = gym.make_vec(
             args.env,
             num_envs,
             vectorization_mode="sync",
             vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.DISABLED},
-            wrappers=(gym.wrappers.FlattenObservation,),
+            wrappers=(gym.wrappers.FlattenObservation, limit),
         )
     except (gym.error.Error, ImportError, NotImplementedError) as error:
         sys.exit(f"error: --env is {args.env}: {error}")
-    space = envs.single_action_space
+    space, seen = envs.single_action_space, envs.single_observation_space
     if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
         sys.exit(f"error: --env is {args.env}, with actions {space}: expected Discrete from 0")
+    if not isinstance(seen, gym.spaces.Box):
+        sys.exit(f"error: --env is {args.env}: its observations, {seen}, do not flatten to a Box")
     return TransformedEnv(GymWrapper(envs, device=args.device))
 
 

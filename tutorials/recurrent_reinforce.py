@@ -29,6 +29,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +70,7 @@ class Args:
     env: str = "CartPole-v1"  # Gymnasium's name of an environment with discrete actions
     keep_observations: tuple[int, ...] = ()  # indices of the entries that are read; none: all
     observation_scales: tuple[float, ...] = (1.0,)  # divisor of these entries; one, or one each
+    max_episode_steps: int = 10_000  # later steps are cut off, if the environment allows them
     cell: Literal["gru", "lstm", "lstm_ln", "feed_forward"] = "gru"  # kind of recurrent layer
     num_layers: int = 2  # layers in the policy, and as many in the critic
     hidden_size: int = 64  # size of the hidden state
@@ -118,19 +120,22 @@ def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any]]:
 
 def make_env(args: Args, num_envs: int) -> TransformedEnv:
     """Make environments that this process steps together and that TorchRL resets."""
+    limit = partial(gym.wrappers.TimeLimit, max_episode_steps=args.max_episode_steps)
     try:
         envs = gym.make_vec(
             args.env,
             num_envs,
             vectorization_mode="sync",
             vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.DISABLED},
-            wrappers=(gym.wrappers.FlattenObservation,),
+            wrappers=(gym.wrappers.FlattenObservation, limit),
         )
     except (gym.error.Error, ImportError, NotImplementedError) as error:
         sys.exit(f"error: --env is {args.env}: {error}")
-    space = envs.single_action_space
+    space, seen = envs.single_action_space, envs.single_observation_space
     if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
         sys.exit(f"error: --env is {args.env}, with actions {space}: expected Discrete from 0")
+    if not isinstance(seen, gym.spaces.Box):
+        sys.exit(f"error: --env is {args.env}: its observations, {seen}, do not flatten to a Box")
     return TransformedEnv(GymWrapper(envs, device=args.device))
 
 

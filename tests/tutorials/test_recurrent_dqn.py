@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import pytest
 import torch
+from gymnasium.envs.registration import EnvSpec
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
@@ -70,6 +72,25 @@ def test_make_policy_of_other_environment_reads_all_entries(env: str, size: int)
     policy = tutorial.make_policy(args, tutorial.make_env(args, 1))
     assert policy[1].lstm.input_size == size
     assert tutorial.evaluate(args, policy, 2, seed=0).isfinite().all()
+
+
+def test_evaluate_cuts_episodes_that_do_not_end() -> None:
+    args = tutorial.Args(env="CliffWalking-v1", hidden_size=8, max_episode_steps=3)
+    policy = tutorial.make_policy(args, tutorial.make_env(args, 1))
+    assert (tutorial.evaluate(args, policy, 2, seed=0) <= -3).all()
+
+
+class GraphEnv(gym.Env):
+    observation_space = gym.spaces.Graph(gym.spaces.Box(0, 1, (2,)), None)
+    action_space = gym.spaces.Discrete(2)
+
+
+def test_make_env_with_observations_that_do_not_flatten_raises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(gym.registry, "Graph-v0", EnvSpec("Graph-v0", entry_point=GraphEnv))
+    with pytest.raises(SystemExit, match="--env is Graph-v0: its observations, Graph.*flatten"):
+        tutorial.make_env(tutorial.Args(env="Graph-v0"), 1)
 
 
 def test_make_policy_of_cart_pole_ignores_velocities(tmp_path: Path) -> None:
