@@ -34,7 +34,7 @@ class Experiment:
 
 
 FEED_FORWARD = ("--cell", "feed_forward")
-POSITIONS = ("--keep-observations", "0", "2", "--observation-scales", "2.4", "0.2095")
+POSITIONS = ("--observation", "auto")
 SHORT = ("--episodes", "2000")  # for variants that do not learn; the others need fewer
 BRIEF = ("--frames", "40000", "--burn-in", "0")
 # Rewards of 1/48, which no action but the latest has an influence on; episodes of 51 steps.

@@ -2,7 +2,7 @@
 
     python recurrent_dqn.py                           # learns in three minutes on one CPU core
     python recurrent_dqn.py --cell feed_forward       # the feed-forward baseline does not learn
-    python recurrent_dqn.py --env Acrobot-v1 --keep-observations 0 1 2 3   # hides its velocities
+    python recurrent_dqn.py --env Acrobot-v1 --hide 4 5    # hides the velocities of another one
     python recurrent_dqn.py --resume runs/recurrent_dqn/checkpoint.pt --frames 200000
 
 The environment is any of Gymnasium's with discrete actions. A run writes to its --output folder
@@ -17,45 +17,40 @@ import csv
 import json
 import logging
 import math
-import pickle
 import signal
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from statistics import fmean
 from typing import Any, Literal
 
-import gymnasium as gym
-import matplotlib
 import torch
 import tyro
+from matplotlib.figure import Figure
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
-from torchrl.envs import GymWrapper, RewardScaling, RewardSum, TransformedEnv
-from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.modules import MLP, EGreedyModule, QValueModule
+from torchrl.envs import RewardScaling, RewardSum, TransformedEnv
+from torchrl.modules import MLP, ConvNet, EGreedyModule, QValueModule
 from torchrl.objectives import DQNLoss, SoftUpdate, ValueEstimators
 from torchrl.record.loggers import get_logger
 from tqdm import tqdm
 
 from rnnkeys import get_env_transforms_from_module, recurrent_module
+from rnnkeys.environments import EnvError, evaluate_policy, make_gym_env
 from rnnkeys.objectives import recurrent_loss
-
-matplotlib.use("Agg")  # pictures go to files: no display is needed
-from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen before pyplot loads)
 
 logging.getLogger("torchrl").setLevel(logging.WARNING)  # without a line for each buffer
 
 # Arguments that --resume cannot change.
-FIXED = ("output", "env", "keep_observations", "observation_scales", "cell", "hidden_size", "seed")
+FIXED = ("output", "env", "observation", "hide", "cell", "hidden_size", "seed")
 MODULES = ("loss", "optimizer", "explore")  # in a checkpoint, beside the arguments and
 PROGRESS = ("frames", "episodes", "seconds", "rows", "best")
 FILES = ("checkpoint.pt", "learning_curve.csv", "learning_curve.png", "result.json")
@@ -67,10 +62,8 @@ TEST_EPISODES = 20
 @dataclass
 class Args:
     env: str = "CartPole-v1"  # Gymnasium's name of an environment with discrete actions
-    keep_observations: tuple[int, ...] | None = None
-    """indices of the entries that the policy reads; None: the positions in CartPole-v1, else all"""
-    observation_scales: tuple[float, ...] | None = None
-    """divisor of these entries, one or one each; None: CartPole-v1's limits of positions, else 1"""
+    observation: Literal["auto", "all", "pixels"] = "auto"  # auto: no velocities in CartPole-v1
+    hide: tuple[int, ...] = ()  # entries of the observation that the policy cannot see
     max_episode_steps: int = 10_000  # later steps are cut off, if the environment allows them
     cell: Literal["lstm", "gru", "lstm_ln", "feed_forward"] = "lstm"  # kind of recurrent layer
     hidden_size: int = 128  # size of the hidden state
@@ -101,33 +94,26 @@ class Args:
     logger: Literal["csv", "tensorboard", "wandb"] | None = None  # log through TorchRL, too
 
 
+class UsageError(Exception):
+    """A wrong argument, or a run that cannot continue."""
+
+
 def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any]]:
     """Return the arguments and, after --resume, the checkpoint with their defaults."""
-
-    def parse(default: Args) -> Args:
-        args = tyro.cli(Args, args=argv, default=default, description=__doc__)
-        hide_velocities = args.env == "CartPole-v1" and args.keep_observations is None
-        kept, scales = ((0, 2), (2.4, 0.2095)) if hide_velocities else ((), (1.0,))
-        return replace(
-            args,
-            keep_observations=args.keep_observations or kept,
-            observation_scales=args.observation_scales or scales,
-        )
-
-    args, checkpoint = parse(Args()), {}
+    args, checkpoint = tyro.cli(Args, args=argv, description=__doc__), {}
     if args.resume is not None and not args.overwrite:
         try:
             checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
             old = Args(**{**checkpoint["args"], "output": str(Path(args.resume).parent)})
-        except (OSError, EOFError, LookupError, TypeError, RuntimeError, pickle.PickleError) as e:
-            sys.exit(f"error: --resume is {args.resume}, not a checkpoint of this program ({e})")
-        args = parse(old)
+        except (OSError, EOFError, LookupError, TypeError, RuntimeError, UnpicklingError) as error:
+            raise UsageError(f"--resume is {args.resume}, no checkpoint of this program") from error
+        args = tyro.cli(Args, args=argv, default=old, description=__doc__)
         for name in FIXED:
             if getattr(args, name) != getattr(old, name):
-                sys.exit(f"error: --{name} must be {getattr(old, name)}, as in {args.resume}")
+                raise UsageError(f"--{name} must be {getattr(old, name)}, as in {args.resume}")
     elif not args.overwrite and any(Path(args.output, name).exists() for name in FILES):
-        sys.exit(
-            f"error: {args.output} contains a run. Continue it with --resume "
+        raise UsageError(
+            f"{args.output} contains a run. Continue it with --resume "
             f"{args.output}/checkpoint.pt, delete it with --overwrite, or choose another --output."
         )
     check_args(args)
@@ -137,54 +123,52 @@ def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any]]:
 def check_args(args: Args) -> None:
     for name, value in vars(args).items():
         if type(value) is int and value < (name != "seed"):
-            sys.exit(f"error: --{name} is {value}: expected at least 1")
+            raise UsageError(f"--{name} is {value}: expected at least 1")
         if name in ("gamma", "lmbda", "tau", "epsilon") and not 0 <= value <= 1:
-            sys.exit(f"error: --{name} is {value}: expected a number from 0 to 1")
+            raise UsageError(f"--{name} is {value}: expected a number from 0 to 1")
         if name in ("warmup", "capacity") and value < args.num_envs * args.slice_len:
-            sys.exit(f"error: --{name} is {value}: expected at least num_envs * slice_len")
+            raise UsageError(f"--{name} is {value}: expected at least num_envs * slice_len")
     if args.batch_frames % args.num_envs:
-        sys.exit(f"error: --batch_frames is {args.batch_frames}: expected a multiple of num_envs")
+        raise UsageError(f"--batch_frames is {args.batch_frames}: expected a multiple of num_envs")
     if args.frames <= args.warmup:
-        sys.exit(f"error: --frames is {args.frames}: expected more than warmup, {args.warmup}")
+        raise UsageError(f"--frames is {args.frames}: expected more than warmup, {args.warmup}")
 
 
 def make_env(args: Args, num_envs: int) -> TransformedEnv:
-    """Make environments that this process steps together and that TorchRL resets."""
-    limit = partial(gym.wrappers.TimeLimit, max_episode_steps=args.max_episode_steps)
-    try:
-        envs = gym.make_vec(
-            args.env,
-            num_envs,
-            vectorization_mode="sync",
-            vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.DISABLED},
-            wrappers=(gym.wrappers.FlattenObservation, limit),
-        )
-    except (gym.error.Error, ImportError, NotImplementedError) as error:
-        sys.exit(f"error: --env is {args.env}: {error}")
-    space, seen = envs.single_action_space, envs.single_observation_space
-    if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
-        sys.exit(f"error: --env is {args.env}, with actions {space}: expected Discrete from 0")
-    if not isinstance(seen, gym.spaces.Box):
-        sys.exit(f"error: --env is {args.env}: its observations, {seen}, do not flatten to a Box")
-    return TransformedEnv(GymWrapper(envs, device=args.device))
+    """Make environments that this process steps together."""
+    limit = f"gymnasium.wrappers:TimeLimit(max_episode_steps={args.max_episode_steps})"
+    hide, scale = args.hide, (1.0,)
+    if args.env == "CartPole-v1" and args.observation == "auto" and not hide:
+        hide, scale = (1, 3), (1 / 2.4, 1 / 0.2095)  # positions / their limits
+    return make_gym_env(
+        args.env,
+        num_envs,
+        wrappers=[limit],
+        pixels=args.observation == "pixels",
+        hide=hide,
+        scale=scale,
+        discrete_actions=True,
+        device=args.device,
+    )
+
+
+class Bytes(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return image / 255
 
 
 def make_policy(args: Args, env: TransformedEnv) -> TensorDictSequential:
-    """Observation -> scaled entries -> recurrent layer -> action values -> best action."""
-    size, action = env.observation_spec["observation"].shape[-1], env.action_spec_unbatched
-    kept, scales = args.keep_observations or tuple(range(size)), args.observation_scales or (1.0,)
-    if not set(kept) <= set(range(size)) or len(scales) not in (1, len(kept)) or 0 in scales:
-        sys.exit(
-            f"error: --keep_observations is {kept}, --observation_scales is {scales}: expected "
-            f"indices from 0 to {size - 1}, and one number for all of them, or one each, but no 0"
-        )
-    divisor = torch.tensor(scales, device=args.device)
+    """Observation -> recurrent layer -> a value for each action -> the best action."""
+    shape, action = env.observation_spec["observation"].shape[1:], env.action_spec_unbatched
+    encoder = nn.Identity()
+    if len(shape) == 3:
+        conv = ConvNet(shape[0], num_cells=[32, 64, 64], kernel_sizes=[8, 4, 3], strides=[4, 2, 1])
+        encoder = nn.Sequential(Bytes(), conv)
+    size = encoder(torch.zeros(1, *shape)).shape[-1]
+    layer = recurrent_module(args.cell, size, args.hidden_size, in_key="features", out_key="hidden")
     head = MLP(args.hidden_size, action.shape[-1], num_cells=[64], activation_class=nn.ReLU)
-    layer = recurrent_module(
-        args.cell, len(kept), args.hidden_size, in_key="features", out_key="hidden"
-    )
     modules = [
-        TensorDictModule(lambda x: x[..., kept].float() / divisor, ["observation"], ["features"]),
+        TensorDictModule(encoder, ["observation"], ["features"]),
         layer,
         TensorDictModule(head, ["hidden"], ["action_value"]),
         QValueModule(spec=action),
@@ -192,28 +176,10 @@ def make_policy(args: Args, env: TransformedEnv) -> TensorDictSequential:
     return TensorDictSequential(modules).to(args.device)
 
 
-def check_finite(args: Args, data: TensorDictBase) -> None:
-    for key in ("observation", ("next", "observation"), ("next", "reward")):
-        if not data[key].isfinite().all():
-            sys.exit(f"error: {args.env} returned NaN or inf in the entry {key!r}")
-
-
-@torch.no_grad()
-@set_exploration_type(ExplorationType.DETERMINISTIC)
 def evaluate(args: Args, policy: TensorDictSequential, episodes: int, seed: int) -> Tensor:
-    """Play without exploration, and return the returns, float32 ``[episodes]``."""
+    """Play without exploration, and return the return of each episode."""
     env = make_env(args, episodes).append_transform(get_env_transforms_from_module(policy))
-    env.set_seed(seed)
-    step = env.reset()
-    running = torch.ones(step.shape, dtype=torch.bool, device=step.device)
-    returns = torch.zeros(step.shape, device=step.device)
-    while running.any():
-        step, next_step = env.step_and_maybe_reset(policy(step))
-        check_finite(args, step)
-        returns += step["next", "reward"].squeeze(-1) * running
-        running &= ~step["next", "done"].squeeze(-1)
-        step = next_step
-    return returns.cpu()
+    return evaluate_policy(env, policy, seed + args.seed)
 
 
 def write_records(args: Args, rows: list[dict[str, float]], test_return: float = math.nan) -> None:
@@ -221,7 +187,8 @@ def write_records(args: Args, rows: list[dict[str, float]], test_return: float =
     folder, columns = Path(args.output), {name: [row[name] for row in rows] for name in rows[0]}
     with (folder / "learning_curve.csv").open("w", newline="") as file:
         csv.writer(file).writerows([list(columns), *([*row.values()] for row in rows)])
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    fig = Figure(figsize=(7, 4), layout="constrained")
+    ax = fig.subplots()
     x, low, high = columns["frames"], columns["evaluation_min"], columns["evaluation_max"]
     ax.fill_between(x, low, high, alpha=0.15, lw=0)
     ax.plot(x, columns["evaluation"], "o-", ms=3, label="evaluation: mean and range")
@@ -230,7 +197,6 @@ def write_records(args: Args, rows: list[dict[str, float]], test_return: float =
     ax.set(title=f"{args.env}, {args.cell}, seed {args.seed}", xlabel="frames", ylabel="return")
     ax.legend(fontsize="small")
     fig.savefig(folder / "learning_curve.png", dpi=120)
-    plt.close(fig)
 
 
 class Run:
@@ -289,7 +255,7 @@ class Run:
             group["lr"] = self.args.learning_rate * max(0, 1 - self.frames / self.args.frames)
         loss = self.loss(batch)["loss"]
         if not loss.isfinite():
-            sys.exit(f"error: the entry 'loss' is {loss.item()} after {self.frames} frames")
+            raise UsageError(f"the entry 'loss' is {loss.item()} after {self.frames} frames")
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.loss.parameters(), self.args.max_grad_norm)
@@ -308,7 +274,7 @@ class Run:
     def evaluate(self) -> None:
         """Play without exploration, keep the weights if they are the best, and record it."""
         args = self.args
-        returns = evaluate(args, self.policy, args.eval_episodes, SELECTION_SEED + args.seed)
+        returns = evaluate(args, self.policy, args.eval_episodes, SELECTION_SEED)
         if returns.mean() >= self.best["return"]:
             weights = {name: value.clone() for name, value in self.policy.state_dict().items()}
             self.best = {"return": returns.mean().item(), "frames": self.frames, "policy": weights}
@@ -326,8 +292,8 @@ class Run:
         self.save()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args, checkpoint = read_args(argv)
+def train(args: Args, checkpoint: dict[str, Any]) -> None:
+    """Collect and learn until the run is finished or stopped, and test the best weights."""
     torch.set_num_threads(args.threads)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):  # the second one ends the program at once
@@ -361,7 +327,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tqdm(total=args.frames, initial=run.frames, unit=" frames") as bar:
         while run.frames < args.frames and not stop.is_set():
             data: Any = collector.next()
-            check_finite(args, data)
             run.count(data)
             replay.extend(data.select(*keys).set("stream", streams.expand(data.shape)))
             if run.frames - first_frame >= args.warmup:
@@ -380,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"Stopped after {run.frames} frames. Continue: --resume {args.output}/checkpoint.pt")
         return
     run.policy.load_state_dict(run.best["policy"])
-    returns = evaluate(args, run.policy, TEST_EPISODES, TEST_SEED + args.seed)
+    returns = evaluate(args, run.policy, TEST_EPISODES, TEST_SEED)
     write_records(args, run.rows, returns.mean().item())
     result = {
         "test_return": returns.mean().item(),
@@ -396,6 +361,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"Best weights, of frame {run.best['frames']}: mean return {returns.mean():.1f} over "
         f"{TEST_EPISODES} new episodes. Picture: {args.output}/learning_curve.png"
     )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    try:
+        train(*read_args(argv))
+    except (UsageError, EnvError) as error:
+        print(f"recurrent_dqn.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

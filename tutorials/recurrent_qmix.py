@@ -21,7 +21,6 @@ import csv
 import json
 import logging
 import math
-import pickle
 import signal
 import sys
 import threading
@@ -30,12 +29,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from statistics import fmean
 from typing import Any, Literal
 
-import matplotlib
 import torch
 import tyro
+from matplotlib.figure import Figure
 from tensordict import TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
@@ -50,17 +50,14 @@ from torchrl.data import (
     Unbounded,
 )
 from torchrl.envs import EnvBase, RewardSum, TransformedEnv
-from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import EGreedyModule, MultiAgentMLP, QMixer, QValueModule
 from torchrl.objectives import LossModule, QMixerLoss, SoftUpdate, ValueEstimators
 from torchrl.record.loggers import get_logger
 from tqdm import tqdm
 
 from rnnkeys import get_env_transforms_from_module, recurrent_module
+from rnnkeys.environments import evaluate_policy
 from rnnkeys.objectives import recurrent_loss
-
-matplotlib.use("Agg")  # pictures go to files: no display is needed
-from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen before pyplot loads)
 
 logging.getLogger("torchrl").setLevel(logging.WARNING)  # without a line for each buffer
 
@@ -108,6 +105,10 @@ class Args:
     logger: Literal["csv", "tensorboard", "wandb"] | None = None  # log through TorchRL, too
 
 
+class UsageError(Exception):
+    """A wrong argument, or a run that cannot continue."""
+
+
 def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any]]:
     """Return the arguments and, after --resume, the checkpoint with their defaults."""
     args, checkpoint = tyro.cli(Args, args=argv, description=__doc__), {}
@@ -115,15 +116,15 @@ def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any]]:
         try:
             checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
             old = Args(**{**checkpoint["args"], "output": str(Path(args.resume).parent)})
-        except (OSError, EOFError, LookupError, TypeError, RuntimeError, pickle.PickleError) as e:
-            sys.exit(f"error: --resume is {args.resume}, not a checkpoint of this program ({e})")
+        except (OSError, EOFError, LookupError, TypeError, RuntimeError, UnpicklingError) as error:
+            raise UsageError(f"--resume is {args.resume}, no checkpoint of this program") from error
         args = tyro.cli(Args, args=argv, default=old, description=__doc__)
         for name in FIXED:
             if getattr(args, name) != getattr(old, name):
-                sys.exit(f"error: --{name} must be {getattr(old, name)}, as in {args.resume}")
+                raise UsageError(f"--{name} must be {getattr(old, name)}, as in {args.resume}")
     elif not args.overwrite and any(Path(args.output, name).exists() for name in FILES):
-        sys.exit(
-            f"error: {args.output} contains a run. Continue it with --resume "
+        raise UsageError(
+            f"{args.output} contains a run. Continue it with --resume "
             f"{args.output}/checkpoint.pt, delete it with --overwrite, or choose another --output."
         )
     check_args(args)
@@ -134,15 +135,15 @@ def check_args(args: Args) -> None:
     for name, value in vars(args).items():
         least = {"seed": 0, "words": 2}.get(name, 1)
         if type(value) is int and value < least:
-            sys.exit(f"error: --{name} is {value}: expected at least {least}")
+            raise UsageError(f"--{name} is {value}: expected at least {least}")
         if name in ("gamma", "lmbda", "tau", "epsilon") and not 0 <= value <= 1:
-            sys.exit(f"error: --{name} is {value}: expected a number from 0 to 1")
+            raise UsageError(f"--{name} is {value}: expected a number from 0 to 1")
         if name in ("warmup", "capacity") and value < args.num_envs * args.slice_len:
-            sys.exit(f"error: --{name} is {value}: expected at least num_envs * slice_len")
+            raise UsageError(f"--{name} is {value}: expected at least num_envs * slice_len")
     if args.batch_frames % args.num_envs:
-        sys.exit(f"error: --batch_frames is {args.batch_frames}: expected a multiple of num_envs")
+        raise UsageError(f"--batch_frames is {args.batch_frames}: expected a multiple of num_envs")
     if args.frames <= args.warmup:
-        sys.exit(f"error: --frames is {args.frames}: expected more than warmup, {args.warmup}")
+        raise UsageError(f"--frames is {args.frames}: expected more than warmup, {args.warmup}")
 
 
 class Password(EnvBase):
@@ -281,25 +282,13 @@ def make_loss(args: Args, policy: TensorDictSequential) -> LossModule:
 def check_finite(data: TensorDictBase) -> None:
     for key in ("state", ("agents", "observation"), ("next", "state"), ("next", "reward")):
         if not data.get(key).isfinite().all():
-            sys.exit(f"error: the environment returned NaN or inf in the entry {key!r}")
+            raise UsageError(f"the environment returned NaN or inf in the entry {key!r}")
 
 
-@torch.no_grad()
-@set_exploration_type(ExplorationType.DETERMINISTIC)
 def evaluate(args: Args, policy: TensorDictSequential, episodes: int, seed: int) -> Tensor:
-    """Play without exploration, and return the returns, float32 ``[episodes]``."""
+    """Play without exploration, and return the return of each episode."""
     env = make_env(args, episodes).append_transform(get_env_transforms_from_module(policy))
-    env.set_seed(seed)
-    step = env.reset()
-    running = torch.ones(step.shape, dtype=torch.bool, device=step.device)
-    returns = torch.zeros(step.shape, device=step.device)
-    while running.any():
-        step, next_step = env.step_and_maybe_reset(policy(step))
-        check_finite(step)
-        returns += step["next", "reward"].squeeze(-1) * running
-        running &= ~step["next", "done"].squeeze(-1)
-        step = next_step
-    return returns.cpu()
+    return evaluate_policy(env, policy, seed + args.seed)
 
 
 def write_records(args: Args, rows: list[dict[str, float]], test_return: float = math.nan) -> None:
@@ -307,7 +296,8 @@ def write_records(args: Args, rows: list[dict[str, float]], test_return: float =
     folder, columns = Path(args.output), {name: [row[name] for row in rows] for name in rows[0]}
     with (folder / "learning_curve.csv").open("w", newline="") as file:
         csv.writer(file).writerows([list(columns), *([*row.values()] for row in rows)])
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    fig = Figure(figsize=(7, 4), layout="constrained")
+    ax = fig.subplots()
     x, low, high = columns["frames"], columns["evaluation_min"], columns["evaluation_max"]
     ax.fill_between(x, low, high, alpha=0.15, lw=0)
     ax.plot(x, columns["evaluation"], "o-", ms=3, label="evaluation: mean and range")
@@ -316,7 +306,6 @@ def write_records(args: Args, rows: list[dict[str, float]], test_return: float =
     ax.set(title=f"Password, {args.cell}, seed {args.seed}", xlabel="frames", ylabel="return")
     ax.legend(fontsize="small")
     fig.savefig(folder / "learning_curve.png", dpi=120)
-    plt.close(fig)
 
 
 class Run:
@@ -368,7 +357,7 @@ class Run:
             group["lr"] = self.args.learning_rate * max(0, 1 - self.frames / self.args.frames)
         loss = self.loss(batch)["loss"]
         if not loss.isfinite():
-            sys.exit(f"error: the entry 'loss' is {loss.item()} after {self.frames} frames")
+            raise UsageError(f"the entry 'loss' is {loss.item()} after {self.frames} frames")
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.loss.parameters(), self.args.max_grad_norm)
@@ -387,7 +376,7 @@ class Run:
     def evaluate(self) -> None:
         """Play without exploration, keep the weights if they are the best, and record it."""
         args = self.args
-        returns = evaluate(args, self.policy, args.eval_episodes, SELECTION_SEED + args.seed)
+        returns = evaluate(args, self.policy, args.eval_episodes, SELECTION_SEED)
         if returns.mean() >= self.best["return"]:
             weights = {name: value.clone() for name, value in self.policy.state_dict().items()}
             self.best = {"return": returns.mean().item(), "frames": self.frames, "policy": weights}
@@ -405,8 +394,8 @@ class Run:
         self.save()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args, checkpoint = read_args(argv)
+def train(args: Args, checkpoint: dict[str, Any]) -> None:
+    """Collect and learn until the run is finished or stopped, and test the best weights."""
     torch.set_num_threads(args.threads)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):  # the second one ends the program at once
@@ -460,7 +449,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"Stopped after {run.frames} frames. Continue: --resume {args.output}/checkpoint.pt")
         return
     run.policy.load_state_dict(run.best["policy"])
-    returns = evaluate(args, run.policy, TEST_EPISODES, TEST_SEED + args.seed)
+    returns = evaluate(args, run.policy, TEST_EPISODES, TEST_SEED)
     write_records(args, run.rows, returns.mean().item())
     result = {
         "test_return": returns.mean().item(),
@@ -476,6 +465,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"Best weights, of frame {run.best['frames']}: mean return {returns.mean():.1f} over "
         f"{TEST_EPISODES} new episodes. Picture: {args.output}/learning_curve.png"
     )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    try:
+        train(*read_args(argv))
+    except UsageError as error:
+        print(f"recurrent_qmix.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
     python recurrent_reinforce.py                           # learns CartPole-v1
     python recurrent_reinforce.py --broken                  # the mistake: does not
-    python recurrent_reinforce.py --keep-observations 0 2 --observation-scales 2.4 0.2095
-                                                            # learns without velocities, too
+    python recurrent_reinforce.py --observation auto        # learns without velocities, too
     python recurrent_reinforce.py --cell feed_forward       # the feed-forward baseline
     python recurrent_reinforce.py --resume runs/recurrent_reinforce/checkpoint.pt
 
@@ -22,25 +21,23 @@ from __future__ import annotations
 
 import csv
 import json
-import pickle
 import signal
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
-import gymnasium as gym
-import matplotlib
 import torch
 import tyro
+from matplotlib.figure import Figure
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
-from torchrl.envs import GymWrapper, TransformedEnv
+from torchrl.envs import TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import OneHotCategorical, ProbabilisticActor
 from torchrl.objectives import ReinforceLoss
@@ -49,14 +46,12 @@ from torchrl.record.loggers import get_logger
 from tqdm import tqdm
 
 from rnnkeys import get_env_transforms_from_module, recurrent_module
+from rnnkeys.environments import EnvError, evaluate_policy, make_gym_env
 from rnnkeys.objectives import SequenceMinibatches, recurrent_loss
-
-matplotlib.use("Agg")  # pictures go to files: no display is needed
-from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen before pyplot loads)
 
 STATES = {"gru": ("h",), "lstm": ("h", "c"), "lstm_ln": ("h", "c"), "feed_forward": ()}
 FIXED = (  # arguments that --resume cannot change
-    *("output", "env", "seed", "num_envs", "keep_observations", "observation_scales"),
+    *("output", "env", "seed", "num_envs", "observation", "hide"),
     *("cell", "num_layers", "hidden_size", "broken"),
 )
 FILES = ("checkpoint.pt", "learning_curve.csv", "learning_curve.png", "result.json")
@@ -68,8 +63,8 @@ TEST_SEED = 200_000_000  # of the episodes that training has not used
 @dataclass
 class Args:
     env: str = "CartPole-v1"  # Gymnasium's name of an environment with discrete actions
-    keep_observations: tuple[int, ...] = ()  # indices of the entries that are read; none: all
-    observation_scales: tuple[float, ...] = (1.0,)  # divisor of these entries; one, or one each
+    observation: Literal["all", "auto"] = "all"  # auto: no velocities in CartPole-v1
+    hide: tuple[int, ...] = ()  # entries of the observation that the policy cannot see
     max_episode_steps: int = 10_000  # later steps are cut off, if the environment allows them
     cell: Literal["gru", "lstm", "lstm_ln", "feed_forward"] = "gru"  # kind of recurrent layer
     num_layers: int = 2  # layers in the policy, and as many in the critic
@@ -90,6 +85,10 @@ class Args:
     logger: Literal["csv", "tensorboard", "wandb"] | None = None  # log through TorchRL, too
 
 
+class UsageError(Exception):
+    """A wrong argument, or a run that cannot continue."""
+
+
 def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any]]:
     """Return the arguments and, after --resume, the checkpoint with their defaults."""
     args, checkpoint = tyro.cli(Args, args=argv, description=__doc__), {}
@@ -97,78 +96,66 @@ def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any]]:
         try:
             checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
             old = Args(**{**checkpoint["args"], "output": str(Path(args.resume).parent)})
-        except (OSError, EOFError, LookupError, TypeError, RuntimeError, pickle.PickleError) as e:
-            sys.exit(f"error: --resume is {args.resume}, not a checkpoint of this program ({e})")
+        except (OSError, EOFError, LookupError, TypeError, RuntimeError, UnpicklingError) as error:
+            raise UsageError(f"--resume is {args.resume}, no checkpoint of this program") from error
         args = tyro.cli(Args, args=argv, default=old, description=__doc__)
         for name in FIXED:
             if getattr(args, name) != getattr(old, name):
-                sys.exit(f"error: --{name} must be {getattr(old, name)}, as in {args.resume}")
+                raise UsageError(f"--{name} must be {getattr(old, name)}, as in {args.resume}")
     elif not args.overwrite and any(Path(args.output, name).exists() for name in FILES):
-        sys.exit(
-            f"error: {args.output} contains a run. Continue it with --resume "
+        raise UsageError(
+            f"{args.output} contains a run. Continue it with --resume "
             f"{args.output}/checkpoint.pt, delete it with --overwrite, or choose another --output."
         )
     for name, value in vars(args).items():
         if type(value) is int and value < (name != "seed"):
-            sys.exit(f"error: --{name} is {value}: expected at least 1")
+            raise UsageError(f"--{name} is {value}: expected at least 1")
     if not 0 <= args.gamma <= 1:
-        sys.exit(f"error: --gamma is {args.gamma}: expected a number from 0 to 1")
+        raise UsageError(f"--gamma is {args.gamma}: expected a number from 0 to 1")
     if args.broken and args.cell == "feed_forward":
-        sys.exit("error: --broken: a feed-forward network has no states to lose")
+        raise UsageError("--broken: a feed-forward network has no states to lose")
     return args, checkpoint
 
 
 def make_env(args: Args, num_envs: int) -> TransformedEnv:
-    """Make environments that this process steps together and that TorchRL resets."""
-    limit = partial(gym.wrappers.TimeLimit, max_episode_steps=args.max_episode_steps)
-    try:
-        envs = gym.make_vec(
-            args.env,
-            num_envs,
-            vectorization_mode="sync",
-            vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.DISABLED},
-            wrappers=(gym.wrappers.FlattenObservation, limit),
-        )
-    except (gym.error.Error, ImportError, NotImplementedError) as error:
-        sys.exit(f"error: --env is {args.env}: {error}")
-    space, seen = envs.single_action_space, envs.single_observation_space
-    if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
-        sys.exit(f"error: --env is {args.env}, with actions {space}: expected Discrete from 0")
-    if not isinstance(seen, gym.spaces.Box):
-        sys.exit(f"error: --env is {args.env}: its observations, {seen}, do not flatten to a Box")
-    return TransformedEnv(GymWrapper(envs, device=args.device))
+    """Make environments that this process steps together."""
+    limit = f"gymnasium.wrappers:TimeLimit(max_episode_steps={args.max_episode_steps})"
+    hide, scale = args.hide, (1.0,)
+    if args.env == "CartPole-v1" and args.observation == "auto" and not hide:
+        hide, scale = (1, 3), (1 / 2.4, 1 / 0.2095)  # positions / their limits
+    return make_gym_env(
+        args.env,
+        num_envs,
+        wrappers=[limit],
+        hide=hide,
+        scale=scale,
+        discrete_actions=True,
+        device=args.device,
+    )
 
 
 def make_networks(args: Args, env: TransformedEnv) -> tuple[Any, TensorDictSequential]:
     """Make the policy and the critic, which predicts returns: each has its own recurrent layers."""
-    size, actions = env.observation_spec["observation"].shape[-1], env.action_spec.shape[-1]
-    kept, scales = args.keep_observations or tuple(range(size)), args.observation_scales
-    if not set(kept) <= set(range(size)) or len(scales) not in (1, len(kept)) or 0 in scales:
-        sys.exit(
-            f"error: --keep_observations is {kept}, --observation_scales is {scales}: expected "
-            f"indices from 0 to {size - 1}, and one number for all of them, or one each, but no 0"
-        )
-    divisor = torch.tensor(scales, device=args.device)
+    spec = env.observation_spec["observation"]
+    if spec.ndim != 2:
+        raise UsageError(f"--env is {args.env}, with images: expected vectors as observations")
 
     def make_network(name: str, output: str, output_size: int) -> TensorDictSequential:
         states = [f"{name}_{state}" for state in STATES[args.cell]]
         layers = recurrent_module(
             args.cell,
-            len(kept),
+            spec.shape[-1],
             args.hidden_size,
             args.num_layers,
-            in_keys=[f"{name}_features", *states],
+            in_keys=["observation", *states],
             out_keys=[f"{name}_hidden", *(("next", state) for state in states)],
         )
-        features = TensorDictModule(
-            lambda x: x[..., kept].float() / divisor, ["observation"], [f"{name}_features"]
-        )
         head = nn.Linear(args.hidden_size, output_size)
-        modules = [features, layers, TensorDictModule(head, [f"{name}_hidden"], [output])]
+        modules = [layers, TensorDictModule(head, [f"{name}_hidden"], [output])]
         return TensorDictSequential(modules).to(args.device)
 
     policy = ProbabilisticActor(
-        make_network("policy", "logits", actions),
+        make_network("policy", "logits", env.action_spec.shape[-1]),
         in_keys=["logits"],
         distribution_class=OneHotCategorical,
     )
@@ -176,9 +163,8 @@ def make_networks(args: Args, env: TransformedEnv) -> tuple[Any, TensorDictSeque
 
 
 @torch.no_grad()
-def play(
-    args: Args, env: TransformedEnv, policy: TensorDictModuleBase, exploration: Any
-) -> tuple[TensorDictBase, Tensor]:
+@set_exploration_type(ExplorationType.RANDOM)
+def play(env: TransformedEnv, policy: TensorDictModuleBase) -> tuple[TensorDictBase, Tensor]:
     """Play one episode in each environment, side by side.
 
     Returns:
@@ -189,9 +175,7 @@ def play(
     running = torch.ones(step.shape, dtype=torch.bool, device=step.device)
     steps, masks = [], []
     while running.any():
-        with set_exploration_type(exploration):
-            done_step, step = env.step_and_maybe_reset(policy(step))
-        check_finite(args, done_step)
+        done_step, step = env.step_and_maybe_reset(policy(step))
         steps.append(done_step)
         masks.append(running)
         running = running & ~done_step["next", "done"].squeeze(-1)
@@ -199,12 +183,6 @@ def play(
     mask = torch.stack(masks, 1)
     episodes["collector"] = TensorDict(mask=mask, batch_size=mask.shape)
     return episodes, (episodes["next", "reward"].squeeze(-1) * mask).sum(1)
-
-
-def check_finite(args: Args, data: TensorDictBase) -> None:
-    for key in ("observation", ("next", "observation"), ("next", "reward")):
-        if not data[key].isfinite().all():
-            sys.exit(f"error: {args.env} returned NaN or inf in the entry {key!r}")
 
 
 def as_single_steps(args: Args, batch: TensorDictBase) -> TensorDictBase:
@@ -234,18 +212,18 @@ def write_records(args: Args, returns: list[float], seconds: list[float]) -> Non
         writer = csv.writer(file)
         writer.writerow(["episode", "seconds", "return", f"mean_of_last_{WINDOW}"])
         writer.writerows(zip(count, seconds, returns, means, strict=True))
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    fig = Figure(figsize=(7, 4), layout="constrained")
+    ax = fig.subplots()
     ax.plot(count, returns, ".", ms=2, color="tab:gray", label="an episode")
     ax.plot(count, means, label=f"mean of the last {WINDOW}")
     ax.axhline(args.target, color="tab:green", ls="--", lw=1, label="target")
     ax.set(title=f"{args.env}, {args.cell}, seed {args.seed}", xlabel="episodes", ylabel="return")
     ax.legend(fontsize="small")
     fig.savefig(Path(args.output, "learning_curve.png"), dpi=120)
-    plt.close(fig)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args, checkpoint = read_args(argv)
+def train(args: Args, checkpoint: dict[str, Any]) -> None:
+    """Play and learn until the run is finished or stopped, and test the last weights."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     stop = threading.Event()
@@ -277,13 +255,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             # A resumed run plays the same rounds as one that was not interrupted.
             env.set_seed(args.seed + len(returns))
             torch.manual_seed(args.seed + len(returns))
-            episodes, new_returns = play(args, env, actor, ExplorationType.RANDOM)
+            episodes, new_returns = play(env, actor)
             advantage(episodes)
             [batch] = minibatches(episodes)
             out = loss_module(as_single_steps(args, batch) if args.broken else batch)
             loss = out["loss_actor"] + out["loss_value"]
             if not loss.isfinite():
-                sys.exit(f"error: 'loss_actor' + 'loss_value' is {loss.item()}")
+                raise UsageError(f"'loss_actor' + 'loss_value' is {loss.item()}")
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(loss_module.parameters(), args.max_grad_norm)
@@ -307,9 +285,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"Stopped after {len(returns)} episodes. Continue: --resume {args.output}/{FILES[0]}")
         return
     test_env = make_env(args, TEST_EPISODES)
-    test_env.append_transform(get_env_transforms_from_module(actor))
-    test_env.set_seed(TEST_SEED + args.seed)
-    _, test_returns = play(args, test_env, actor, ExplorationType.DETERMINISTIC)
+    test_env.append_transform(get_env_transforms_from_module(policy))
+    test_returns = evaluate_policy(test_env, policy, TEST_SEED + args.seed)
     result = {
         "test_return": test_returns.mean().item(),
         "test_returns": test_returns.tolist(),
@@ -324,6 +301,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"Without exploration: {test_returns.mean():.1f} over {TEST_EPISODES} new episodes. "
         f"Picture: {args.output}/learning_curve.png"
     )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    try:
+        train(*read_args(argv))
+    except (UsageError, EnvError) as error:
+        print(f"recurrent_reinforce.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

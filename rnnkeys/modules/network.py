@@ -50,7 +50,7 @@ class RecurrentNetwork:
         network: the network that the methods run.
         layers: the recurrent modules inside, each with its keys.
         state_keys: keys of all recurrent states, each once.
-        init_keys: keys of the ``is_init`` flags that reset them, each once.
+        init_keys: keys of the ``is_init`` flags of all layers, each once.
         pairs: ``(state key, init key)`` for every recurrent state.
 
     Examples:
@@ -71,7 +71,8 @@ class RecurrentNetwork:
             dict.fromkeys((key, one.init_key) for one in self.layers for key in one.state_keys)
         )
         self.state_keys = tuple(dict.fromkeys(key for key, _ in self.pairs))
-        self.init_keys = tuple(dict.fromkeys(init_key for _, init_key in self.pairs))
+        # Also those of layers without state: they show where sequences start.
+        self.init_keys = tuple(dict.fromkeys(one.init_key for one in self.layers))
 
     @property
     def modules(self) -> tuple[TensorDictModuleBase, ...]:

@@ -6,10 +6,12 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -57,6 +59,15 @@ def assert_complete(folder: Path, frames: list[int], tested: int = 20) -> None:
     best = max(rows, key=lambda row: (row["evaluation"], row["frames"]))
     assert result["best_frames"] == best["frames"]
     assert math.isclose(result["best_evaluation"], best["evaluation"], rel_tol=1e-6)
+
+
+def assert_fails(capsys: pytest.CaptureFixture[str], message: str, call: Callable[[], Any]) -> None:
+    """Assert that a tutorial ends with one line on stderr that matches ``message``."""
+    with pytest.raises(SystemExit) as stopped:
+        call()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"error: .*{message}", error), error
 
 
 def assert_same(a: Any, b: Any) -> None:

@@ -8,18 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import pytest
 import torch
-from gymnasium.envs.registration import EnvSpec
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from rnnkeys import set_recurrent_mode
+from rnnkeys import get_env_transforms_from_module, set_recurrent_mode
 from tests.support.tutorials import (
     NEEDS_SIGNALS,
     ROOT,
     assert_complete,
+    assert_fails,
     assert_same,
     interrupt_script,
     load_tutorial,
@@ -80,27 +79,25 @@ def test_evaluate_cuts_episodes_that_do_not_end() -> None:
     assert (tutorial.evaluate(args, policy, 2, seed=0) <= -3).all()
 
 
-class GraphEnv(gym.Env):
-    observation_space = gym.spaces.Graph(gym.spaces.Box(0, 1, (2,)), None)
-    action_space = gym.spaces.Discrete(2)
+def test_make_env_of_cart_pole_hides_velocities_unless_all_is_observed() -> None:
+    for seed in range(3):
+        everything, positions = (
+            tutorial.make_env(tutorial.Args(observation=observation), 2)
+            for observation in ("all", "auto")
+        )
+        for env in (everything, positions):
+            env.set_seed(seed)
+        expected = everything.reset()["observation"][:, [0, 2]] / torch.tensor([2.4, 0.2095])
+        torch.testing.assert_close(positions.reset()["observation"], expected)
 
 
-def test_make_env_with_observations_that_do_not_flatten_raises(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(gym.registry, "Graph-v0", EnvSpec("Graph-v0", entry_point=GraphEnv))
-    with pytest.raises(SystemExit, match="--env is Graph-v0: its observations, Graph.*flatten"):
-        tutorial.make_env(tutorial.Args(env="Graph-v0"), 1)
-
-
-def test_make_policy_of_cart_pole_ignores_velocities(tmp_path: Path) -> None:
-    args, _ = tutorial.read_args(["--hidden-size", "8", "--output", str(tmp_path)])
-    policy = tutorial.make_policy(args, tutorial.make_env(args, 1))
-    observation = torch.tensor([[1.2, 0.0, 0.2095, 0.0], [1.2, 3.0, 0.2095, -3.0]])
-    is_init = torch.ones(2, 1, dtype=torch.bool)
-    out = policy(TensorDict(observation=observation, is_init=is_init, batch_size=[2]))
-    torch.testing.assert_close(out["features"], torch.tensor([[0.5, 1.0], [0.5, 1.0]]))
-    assert torch.equal(out["action_value"][0], out["action_value"][1])
+def test_make_policy_of_images_encodes_them() -> None:
+    args = tutorial.Args(observation="pixels", hidden_size=8)
+    env = tutorial.make_env(args, 2)
+    policy = tutorial.make_policy(args, env)
+    assert policy[1].lstm.input_size == 64 * 7 * 7
+    env.append_transform(get_env_transforms_from_module(policy))
+    assert policy(env.reset())["action_value"].isfinite().all()
 
 
 def test_resume_with_more_frames_continues(
@@ -152,15 +149,14 @@ def test_run_with_one_seed_repeats_itself(tmp_path: Path) -> None:
     assert_same(rows[0], rows[1])
 
 
-def test_run_in_a_folder_with_a_run_needs_resume_or_overwrite(run: Run) -> None:
+def test_run_in_a_folder_with_a_run_needs_resume_or_overwrite(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = run(*SHORT)
     saved = (folder / "checkpoint.pt").read_bytes()
-    with pytest.raises(
-        SystemExit, match=r"contains a run. Continue it with --resume .*--overwrite"
-    ):
-        run(*SHORT, "--seed", "1")
-    with pytest.raises(SystemExit, match="doesn't exist"):
-        run(*SHORT, "--env", "Nowhere-v0", "--overwrite")
+    message = r"contains a run. Continue it with --resume .*--overwrite"
+    assert_fails(capsys, message, lambda: run(*SHORT, "--seed", "1"))
+    assert_fails(capsys, "doesn't exist", lambda: run(*SHORT, "--env", "Nowhere-v0", "--overwrite"))
     assert (folder / "checkpoint.pt").read_bytes() == saved
     run(*SHORT, "--seed", "1", "--overwrite")
     assert read_checkpoint(folder)["args"]["seed"] == 1
@@ -176,34 +172,39 @@ def test_run_in_a_folder_with_a_run_needs_resume_or_overwrite(run: Run) -> None:
         (["--output", "elsewhere"], "--output must be "),
     ],
 )
-def test_resume_of_another_run_raises(run: Run, argv: list[str], message: str) -> None:
+def test_resume_of_another_run_raises(
+    run: Run, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = run(*SMALL, "--hidden-size", "8", "--frames", "257", "--eval-episodes", "1")
-    with pytest.raises(SystemExit, match=message):
-        tutorial.main(["--resume", str(folder / "checkpoint.pt"), *argv])
+    assert_fails(
+        capsys, message, lambda: tutorial.main(["--resume", str(folder / "checkpoint.pt"), *argv])
+    )
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--resume", "nowhere.pt"], "--resume is nowhere.pt, not a checkpoint of this program"),
-        (["--resume", str(SCRIPT)], "not a checkpoint of this program"),
+        (["--resume", "nowhere.pt"], "--resume is nowhere.pt, no checkpoint of this program"),
+        (["--resume", str(SCRIPT)], "no checkpoint of this program"),
         (["--batch-frames", "100"], "--batch_frames is 100: expected a multiple of num_envs"),
         (["--warmup", "100"], "--warmup is 100: expected at least num_envs \\* slice_len"),
         (["--frames", "0"], "--frames is 0: expected at least 1"),
         (["--frames", "2000"], "--frames is 2000: expected more than warmup, 2000"),
         (["--gamma", "1.5"], "--gamma is 1.5: expected a number from 0 to 1"),
-        (["--env", "Pendulum-v1"], "--env is Pendulum-v1, with actions Box.*: expected Discrete"),
-        (["--env", "Nowhere-v0"], "--env is Nowhere-v0: .*doesn't exist"),
-        (["--keep-observations", "4"], "expected indices from 0 to 3"),
-        (["--observation-scales", "0"], "one number for all of them, or one each, but no 0"),
+        (["--env", "Pendulum-v1"], "Pendulum-v1 has the action space Box.*: expected Discrete"),
+        (["--env", "Nowhere-v0"], "Nowhere-v0 cannot be made: .*doesn't exist"),
+        (["--hide", "4"], r"hide is \(4,\): expected some of the entries 0 to 3"),
     ],
 )
 def test_main_with_a_bad_value_raises(
-    tmp_path: Path, argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    argv: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delattr(tutorial, "Collector")  # before anything is collected
-    with pytest.raises(SystemExit, match=message):
-        tutorial.main([*argv, "--output", str(tmp_path)])
+    assert_fails(capsys, message, lambda: tutorial.main([*argv, "--output", str(tmp_path)]))
 
 
 @pytest.mark.parametrize(
@@ -223,14 +224,17 @@ def test_main_with_an_unknown_option_raises(
 
 
 @pytest.mark.parametrize("content", [{"weights": 1}, {"args": {"smell": 1}}, None])
-def test_resume_of_another_file_raises(tmp_path: Path, content: Any) -> None:
+def test_resume_of_another_file_raises(
+    tmp_path: Path, content: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "checkpoint.pt"
     if content is None:
         path.touch()
     else:
         torch.save(content, path)
-    with pytest.raises(SystemExit, match="not a checkpoint of this program"):
-        tutorial.main(["--resume", str(path)])
+    assert_fails(
+        capsys, "no checkpoint of this program", lambda: tutorial.main(["--resume", str(path)])
+    )
 
 
 @NEEDS_SIGNALS
@@ -251,30 +255,27 @@ def test_script_in_another_folder_runs(tmp_path: Path) -> None:
     assert_complete(tmp_path / "runs" / "recurrent_dqn", [512, 1024])
 
 
-@pytest.mark.parametrize("key", ["observation", "reward"])
+@pytest.mark.usefixtures("broken_env")
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [("observation", "entry 1 of an observation of .* is nan"), ("reward", "reward of .* is nan")],
+)
 def test_run_with_nan_from_the_environment_names_the_entry(
-    run: Run, key: str, monkeypatch: pytest.MonkeyPatch
+    run: Run, entry: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    collect = tutorial.Collector.next
-
-    def break_entry(collector: Any) -> Any:
-        data = collect(collector)
-        data["next", key][3, 5] = float("nan")
-        return data
-
-    monkeypatch.setattr(tutorial.Collector, "next", break_entry)
-    with pytest.raises(SystemExit, match=rf"CartPole-v1 returned NaN or inf in .*'next', '{key}'"):
-        run(*SHORT)
+    env = f"Broken-v0(entry='{entry}')"
+    assert_fails(capsys, message, lambda: run(*SHORT, "--env", env))
 
 
-def test_run_with_infinite_loss_names_it(run: Run) -> None:
-    with pytest.raises(SystemExit, match="the entry 'loss' is (nan|inf) after"):
-        run(*SHORT, "--reward-scale", "1e38")
+def test_run_with_infinite_loss_names_it(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_fails(
+        capsys, "the entry 'loss' is (nan|inf) after", lambda: run(*SHORT, "--reward-scale", "1e38")
+    )
 
 
 class PushTowardsTheLean(nn.Module):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        right = tensordict["observation"][..., 2] > 0
+        right = tensordict["observation"][..., 1] > 0
         return tensordict.set("action", torch.stack([~right, right], -1).long())
 
 

@@ -14,6 +14,7 @@ from tests.support.tutorials import (
     NEEDS_SIGNALS,
     ROOT,
     assert_complete,
+    assert_fails,
     assert_same,
     interrupt_script,
     load_tutorial,
@@ -132,16 +133,19 @@ def test_resume_restores_the_saved_state(run: Run) -> None:
     assert_same(read_checkpoint(folder), saved)
 
 
-def test_run_in_a_folder_with_a_run_needs_resume_or_overwrite(run: Run) -> None:
+def test_run_in_a_folder_with_a_run_needs_resume_or_overwrite(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = run(*SHORT)
     saved = (folder / "checkpoint.pt").read_bytes()
-    with pytest.raises(
-        SystemExit, match=r"contains a run. Continue it with --resume .*--overwrite"
-    ):
-        run(*SHORT, "--seed", "1")
+    message = r"contains a run. Continue it with --resume .*--overwrite"
+    assert_fails(capsys, message, lambda: run(*SHORT, "--seed", "1"))
     assert (folder / "checkpoint.pt").read_bytes() == saved
-    with pytest.raises(SystemExit, match="--own must be False, as in"):
-        tutorial.main(["--resume", str(folder / "checkpoint.pt"), "--own"])
+    assert_fails(
+        capsys,
+        "--own must be False, as in",
+        lambda: tutorial.main(["--resume", str(folder / "checkpoint.pt"), "--own"]),
+    )
     run(*SHORT, "--own", "--overwrite")
     assert read_result(folder)["args"]["own"]
 
@@ -155,15 +159,18 @@ def test_run_in_a_folder_with_a_run_needs_resume_or_overwrite(run: Run) -> None:
         (["--warmup", "100"], "--warmup is 100: expected at least num_envs \\* slice_len"),
         (["--frames", "2000"], "--frames is 2000: expected more than warmup, 2000"),
         (["--tau", "2"], "--tau is 2.0: expected a number from 0 to 1"),
-        (["--resume", "nowhere.pt"], "--resume is nowhere.pt, not a checkpoint of this program"),
+        (["--resume", "nowhere.pt"], "--resume is nowhere.pt, no checkpoint of this program"),
     ],
 )
 def test_main_with_a_bad_value_raises(
-    run: Run, argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+    run: Run,
+    argv: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delattr(tutorial, "Collector")  # before anything is collected
-    with pytest.raises(SystemExit, match=message):
-        run(*argv)
+    assert_fails(capsys, message, lambda: run(*argv))
 
 
 def test_main_with_an_abbreviated_option_raises(
@@ -176,7 +183,7 @@ def test_main_with_an_abbreviated_option_raises(
 
 @pytest.mark.parametrize("key", ["state", "reward"])
 def test_run_with_nan_from_the_environment_names_the_entry(
-    run: Run, key: str, monkeypatch: pytest.MonkeyPatch
+    run: Run, key: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     collect = tutorial.Collector.next
 
@@ -186,8 +193,7 @@ def test_run_with_nan_from_the_environment_names_the_entry(
         return data
 
     monkeypatch.setattr(tutorial.Collector, "next", break_entry)
-    with pytest.raises(SystemExit, match=f"returned NaN or inf in the entry .*'next', '{key}'"):
-        run(*SHORT)
+    assert_fails(capsys, f"returned NaN or inf in the entry .*'next', '{key}'", lambda: run(*SHORT))
 
 
 @NEEDS_SIGNALS

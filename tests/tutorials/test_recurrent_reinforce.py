@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torchrl.envs.utils import ExplorationType
 from torchrl.modules import OneHotCategorical
 
 from rnnkeys import get_env_transforms_from_module, set_recurrent_mode
 from tests.support.tutorials import (
     NEEDS_SIGNALS,
     ROOT,
+    assert_fails,
     assert_same,
     interrupt_script,
     load_tutorial,
@@ -50,7 +50,7 @@ def play_episodes(num_envs: int, **arguments: Any) -> tuple[Any, Any, Tensor]:
     actor = tutorial.TensorDictSequential([policy, critic])
     env.append_transform(get_env_transforms_from_module(actor))
     env.set_seed(0)
-    return policy, *tutorial.play(args, env, actor, ExplorationType.RANDOM)
+    return policy, *tutorial.play(env, actor)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def play_episodes(num_envs: int, **arguments: Any) -> tuple[Any, Any, Tensor]:
     [
         [],
         ["--broken"],
-        ["--keep-observations", "0", "2", "--observation-scales", "2.4", "0.2095"],
+        ["--observation", "auto"],
         ["--cell", "lstm", "--broken"],
         ["--cell", "feed_forward"],
         ["--env", "FrozenLake-v1"],
@@ -132,17 +132,20 @@ def test_run_stops_when_the_target_is_reached(run: Run) -> None:
         (["--broken", "--cell", "feed_forward"], "--broken: a feed-forward network has no states"),
         (["--episodes", "0"], "--episodes is 0: expected at least 1"),
         (["--gamma", "nan"], "--gamma is nan: expected a number from 0 to 1"),
-        (["--env", "Pendulum-v1"], "--env is Pendulum-v1, with actions Box.*: expected Discrete"),
-        (["--keep-observations", "9"], "expected indices from 0 to 3"),
-        (["--resume", "nowhere.pt"], "--resume is nowhere.pt, not a checkpoint of this program"),
+        (["--env", "Pendulum-v1"], "Pendulum-v1 has the action space Box.*: expected Discrete"),
+        (["--hide", "9"], "expected some of the entries 0 to 3"),
+        (["--resume", "nowhere.pt"], "--resume is nowhere.pt, no checkpoint of this program"),
     ],
 )
 def test_main_with_a_bad_value_raises(
-    run: Run, argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+    run: Run,
+    argv: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delattr(tutorial, "play")
-    with pytest.raises(SystemExit, match=message):
-        run(*argv)
+    assert_fails(capsys, message, lambda: run(*argv))
 
 
 def test_main_with_an_abbreviated_option_raises(
@@ -153,32 +156,31 @@ def test_main_with_an_abbreviated_option_raises(
     assert "--episode" in capsys.readouterr().err
 
 
-def test_run_in_a_folder_with_a_run_needs_resume_or_overwrite(run: Run) -> None:
+def test_run_in_a_folder_with_a_run_needs_resume_or_overwrite(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = run(*SHORT)
     saved = (folder / "checkpoint.pt").read_bytes()
-    with pytest.raises(
-        SystemExit, match=r"contains a run. Continue it with --resume .*--overwrite"
-    ):
-        run(*SHORT, "--seed", "1")
+    message = r"contains a run. Continue it with --resume .*--overwrite"
+    assert_fails(capsys, message, lambda: run(*SHORT, "--seed", "1"))
     assert (folder / "checkpoint.pt").read_bytes() == saved
-    with pytest.raises(SystemExit, match="--seed must be 0, as in"):
-        tutorial.main(["--resume", str(folder / "checkpoint.pt"), "--seed", "1"])
+    assert_fails(
+        capsys,
+        "--seed must be 0, as in",
+        lambda: tutorial.main(["--resume", str(folder / "checkpoint.pt"), "--seed", "1"]),
+    )
 
 
-@pytest.mark.parametrize("key", ["observation", "reward"])
+@pytest.mark.usefixtures("broken_env")
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [("observation", "entry 1 of an observation of .* is nan"), ("reward", "reward of .* is nan")],
+)
 def test_run_with_nan_from_the_environment_names_the_entry(
-    run: Run, key: str, monkeypatch: pytest.MonkeyPatch
+    run: Run, entry: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step = tutorial.TransformedEnv.step_and_maybe_reset
-
-    def break_entry(env: Any, data: Any) -> Any:
-        done_step, next_step = step(env, data)
-        done_step["next", key][1] = float("nan")
-        return done_step, next_step
-
-    monkeypatch.setattr(tutorial.TransformedEnv, "step_and_maybe_reset", break_entry)
-    with pytest.raises(SystemExit, match=rf"CartPole-v1 returned NaN or inf in .*'next', '{key}'"):
-        run(*SHORT)
+    env = f"Broken-v0(entry='{entry}')"
+    assert_fails(capsys, message, lambda: run(*SHORT, "--env", env))
 
 
 @NEEDS_SIGNALS
