@@ -91,7 +91,8 @@ def make_simple_env(
         wrappers: wrappers to apply, each ``"module:Class"`` or ``"module:Class(name=value)"``.
         pixels: observe rendered frames, uint8 ``[1, 84, 84]``, in place of the state.
         hide: indices of entries that are left out of a vector, such as velocities.
-        scale: factor of a vector's entries, or one factor for each that is left.
+        scale: factor of a vector's entries, or one factor for each that is left. An environment
+            whose bounds are far from its values, such as one-hot vectors of bytes, needs one.
         frame_stack: number of last observations that are concatenated.
         discrete_actions: keep the actions of a Discrete space, from 0, for networks with a value
             for each action; raise if the space is another one.
