@@ -46,4 +46,5 @@ def signal_handlers() -> Iterator[None]:
 @pytest.fixture
 def broken_env(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register ``Broken-v0``, whose argument ``entry`` names the entry that becomes NaN."""
-    monkeypatch.setitem(gym.registry, "Broken-v0", EnvSpec("Broken-v0", entry_point=BrokenEnv))
+    make: Any = BrokenEnv
+    monkeypatch.setitem(gym.registry, "Broken-v0", EnvSpec("Broken-v0", entry_point=make))
