@@ -23,6 +23,15 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.utils._contextlib import context_decorator as context_decorator
 
+# TorchRL 0.14.1: the precision of recurrent matmuls, which both libraries share.
+from torchrl.modules.tensordict_module import _rnn_precision
+from torchrl.modules.tensordict_module._rnn_precision import (
+    RecurrentMatmulPrecision as RecurrentMatmulPrecision,
+)
+from torchrl.modules.tensordict_module._rnn_precision import (
+    RecurrentMatmulPrecisionUserMode as RecurrentMatmulPrecisionUserMode,
+)
+
 # TorchRL 0.14.1: the recurrent mode, which both libraries share.
 from torchrl.modules.tensordict_module.rnn import (
     recurrent_mode_state_manager as recurrent_mode_state_manager,
@@ -66,6 +75,21 @@ def has_onednn_linear() -> bool:
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``x @ weight.T + bias`` by oneDNN, in float32 on the CPU; not seen by autograd."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+# TorchRL's modes by the names of torch's float32 matmul precision.
+PRECISION_OF_TORCH: dict[str, str] = _rnn_precision._TORCH_TO_RNN_PRECISION
+set_precision_override: Callable[[str | None], None] = _rnn_precision.set_recurrent_matmul_precision
+
+
+def get_precision_override() -> str | None:
+    """Return the precision set for the process by TorchRL's setter or environment variable."""
+    return _rnn_precision._GLOBAL_OVERRIDE
+
+
+def restore_precision_override(mode: str | None) -> None:
+    """Restore what :func:`get_precision_override` returned; the setter reads the environment."""
+    _rnn_precision._GLOBAL_OVERRIDE = mode
 
 
 def in_forward_derivative() -> bool:

@@ -2,7 +2,7 @@
 
 A recurrent layer in float32 multiplies matrices in two places: the recurrent product ``h W_hh^T``,
 once per step inside the fused kernel, and the input projection and the weight gradients, once per
-sequence in the vendor library. One mode rules both, and a forward's mode rules its backward too.
+sequence in cuBLAS. One mode rules both, and a forward's mode rules its backward too.
 
 =============== ================================================== ==========================
 mode            recurrent product, in the kernel                   products in the library
@@ -39,18 +39,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import torch
-from torchrl.modules.tensordict_module import _rnn_precision as _torchrl
 
-RecurrentMatmulPrecision = Literal["ieee", "tf32", "tf32x3"]
-RecurrentMatmulPrecisionUserMode = Literal["auto", "fast", "high-prec", "ieee", "tf32", "tf32x3"]
+from ._compat import (
+    PRECISION_OF_TORCH,
+    get_precision_override,
+    restore_precision_override,
+    set_precision_override,
+)
+from ._compat import RecurrentMatmulPrecision as RecurrentMatmulPrecision
+from ._compat import RecurrentMatmulPrecisionUserMode as RecurrentMatmulPrecisionUserMode
 
-_CONCRETE: tuple[str, ...] = get_args(RecurrentMatmulPrecision)
 _USER: tuple[str, ...] = get_args(RecurrentMatmulPrecisionUserMode)
 _ON_TENSOR_CORES = {"fast": "tf32", "high-prec": "tf32x3"}
-_FROM_TORCH = {"highest": "ieee", "high": "high-prec", "medium": "fast"}
 
 # The library's flag is one per process; two threads that set and restore it must take turns.
 _LIBRARY_FLAG = threading.RLock()
@@ -85,19 +88,19 @@ class set_recurrent_matmul_precision:  # noqa: N801 -- called like a function, a
             validate_recurrent_matmul_precision(mode, argument="mode")
         self.mode = mode
         self._saved: list[str | None] = []
-        self._before_call: tuple[str | None] | None = (_torchrl._GLOBAL_OVERRIDE,)
-        _torchrl.set_recurrent_matmul_precision(mode)
+        self._before_call: tuple[str | None] | None = (get_precision_override(),)
+        set_precision_override(mode)
 
     def __enter__(self) -> set_recurrent_matmul_precision:
-        (before,) = self._before_call or (_torchrl._GLOBAL_OVERRIDE,)
+        (before,) = self._before_call or (get_precision_override(),)
         self._before_call = None
         self._saved.append(before)
-        _torchrl.set_recurrent_matmul_precision(self.mode)
+        set_precision_override(self.mode)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        # Not through the setter: it would read the environment anew when nothing was set before.
-        _torchrl._GLOBAL_OVERRIDE = self._saved.pop()
+        # Not through the setter: it would read the environment again when nothing was set before.
+        restore_precision_override(self._saved.pop())
 
 
 def get_recurrent_matmul_precision() -> RecurrentMatmulPrecision:
@@ -134,7 +137,7 @@ def resolve(mode: str | None, device: torch.device | None = None) -> RecurrentMa
         'ieee'
     """
     if mode is None or mode == "auto":
-        mode = _torchrl._GLOBAL_OVERRIDE or _FROM_TORCH[_torch_precision()]
+        mode = get_precision_override() or PRECISION_OF_TORCH[_torch_precision()]
     validate_recurrent_matmul_precision(mode)
     if mode in _ON_TENSOR_CORES:
         mode = _ON_TENSOR_CORES[mode] if _has_tf32(device) else "ieee"
