@@ -131,6 +131,19 @@ def test_resume_restores_the_saved_state(run: Run, tmp_path: Path, capacity: str
     assert_same(again, saved)
 
 
+def test_resume_that_stops_early_leaves_no_old_result(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(*SHORT)
+    monkeypatch.setattr(tutorial, "train", lambda args, run: None)
+    tutorial.main(["--resume", str(folder / "checkpoint.pt"), "--frames", "512"])
+    assert "Stopped after 384 frames" in capsys.readouterr().out
+    assert not (folder / "result.json").exists() and len(read_rows(folder)) == 3
+    run(*SHORT, "--overwrite")
+    assert not (folder / "learning_curve.csv").exists()
+    assert read_checkpoint(folder)["frames"] == 0
+
+
 class ReplayMachine(RuleBasedStateMachine):
     """A replay buffer of six windows of one step, against a list of values and priorities."""
 
