@@ -120,10 +120,10 @@ def loop_multiplies_by_zero(original: Any, where: Tensor, chosen: Any, other: An
     return tuple(where * a + ~where * b for a, b in zip(chosen, other, strict=True))
 
 
-@seen_by(contract("scan-lstm-float64", "everywhere"), target=FUSED + "enter")
-def scan_drops_a_reset(original: Any, state: Any, t: int, rows: int, resets: Any):
-    """scan: a reset at the second step is dropped."""
-    return original(state, t, rows, None if t == 1 else resets)
+@seen_by(contract("scan-lstm-float64", "two in a row"), target=FUSED + "enter")
+def scan_drops_resets(original: Any, state: Any, t: int, rows: int, resets: Any):
+    """scan: resets are dropped."""
+    return original(state, t, rows, None)
 
 
 @seen_by(contract("scan-gru-float64", "two in a row"), target=FUSED + "leave")
@@ -152,7 +152,7 @@ def gru_bias_gradients_equal(original: Any, *args: Any):
     return grads._replace(b_hh=grads.b_ih.clone())
 
 
-@seen_by(contract("scan-gru-float64", "everywhere"), target=FUSED_GRU + "gru_backward")
+@seen_by(contract("scan-gru-float64", "two in a row"), target=FUSED_GRU + "gru_backward")
 def gru_reset_gradient_zeroed(original: Any, *args: Any):
     """scan: the stored states of a GRU get a gradient of zero."""
     grads = original(*args)
@@ -267,7 +267,7 @@ def next_flags_not_set(original: Any, batch: Any, init_keys: Any):
 
 
 @seen_by(
-    "tests/sequences/test_next_is_init.py::test_set_next_is_init_without_flags_after_done_sets_them",
+    "tests/objectives/test_r2d2.py::test_r2d2_done_without_a_flag_ends_an_episode",
     target=STARTS + "find_segment_starts",
 )
 def done_starts_no_segment(original: Any, tensordict: Any, init_key: Any):
