@@ -228,7 +228,7 @@ def test_gradients_equal_finite_differences(cell, kwargs, resets):
             return loss([a + step * d for a, d in zip(arguments, direction, strict=True)])
 
         # Of fourth order: a step that is large enough for rounding errors has no other error.
-        eps = 1e-3
+        eps = 1e-4
         near, far = along(eps) - along(-eps), along(2 * eps) - along(-2 * eps)
         analytic = sum(float((g * d).sum()) for g, d in zip(gradients, direction, strict=True))
         assert analytic == pytest.approx((8 * near - far) / (12 * eps), rel=1e-7)
