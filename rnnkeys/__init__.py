@@ -18,6 +18,7 @@ from .modules import GRUModule as GRUModule
 from .modules import LSTMCell as LSTMCell
 from .modules import LSTMModule as LSTMModule
 from .modules import RecurrentModule as RecurrentModule
+from .modules import TimeDistributed as TimeDistributed
 from .modules import canonicalize_rnn_subset as canonicalize_rnn_subset
 from .modules import get_env_transforms_from_module as get_env_transforms_from_module
 from .modules import get_primers_from_module as get_primers_from_module

@@ -9,8 +9,8 @@ import torch
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torchrl.data import TensorSpec
-from torchrl.modules import MLP, QValueModule
+from torchrl.data import Binary, Categorical, MultiOneHot, OneHot, TensorSpec
+from torchrl.modules import MLP, ConvNet, QValueModule
 
 from .cells import (
     FEED_FORWARD_CELL,
@@ -27,6 +27,7 @@ from .cells import (
 from .modules.cell_module import CellModule
 from .modules.lstm_gru import GRUModule, LSTMModule
 from .modules.recurrent import RecurrentModule
+from .modules.time_distributed import TimeDistributed
 
 _LINEAR = (MIN_GRU_CELL, MIN_LSTM_CELL, LRU_CELL, S5_CELL, FFM_CELL)
 _CELLS: dict[str, Cell] = {
@@ -124,55 +125,6 @@ class DuelingHead(nn.Module):
         return self.value(features) + advantage - advantage.mean(-1, keepdim=True)
 
 
-class FrameEncoder(nn.Module):
-    """Turn frames ``[..., C, Y, X]``, bytes or floats, into features ``[..., F]``.
-
-    The three convolutions of "Human-level control through deep reinforcement learning", Mnih et
-    al., 2015 (https://doi.org/10.1038/nature14236). Bytes are divided by 255.
-
-    Args:
-        shape: ``(C, Y, X)`` of a frame, at least 36 by 36.
-        output_size: ``F``.
-        device: of the parameters.
-
-    Raises:
-        ValueError: if frames are too small.
-
-    Examples:
-        >>> FrameEncoder((1, 84, 84), 16)(torch.zeros(2, 7, 1, 84, 84, dtype=torch.uint8)).shape
-        torch.Size([2, 7, 16])
-    """
-
-    def __init__(
-        self, shape: Sequence[int], output_size: int, device: torch.device | str | None = None
-    ) -> None:
-        super().__init__()
-        channels, *frame = shape
-        if len(frame) != 2 or min(frame) < 36:
-            raise ValueError(
-                f"observation_shape of frames must be (channels, height, width), both at least 36. "
-                f"Got {tuple(shape)}: enlarge frames, or pass an encoder=."
-            )
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, 32, 8, 4, device=device),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 4, 2, device=device),
-            nn.ReLU(),
-            nn.Conv2d(64, 64, 3, 1, device=device),
-            nn.ReLU(),
-            nn.Flatten(),
-        )
-        sides = [((n - 8) // 4 + 1 - 4) // 2 + 1 - 2 for n in frame]
-        self.out = nn.Linear(64 * sides[0] * sides[1], output_size, device=device)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """See the class."""
-        if not frames.is_floating_point():
-            frames = frames.to(self.out.weight.dtype) / 255
-        lead = frames.shape[:-3]
-        return self.out(self.layers(frames.reshape(-1, *frames.shape[-3:]))).relu().view(*lead, -1)
-
-
 def drqn_policy(
     action_spec: TensorSpec,
     observation_shape: Sequence[int],
@@ -187,21 +139,24 @@ def drqn_policy(
     device: torch.device | str | None = None,
     **arguments: Any,
 ) -> TensorDictSequential:
-    """Make the network of a deep recurrent Q-network: encoder, memory, head, greedy action.
+    """Make a deep recurrent Q-network: encoder, recurrent layer, head, greedy action.
 
     See "Deep Recurrent Q-Learning for Partially Observable MDPs", Hausknecht and Stone, 2015
     (arXiv:1507.06527).
 
     Args:
         action_spec: of discrete actions, one-hot or categorical.
-        observation_shape: ``(F,)`` takes linear layers, ``(C, Y, X)`` convolutions.
+        observation_shape: of one observation. A vector ``(F,)`` is encoded by linear layers, frames
+            ``(C, H, W)`` of at least 36 by 36 pixels, bytes or floats, by the three convolutions of
+            "Human-level control through deep reinforcement learning", Mnih et al., 2015
+            (https://doi.org/10.1038/nature14236).
         cell: ``"lstm"``, ``"gru"``, ``"lstm_ln"`` or, for the feed-forward baseline,
             ``"feed_forward"``.
         hidden_size: of the recurrent layer.
-        encoder: in place of the one made from the shape; its output's last size must be that of
-            ``encoder_sizes``.
-        encoder_sizes: of the linear layers before the memory (of frames: only the last one counts).
-            ``()`` leaves them out.
+        encoder: the encoder to use, instead of the one made from the shape. It maps observations
+            ``[N, *observation_shape]`` to features ``[N, F]``, ``F`` the last of ``encoder_sizes``.
+        encoder_sizes: of the linear layers before the recurrent layer (of frames: the last one
+            only). ``()`` leaves them out.
         dueling: whether the head is dueling, or a plain network.
         head_sizes: of the head's hidden layers.
         in_key: key of the observation.
@@ -209,8 +164,9 @@ def drqn_policy(
         **arguments: for the recurrent module, as in :func:`recurrent_module`.
 
     Returns:
-        A policy that reads ``in_key`` and the states, and writes ``"action_value"``, ``"action"``
-        and ``"chosen_action_value"``; its recurrent layer is ``policy[1]``.
+        A policy that reads ``in_key`` and the states, and writes ``"features"``, ``"embed"`` (the
+        output of the recurrent layer, ``policy[1]``), ``"action_value"``, ``"action"`` and
+        ``"chosen_action_value"``.
 
     Raises:
         ValueError: if the observation is neither a vector nor frames, or if no action is discrete.
@@ -223,7 +179,7 @@ def drqn_policy(
     """
     num_actions = _count_actions(action_spec)
     see, width = _make_encoder(encoder, observation_shape, encoder_sizes, device)
-    keys = {"in_key": "features", "out_key": "memory", "device": device}
+    keys = {"in_key": "features", "out_key": "embed", "device": device}
     recurrent = recurrent_module(cell, width, hidden_size, **{**keys, **arguments})
     if dueling:
         head: nn.Module = DuelingHead(hidden_size, num_actions, head_sizes, device)
@@ -232,20 +188,21 @@ def drqn_policy(
     modules: Any = (
         TensorDictModule(see, in_keys=[in_key], out_keys=["features"]),
         recurrent,
-        TensorDictModule(head, in_keys=["memory"], out_keys=["action_value"]),
+        TensorDictModule(head, in_keys=["embed"], out_keys=["action_value"]),
         QValueModule(spec=action_spec),
     )
     return TensorDictSequential(*modules)
 
 
 def _count_actions(spec: TensorSpec) -> int:
-    number = getattr(getattr(spec, "space", None), "n", None)
-    if not isinstance(number, int):
+    # Subclasses of these that hold several actions.
+    if not isinstance(spec, (OneHot, Categorical)) or isinstance(spec, (Binary, MultiOneHot)):
         raise ValueError(
-            "drqn_policy chooses among discrete actions: action_spec must be OneHot or "
-            f"Categorical. Got {type(spec).__name__}."
+            "drqn_policy chooses one of several discrete actions: action_spec must be OneHot or "
+            f"Categorical. Got {spec}. For several actions at a time, list all their combinations "
+            "as one discrete action."
         )
-    return number
+    return int(spec.space.n)
 
 
 def _make_encoder(
@@ -262,14 +219,46 @@ def _make_encoder(
     if encoder is not None or len(shape) == 3:
         if not sizes:
             raise ValueError(
-                "encoder_sizes must end with the size of the features. Got (), which leaves an "
-                "encoder of vectors out; frames and an encoder= need one."
+                "encoder_sizes must end with the size of the features. Got (), which leaves the "
+                "encoder of a vector out; frames and an encoder= need one."
             )
-        return encoder or FrameEncoder(shape, sizes[-1], device), sizes[-1]
+        layers = encoder or _make_frame_encoder(shape, sizes[-1], device)
+        return TimeDistributed(layers, len(shape)), sizes[-1]
     if not sizes:
         return nn.Identity(), shape[0]
     layers = _mlp(shape[0], sizes[:-1], sizes[-1], device)
     return nn.Sequential(layers, nn.ReLU()), sizes[-1]
+
+
+class _FrameEncoder(nn.Sequential):
+    """Layers for frames; bytes are divided by 255, floats stay as they are."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not input.is_floating_point():
+            input = input.to(next(self.parameters()).dtype) / 255
+        return super().forward(input)
+
+
+def _make_frame_encoder(
+    shape: Sequence[int], output_size: int, device: torch.device | str | None
+) -> nn.Module:
+    if min(shape[1:]) < 36:
+        raise ValueError(
+            "observation_shape of frames must be (channels, height, width), both at least 36. Got "
+            f"{tuple(shape)}: enlarge frames, or pass an encoder=."
+        )
+    convolutions = ConvNet(
+        in_features=shape[0],
+        num_cells=[32, 64, 64],
+        kernel_sizes=[8, 4, 3],
+        strides=[4, 2, 1],
+        activation_class=nn.ReLU,
+        device=device,
+    )
+    with torch.no_grad():
+        size = convolutions(torch.zeros(1, *shape, device=device)).shape[-1]
+    layer = nn.Linear(size, output_size, device=device)
+    return _FrameEncoder(convolutions, layer, nn.ReLU())
 
 
 def _mlp(

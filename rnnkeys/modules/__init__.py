@@ -15,3 +15,4 @@ from .pure_pytorch import LSTM as LSTM
 from .recurrent import RecurrentModule as RecurrentModule
 from .step_modules import GRUCell as GRUCell
 from .step_modules import LSTMCell as LSTMCell
+from .time_distributed import TimeDistributed as TimeDistributed

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._compat import in_transform
-from ..checks import find_init_problems
-from ..keys import MASK_KEY, TRAJECTORY_KEY
+from ..checks import can_read_values, find_init_problems, raise_first
+from ..sequences.continuity import find_continuity_problems
+from ..sequences.segment_starts import follow_done
 from .dtypes import as_dtype
 
 
@@ -60,8 +61,14 @@ class Entries(NamedTuple):
     shape: torch.Size
 
 
-def read(spec: EntrySpec, tensordict: TensorDictBase) -> Entries:
+def read(spec: EntrySpec, tensordict: TensorDictBase, *, sequences: bool) -> Entries:
     """Read and check the input, the ``is_init`` flags and the states.
+
+    Args:
+        spec: keys and sizes.
+        tensordict: one time step, or sequences ``[*B, T]``.
+        sequences: whether the last dimension is time. Then a step that follows a ``done`` in its
+            row starts a segment, too, as everywhere in the package.
 
     Raises:
         KeyError: if the input or the flags are missing.
@@ -83,7 +90,7 @@ def read(spec: EntrySpec, tensordict: TensorDictBase) -> Entries:
     if not spec.state_keys:
         # Without a state there is nothing to reset.
         return Entries(x, (), x.new_zeros((), dtype=torch.bool).expand(shape), shape)
-    is_init = _read_flags(spec, tensordict, shape)
+    is_init = _read_flags(spec, tensordict, shape, sequences)
     return Entries(x, _read_states(spec, tensordict, shape), is_init, shape)
 
 
@@ -112,12 +119,16 @@ def _read_states(
     return tuple(states)
 
 
-def _read_flags(spec: EntrySpec, tensordict: TensorDictBase, shape: torch.Size) -> Tensor:
+def _read_flags(
+    spec: EntrySpec, tensordict: TensorDictBase, shape: torch.Size, sequences: bool
+) -> Tensor:
     """Expand flags, shared ``[*lead, 1]`` or per agent, to bool ``[*lead, *agents]``."""
     flags = tensordict.get(spec.init_key, None)
     rank = tensordict.ndim
     if flags is None or flags.dtype != torch.bool or flags.ndim <= rank or flags.shape[-1] != 1:
         raise next(find_init_problems(tensordict, spec.init_key)).as_error()
+    if sequences and tensordict.get("next", None) is not None:
+        flags = flags | follow_done(tensordict, spec.init_key, flags)
     flags = flags.squeeze(-1)
     if flags.shape == shape:
         return flags
@@ -144,35 +155,15 @@ def check_time_is_last(tensordict: TensorDictBase) -> None:
         )
 
 
-def check_trajectories(spec: EntrySpec, tensordict: TensorDictBase, is_init: Tensor) -> None:
-    """Raise if trajectory ids change along time where no ``is_init`` flag is set.
+def check_continuity(spec: EntrySpec, tensordict: TensorDictBase) -> None:
+    """Raise ValueError if a step does not follow the step before it and no flag says so.
 
-    The check runs where it costs nothing: in eager mode, on the CPU, where a collector has written
-    trajectory ids.
-
-    Raises:
-        RuntimeError: with the first such step.
+    The check reads values, where no device has to be waited for; see
+    ``rnnkeys.checks.set_value_checks``. Stored states are no evidence here: a network that has run
+    on the batch before has overwritten the next ones.
     """
-    if is_compiling() or in_transform() or not spec.state_keys:
-        return
-    ids = tensordict.get(TRAJECTORY_KEY, None)
-    rank = tensordict.ndim
-    if ids is None or ids.device.type != "cpu" or ids.shape != tensordict.batch_size:
-        return
-    starts = is_init.reshape(*tensordict.batch_size, -1).any(-1) if is_init.ndim > rank else is_init
-    broken = (ids[..., 1:] != ids[..., :-1]) & ~starts[..., 1:]
-    mask = tensordict.get(MASK_KEY, None)
-    if mask is not None:
-        broken &= mask.reshape(ids.shape)[..., 1:]
-    if broken.any():
-        where = broken.nonzero()[0].tolist()
-        where[-1] += 1
-        raise RuntimeError(
-            f"In recurrent mode, trajectory ids change at position {where} (and "
-            f"{int(broken.sum()) - 1} more) where {spec.init_key!r} is False: these are single "
-            "transitions or slices without flags, not sequences. Sample sequences (SliceSampler), "
-            "and set the flags of the next tensordict (rnnkeys.objectives.recurrent_loss)."
-        )
+    if spec.state_keys and can_read_values(tensordict.get(spec.init_key)):
+        raise_first(find_continuity_problems(tensordict, spec.init_key))
 
 
 def fold_step(

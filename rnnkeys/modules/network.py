@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,23 @@ from torchrl.objectives.value import ValueEstimatorBase
 from ..keys import next_key
 from ..mode import set_recurrent_mode
 from .recurrent import RecurrentModule
+from .time_distributed import TimeDistributed
+
+# Modules that read all dimensions after the first as one observation.
+_UNBATCHED = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.Flatten,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.AvgPool1d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+)
 
 
 class RecurrentLayer(NamedTuple):
@@ -119,7 +137,8 @@ class RecurrentNetwork:
         Returns:
             A TensorDict ``[*, T]`` with the entries that were read and those that were written.
         """
-        return self._run(tensordict, recurrent_mode=True)
+        with explain_encoder_errors(self.network, tensordict):
+            return self._run(tensordict, recurrent_mode=True)
 
     def run_step(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Run the network for one time step, on a shallow copy of the entries that it reads.
@@ -211,6 +230,48 @@ def _state_keys(module: TensorDictModuleBase) -> tuple[NestedKey, ...]:
         return module.state_keys
     written = set(map(unravel_key, module.out_keys))
     return tuple(key for key in map(unravel_key, module.in_keys) if next_key(key) in written)
+
+
+@contextmanager
+def explain_encoder_errors(network: nn.Module, batch: TensorDictBase) -> Iterator[None]:
+    """Add the remedy to the error of an encoder that does not take sequences ``[B, T, ...]``.
+
+    Args:
+        network: a policy, a network or a loss that runs in the block.
+        batch: sequences that it runs on.
+
+    Raises:
+        RuntimeError: in place of an error of the block, if the batch has more than one dimension
+            and the network has an encoder that takes one.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError) as error:
+        names = _find_unbatched(network) if batch.ndim > 1 else []
+        if not names:
+            raise
+        raise RuntimeError(
+            f"The network has {', '.join(names)}, which takes one batch dimension. In recurrent "
+            f"mode an encoder gets [B, T, ...], here {list(batch.batch_size)} and the observation. "
+            "Wrap the encoder: rnnkeys.TimeDistributed(encoder, observation_ndim=3) for frames (C, "
+            f"H, W). [encoder-time] The error was: {error}"
+        ) from error
+
+
+def _find_unbatched(network: nn.Module) -> list[str]:
+    """Return the names of encoders' classes that take one batch dimension and are not wrapped."""
+    wrapped: set[int] = set()
+    found: dict[str, None] = {}
+    for module in find_networks(network):
+        handles_time: Any = isinstance(module, TimeDistributed) or (
+            # TorchRL's networks fold leading dimensions.
+            type(module).__module__.startswith("torchrl.modules.models")
+        )
+        if handles_time:
+            wrapped |= {id(inner) for inner in module.modules()}
+        elif isinstance(module, _UNBATCHED) and id(module) not in wrapped:
+            found[type(module).__name__] = None
+    return list(found)
 
 
 # The former names, until their callers use RecurrentNetwork.

@@ -354,8 +354,8 @@ class RecurrentModule(TensorDictModuleBase, ABC):
             )
         entries.check_time_is_last(tensordict)
         spec = self._entry_spec()
-        data = entries.read(spec, tensordict)
-        entries.check_trajectories(spec, tensordict, data.is_init)
+        data = entries.read(spec, tensordict, sequences=True)
+        entries.check_continuity(spec, tensordict)
         dtype = choose_dtype(data.x, self._layers.sample)
         x, states, is_init = entries.fold_sequences(spec, data, lead, dtype)
         with no_autocast(x):
@@ -375,7 +375,7 @@ class RecurrentModule(TensorDictModuleBase, ABC):
 
     def _run_step(self, tensordict: TensorDictBase) -> tuple[Tensor, tuple[Tensor, ...]]:
         spec = self._entry_spec()
-        data = entries.read(spec, tensordict)
+        data = entries.read(spec, tensordict, sequences=False)
         if data.states is None:
             self._warn_of_missing_state(data.is_init)
         dtype = choose_dtype(data.x, self._layers.sample)

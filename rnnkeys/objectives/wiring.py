@@ -26,7 +26,7 @@ from ..checks import find_finite_problems, raise_first, suspend_value_checks, va
 from ..checks.losses import find_batch_problems, find_estimator_problems, find_value_problems
 from ..keys import MASK_KEY, as_keys, as_tuple, next_key
 from ..mode import set_recurrent_mode
-from ..modules.network import RecurrentLayer, RecurrentNetwork
+from ..modules.network import RecurrentLayer, RecurrentNetwork, explain_encoder_errors
 from ..sequences import find_sequence_problems, read_mask, zero_masked
 from ..sequences.segment_starts import any_agent, find_segment_starts, match_agents, set_next_flags
 from .loss_inputs import find_dropped_keys, keep_masks
@@ -112,11 +112,12 @@ class Wired:
         self, method: Callable[..., Any], batch: TensorDictBase, args: Any, kwargs: Any
     ) -> Any:
         wiring = self._wiring
+        loss: Any = self
         wiring.active = True
         try:
             # The batch has been checked; modules inside need not check it again.
             with nullcontext() if is_compiling() else suspend_value_checks():
-                with set_recurrent_mode(True):
+                with set_recurrent_mode(True), explain_encoder_errors(loss, batch):
                     result = method(self, batch, *args, **kwargs)
                 return self.correct_for_padding(result, batch)
         finally:

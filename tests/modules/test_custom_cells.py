@@ -13,7 +13,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torchrl.collectors import Collector
-from torchrl.data import Bounded, OneHot
+from torchrl.data import Binary, Bounded, MultiOneHot, OneHot
 from torchrl.envs import GymEnv, TransformedEnv
 from torchrl.modules import QValueModule
 from torchrl.objectives import DQNLoss, SoftUpdate
@@ -202,7 +202,7 @@ def test_vmap_over_parameters_equals_one_at_a_time(kind):
 
 
 @of_every_kind
-def test_a_loss_trains_it_with_a_target_network_of_its_own(kind):
+def test_loss_trains_the_module_with_a_target_network(kind):
     module = KINDS[kind]()
     head = TensorDictModule(nn.Linear(5, 2), ["embed"], ["action_value"])
     policy = chain(module, head, QValueModule(action_space="categorical"))
@@ -375,10 +375,11 @@ def test_a_dueling_head_splits_values_from_advantages():
     assert not hasattr(plain[2].module, "advantage")
 
 
-def test_a_drqn_policy_says_what_it_cannot_be_made_of():
-
+def test_drqn_policy_with_wrong_arguments_is_rejected_by_name():
     for arguments, text in (
         ((Bounded(-1, 1, torch.Size([1])), (4,)), "Got Bounded"),
+        ((Binary(3), (4,)), "one of several discrete actions.*Got Binary"),
+        ((MultiOneHot([2, 3]), (4,)), "list all their combinations"),
         ((OneHot(2), (4, 4)), r"Got \(4, 4\)"),
         ((OneHot(2), (1, 20, 84)), "at least 36"),
     ):

@@ -176,7 +176,7 @@ def test_a_time_dimension_that_is_not_the_last_one(kind):
 
 @in_both_kinds
 @pytest.mark.parametrize("masked", [True, False])
-def test_single_transitions_are_no_sequence(kind, masked):
+def test_single_transitions_as_sequences_are_rejected(kind, masked):
     module = make(kind)
     data = batch(module, marks=0.0)
     ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [2, 2, 2, 2, 2, 2, 3]])
@@ -185,10 +185,10 @@ def test_single_transitions_are_no_sequence(kind, masked):
         mask = torch.ones(2, 7, dtype=torch.bool)
         mask[0, 3] = False
         data["collector", "mask"] = mask
-    with set_recurrent_mode(True), pytest.raises(RuntimeError) as caught:
+    with set_recurrent_mode(True), pytest.raises(ValueError) as caught:
         module(data.clone())
-    where = "[1, 6] (and 0 more)" if masked else "[0, 3] (and 1 more)"
-    for word in (where, "'is_init'", "SliceSampler", "recurrent_loss"):
+    where = "1 of 12 steps.*the first at [1, 6]" if masked else "2 of 12 steps.*the first at [0, 3]"
+    for word in (*where.split(".*"), "'is_init'", "SliceSampler", "[continuity]"):
         assert word in str(caught.value)
     data["is_init"][0, 3] = data["is_init"][1, 6] = True
     with set_recurrent_mode(True):

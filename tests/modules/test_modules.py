@@ -379,6 +379,22 @@ def test_a_missing_state_counts_as_zeros(kind):
     assert torch.equal(module(first.clone())["embed"], module(zeros[:, 0].clone())["embed"])
 
 
+@in_both_kinds
+@pytest.mark.parametrize("agents", [(), (3,)])
+@pytest.mark.parametrize("shared_marks", [True, False])
+def test_sequences_with_done_and_no_flag_start_a_segment(kind, agents, shared_marks):
+    module = make(kind, dtype=F64)
+    data = batch(module, agents=agents, marks=0.0, shared_marks=shared_marks)
+    done = torch.zeros(2, 7, 1, dtype=torch.bool)
+    done[0, 2] = done[1, 4] = done[1, 6] = True
+    flagged = data.clone()
+    flagged["is_init"][:, 1:] = done[:, :-1].view(2, 6, *[1] * (data["is_init"].ndim - 2))
+    data["next", "done"] = done
+    out, expected = recurrently(module, data), recurrently(module, flagged)
+    for key in module.out_keys:
+        assert torch.equal(out.get(key), expected.get(key))
+
+
 # --- one recurrence: sequences equal steps with the state carried (any batch, any backend) -------
 
 _SHAPES = {
