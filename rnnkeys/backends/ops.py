@@ -47,9 +47,11 @@ def lstm(
     if cut is None or resets is None:
         steps = _sizes(sizes, where)
         return fused_lstm.lstm_forward(x, *weights, (h0, c0), steps, resets, keep)
-    start = cut.starts((h0, c0), resets)
+    start_h, start_c = cut.starts((h0, c0), resets)
     # Activations stay packed: only the backward pass reads them.
-    h, c, i_f_o, g = fused_lstm.lstm_forward(cut.pack(x), *weights, start, cut.sizes, None, keep)
+    h, c, i_f_o, g = fused_lstm.lstm_forward(
+        cut.pack(x), *weights, (start_h, start_c), cut.sizes, None, keep
+    )
     return cut.unpack(h), cut.unpack(c), i_f_o, g
 
 
@@ -90,11 +92,12 @@ def lstm_backward(
         )
         d_x, d_w_ih, d_w_hh, d_b, dh, dc, d_reset_h, d_reset_c = grads
     else:
+        start_h, start_c = cut.starts((h0, c0), resets)
         grads = fused_lstm.lstm_backward(
             (cut.pack_if(grad_h), cut.pack_if(grad_c)),
             weights,
             cut.pack(x),
-            cut.starts((h0, c0), resets),
+            (start_h, start_c),
             (cut.pack(h), cut.pack(c), i_f_o, g),
             cut.sizes,
             None,
@@ -105,9 +108,10 @@ def lstm_backward(
         d_x = cut.unpack_if(grads.x)
         dh, d_reset_h = cut.split_start_grad(grads.h0, resets)
         dc, d_reset_c = cut.split_start_grad(grads.c0, resets)
-    d_resets = (d_reset_h, d_reset_c) if want_reset_grad else (None, None)
-    d_resets = (_or_empty(d, h) for d in d_resets)
-    return _or_empty(d_x, h), d_w_ih, d_w_hh, d_b, dh, dc, *d_resets
+    if not want_reset_grad:
+        d_reset_h, d_reset_c = None, None
+    resets_grads = _or_empty(d_reset_h, h), _or_empty(d_reset_c, h)
+    return _or_empty(d_x, h), d_w_ih, d_w_hh, d_b, dh, dc, *resets_grads
 
 
 @torch.library.custom_op("rnnkeys::gru", mutates_args=())
