@@ -1,157 +1,118 @@
-"""Checks of a batch: marks, order of time, and the states that sequences start from."""
+"""Checks of a batch: flags, the order of time, and the states that sequences start from."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase, unravel_key
-from torch import Tensor
 
-from ..keys import MULTI_STEP_KEY, next_key
-from ..modules.network import Recurrent
+from ..checks import Problem, find_multi_step_problems
+from ..keys import MASK_KEY, MULTI_STEP_KEY, TRAJECTORY_KEY, next_key
+from ..modules.network import RecurrentLayer
+from ..sequences import find_segment_starts, find_sequence_problems
 from ..sequences.continuity import find_continuity_problems
-from ..sequences.segment_starts import find_segment_starts, read_is_init
-from .report import Report
+from ..sequences.segment_starts import any_agent
 
-_CLOCKS = ("step_count", ("collector", "traj_ids"), ("collector", "mask"), "index")
+LONGER_RETURNS = "loss.make_value_estimator(ValueEstimators.TDLambda, gamma=..., lmbda=...)"
 
 
-def check_batch(batch: TensorDictBase, recurrent: list[Recurrent], report: Report) -> bool:
-    """Check that a batch holds sequences with their starts marked and their states.
+def find_data_problems(batch: TensorDictBase, layers: list[RecurrentLayer]) -> Iterator[Problem]:
+    """Yield problems of a batch as sequences for recurrent modules.
 
-    Returns:
-        Whether sequences can be run on it.
+    Args:
+        batch: ``[N]`` or ``[*, T]``.
+        layers: the recurrent modules that run on it and whose states it must hold.
     """
-    before = len(report)
-    if batch.get(MULTI_STEP_KEY, None) is not None:
-        report.add(
-            "multi-step",
-            f"the batch holds multi-step transitions ({MULTI_STEP_KEY!r}): its next view jumps "
-            "several steps, which is no sequence that a network with memory can run",
-            "take MultiStepTransform away; loss.make_value_estimator(ValueEstimators.TDLambda, "
-            "gamma=..., lmbda=...) gives longer returns",
+    jumps = list(find_multi_step_problems(batch, MULTI_STEP_KEY, LONGER_RETURNS))
+    yield from jumps
+    if jumps:
+        return
+    pairs = [(key, layer.init_key) for layer in layers for key in layer.state_keys]
+    init_keys = list(dict.fromkeys(unravel_key(one.init_key) for one in layers)) or ["is_init"]
+    problems = list(find_sequence_problems(batch, init_keys, pairs, read_values=True))
+    for problem in problems:
+        if problem.check == "continuity":
+            problem = _find_time(batch, init_keys, pairs) or problem
+        yield problem
+    if not problems:
+        for layer in layers:
+            yield from _find_state_problems(batch, layer)
+
+
+def _find_time(
+    batch: TensorDictBase, init_keys: list[Any], pairs: Iterable[tuple[Any, Any]]
+) -> Problem | None:
+    """Return a problem if time is another dimension than the last one."""
+    time = batch.ndim - 1
+    states = [key for key, _ in pairs]
+    keys = [*init_keys, *states, *map(next_key, states), TRAJECTORY_KEY, MASK_KEY]
+    keys += ["step_count", ("next", "step_count"), ("next", "done")]
+    for dim in range(time):
+        moved = batch.select(*keys, strict=False).transpose(dim, time)
+        found = (
+            problem
+            for key in init_keys
+            for problem in find_continuity_problems(moved, key, [s for s, i in pairs if i == key])
         )
-    for key in dict.fromkeys(unravel_key(one.init_key) for one in recurrent) or ["is_init"]:
-        if _check_marks(batch, key, report):
-            _check_time(batch, key, recurrent, report)
-    runnable = len(report) == before
-    if runnable:
-        runnable = all([_check_states(batch, one, report) for one in recurrent])
-    return runnable
-
-
-def _check_marks(batch: TensorDictBase, key: Any, report: Report) -> bool:
-    try:
-        read_is_init(batch, key)
-    except (KeyError, TypeError, ValueError) as error:
-        report.add(
-            "init-key",
-            str(error.args[0]),
-            "store InitTracker's mark with the transitions, bool and of shape [*batch, 1]",
-        )
-        return False
-    return True
-
-
-def _check_time(
-    batch: TensorDictBase, key: Any, recurrent: list[Recurrent], report: Report
-) -> None:
-    if _is_contiguous(batch, key):
-        lies = _dimension_of_states(batch, recurrent)
-    else:
-        others = range(batch.ndim - 1)
-        lies = next((dim for dim in others if _is_contiguous(_moved(batch, dim, key), key)), None)
-        if lies is None:
-            report.add(
-                "single-transitions",
-                "steps do not follow the step before them, and no start is marked there: these are "
-                "single transitions, which a network with memory cannot run as sequences",
-                "draw slices: TensorDictReplayBuffer(storage=..., sampler=SliceSampler("
-                "slice_len=...), ...)",
+        if next(found, None) is None:
+            return Problem(
+                "time-not-last",
+                f"Time is dimension {dim} of the batch {list(batch.shape)}; recurrent mode takes "
+                "the last one for time.",
+                f"batch = batch.transpose({dim}, {time})",
             )
-    if lies is not None and lies != batch.ndim - 1:
-        report.add(
-            "time-not-last",
-            f"time is dimension {lies} of the batch {list(batch.shape)}; recurrent mode takes the "
-            "last one for time",
-            f"batch = batch.transpose({lies}, {batch.ndim - 1})",
-        )
-
-
-def _moved(batch: TensorDictBase, dim: int, key: Any) -> TensorDictBase:
-    clocks = batch.select(key, *_CLOCKS, ("next", "done"), strict=False)
-    return clocks.transpose(dim, batch.ndim - 1)
-
-
-def _is_contiguous(batch: TensorDictBase, key: Any) -> bool:
-    return not list(find_continuity_problems(batch, key))
-
-
-def _dimension_of_states(batch: TensorDictBase, recurrent: list[Recurrent]) -> int | None:
-    """Find the one dimension along which states are handed on, where they tell."""
-    if batch.ndim < 2:
-        return None
-    for one in recurrent:
-        for key in one.state_keys:
-            read, wrote = batch.get(key, None), batch.get(next_key(key), None)
-            if read is None or wrote is None:
-                continue
-            marks = batch.get(one.init_key).flatten(batch.ndim).any(-1)
-            hands_on = [d for d in range(batch.ndim) if _hands_on(read, wrote, marks, d)]
-            return hands_on[0] if len(hands_on) == 1 else None
     return None
 
 
-def _hands_on(read: Tensor, wrote: Tensor, marks: Tensor, dim: int) -> bool:
-    steps = read.shape[dim] - 1
-    same = (read.narrow(dim, 1, steps) == wrote.narrow(dim, 0, steps)).flatten(marks.ndim).all(-1)
-    inside = ~marks.narrow(dim, 1, steps)
-    return bool(inside.any() and same[inside].all())
-
-
-def _check_states(batch: TensorDictBase, recurrent: Recurrent, report: Report) -> bool:
-    """Check that sequences find the states they start from; returns whether they can be run."""
-    missing = [key for key in recurrent.state_keys if batch.get(key, None) is None]
-    name = type(recurrent.module).__name__
-    if 0 < len(missing) < len(recurrent.state_keys):
-        report.add(
-            "state-not-stored",
-            f"the batch holds a part of the state of {name}, and not {missing}",
-            f"store {missing} with the transitions",
+def _find_state_problems(batch: TensorDictBase, layer: RecurrentLayer) -> Iterator[Problem]:
+    missing = [key for key in layer.state_keys if batch.get(key, None) is None]
+    name = type(layer.module).__name__
+    if 0 < len(missing) < len(layer.state_keys):
+        yield Problem(
+            "state-missing",
+            f"The batch holds a part of the state of {name}, and not {missing}.",
+            f"Store {missing} with the transitions.",
         )
-        return False
-    if missing and _starts_inside_of_episodes(batch, recurrent):
-        report.add(
-            "state-not-stored",
-            f"the batch holds no state {missing} for {name}, and its sequences do not all start "
-            "where episodes do: those run from zeros instead",
-            f"store {missing} with the transitions (collect with the primer, and with every "
-            "network that keeps a state)",
+    elif missing and _starts_inside_episodes(batch, layer):
+        yield Problem(
+            "state-missing",
+            f"The batch holds no state {missing} for {name}, and its sequences do not all start "
+            "with episodes: those run from zeros instead.",
+            f"Store {missing} with the transitions: collect with the primers of "
+            "get_env_transforms_from_module(policy).",
         )
-    return True
 
 
-def _starts_inside_of_episodes(batch: TensorDictBase, recurrent: Recurrent) -> bool:
-    """Whether a sequence may start inside of an episode, as far as the batch says."""
-    starts = find_segment_starts(batch, recurrent.init_key).flatten(batch.ndim).any(-1).clone()
-    marked_first = starts[..., 0].clone()
+def _starts_inside_episodes(batch: TensorDictBase, layer: RecurrentLayer) -> bool:
+    """Return whether a sequence may start inside an episode, as far as the batch shows."""
+    starts = any_agent(find_segment_starts(batch, layer.init_key), batch.ndim).clone()
+    flagged_first = starts[..., 0].clone()
     starts[..., 0] = True
-    count = batch.get("step_count", None)
-    if count is not None and count.numel() == starts.numel():
-        return bool((count.reshape(starts.shape)[starts] != 0).any())
-    # Samplers of slices mark starts that are none of episodes; rows of a collector do not.
-    sampled = batch.get("index", None) is not None
-    return sampled or not bool(marked_first.all())
+    count = _read_step_count(batch)
+    if count is not None:
+        return bool((count[starts] != 0).any())
+    # Samplers of slices flag starts that are not those of episodes; rows of a collector do not.
+    is_sampled = batch.get("index", None) is not None
+    is_sampled = is_sampled and batch.get(("next", "index"), None) is None
+    return is_sampled or not bool(flagged_first.all())
 
 
-def next_view_is_marked(batch: TensorDictBase, init_key: Any) -> bool:
-    """Tell whether every start in a batch is marked in its next view too."""
+def _read_step_count(batch: TensorDictBase) -> Any:
+    """Return what StepCounter counts, ``[*, T]``; None if ``step_count`` is something else."""
+    count, after = batch.get("step_count", None), batch.get(("next", "step_count"), None)
+    if count is None or after is None or count.numel() != batch.batch_size.numel():
+        return None
+    return count.reshape(batch.shape) if torch.equal(after, count + 1) else None
+
+
+def is_next_flagged(batch: TensorDictBase, init_key: Any) -> bool:
+    """Return whether every segment start is flagged in the ``next`` tensordict too."""
     starts = find_segment_starts(batch, init_key)
-    ahead = batch.get(next_key(init_key), None)
-    if ahead is None or ahead.dtype is not torch.bool or ahead.shape != starts.shape:
+    flags = batch.get(next_key(init_key), None)
+    if flags is None or flags.dtype is not torch.bool or flags.shape != starts.shape:
         return False
-    # The first step of a row is the first one of its next view too, marked or not.
+    # The first step of a row starts a segment there as well, flagged or not.
     time = batch.ndim - 1
-    steps = batch.shape[time] - 1
-    return bool((ahead | ~starts).narrow(time, 1, steps).all())
+    return bool((flags | ~starts).narrow(time, 1, batch.shape[time] - 1).all())

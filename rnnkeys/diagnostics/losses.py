@@ -1,7 +1,8 @@
-"""Checks of a loss or a value estimator: what it runs its next view from, and what it cannot do."""
+"""Checks of a loss or a value estimator: its ``next`` tensordict, and the states it starts from."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -9,90 +10,110 @@ from torch import nn
 from torchrl.objectives import A2CLoss, LossModule, PPOLoss, ReinforceLoss
 from torchrl.objectives.value import ValueEstimatorBase
 
-from ..checks.losses import find_batch_problems, find_loss_problems
+from ..checks import Problem
+from ..checks.losses import ON_POLICY, find_batch_problems, find_loss_problems
 from ..keys import MULTI_STEP_KEY, next_key
 from ..mode import recurrent_mode
-from ..modules.network import Recurrent
+from ..modules.network import RecurrentLayer, RecurrentNetwork
 from ..objectives.loss_inputs import find_dropped_keys
 from ..objectives.wiring import Wired
-from .batches import next_view_is_marked
-from .report import Report
+from .batches import is_next_flagged
+from .policies import find_parameters, find_shared_key_problems
 
 WIRE = "loss = rnnkeys.objectives.recurrent_loss(loss)"
-# All that they run on next views is their estimator, and estimators mark these by themselves.
+# Only their value estimator runs the next tensordict, and estimators flag segment starts there.
 _LEAVE_IT_TO_ESTIMATORS = (A2CLoss, PPOLoss, ReinforceLoss)
+# Networks that act, or that value every action, and so collect; others are critics.
+_ACTING = ("actor_network", "value_network", "local_value_network", "policy")
 
 
-def check_loss(
-    loss: nn.Module, recurrent: list[Recurrent], batch: TensorDictBase | None, report: Report
-) -> None:
-    """Check a loss, with the batch it will get if that can be run."""
-    if _wires_itself(loss) and not isinstance(loss, Wired):
-        # The package's own losses mark and start their sequences themselves.
+def find_collecting_layers(loss: nn.Module) -> list[RecurrentLayer]:
+    """Return the recurrent modules of a loss whose states the data must hold.
+
+    A loss on collected data needs those of all its networks. The critics of other losses (SAC, TD3,
+    DDPG, ...) need not run while collecting: without stored states they start from zeros, and the
+    first steps of a sequence only warm them up.
+    """
+    if isinstance(loss, ON_POLICY):
+        return list(RecurrentNetwork(loss).layers)
+    networks = [getattr(loss, name, None) for name in _ACTING]
+    acting = next((one for one in networks if isinstance(one, nn.Module)), None)
+    return [] if acting is None else list(RecurrentNetwork(acting).layers)
+
+
+def find_wiring_problems(
+    loss: nn.Module, layers: list[RecurrentLayer], batch: TensorDictBase | None
+) -> Iterator[Problem]:
+    """Yield problems of a loss, and of the batch that it gets.
+
+    Args:
+        loss: a loss or value estimator, wired or not.
+        layers: the recurrent modules inside.
+        batch: what the loss gets; None if there is none, or if sequences cannot be run on it.
+    """
+    is_ours = type(loss).__module__.startswith("rnnkeys.")
+    if is_ours and not isinstance(loss, Wired):
+        # The losses of this package find segment starts and states themselves.
         return
-    problems = list(find_loss_problems(loss, recurrent))
-    for problem in problems:
-        report.add(problem.check, problem.message, problem.remedy)
+    problems = list(find_loss_problems(loss, layers))
+    yield from problems
     if problems:
         return
+    yield from find_shared_key_problems(_name(loss), find_parameters(loss))
     if batch is not None and batch.get(MULTI_STEP_KEY, None) is None:
-        _check_loss_with_batch(loss, recurrent, batch, report)
-    if not _wires_itself(loss):
-        _check_unwired(loss, recurrent, batch, report)
+        yield from find_batch_problems(loss, batch, layers)
+    if not is_ours:
+        yield from _find_unwired_problems(loss, layers, batch)
 
 
-def _wires_itself(loss: nn.Module) -> bool:
-    return type(loss).__module__.startswith("rnnkeys.")
+def _name(loss: nn.Module) -> str:
+    return str(getattr(loss, "wired_class", type(loss)).__name__)
 
 
-def _check_loss_with_batch(
-    loss: nn.Module, recurrent: list[Recurrent], batch: TensorDictBase, report: Report
-) -> None:
-    for problem in find_batch_problems(loss, batch, recurrent):
-        report.add(problem.check, problem.message, problem.remedy)
-
-
-def _check_unwired(
-    loss: nn.Module, recurrent: list[Recurrent], batch: TensorDictBase | None, report: Report
-) -> None:
+def _find_unwired_problems(
+    loss: nn.Module, layers: list[RecurrentLayer], batch: TensorDictBase | None
+) -> Iterator[Problem]:
     name = type(loss).__name__
     if isinstance(loss, ValueEstimatorBase):
-        frozen: list[Any] = [one.module for one in recurrent]
-        if recurrent_mode() is None and not all(module.recurrent_mode for module in frozen):
-            report.add(
+        modules: list[Any] = [layer.module for layer in layers]
+        if recurrent_mode() is None and not all(module.recurrent_mode for module in modules):
+            yield Problem(
                 "mode",
-                f"{name} does not enter recurrent mode by itself: it would take every step of a "
-                "batch for a step by itself, from its stored state",
+                f"{name} does not enter recurrent mode by itself: it would run every step of a "
+                "batch alone, from its stored state.",
                 WIRE + ", or call it inside set_recurrent_mode(True)",
             )
         return
     if not isinstance(loss, LossModule):
         return
-    states = {key for one in recurrent for key in one.state_keys}
-    cut = [key for key in find_dropped_keys(loss) if key in states]
-    if cut:
-        report.add(
+    states = {key for layer in layers for key in layer.state_keys}
+    dropped = [key for key in find_dropped_keys(loss) if key in states]
+    if batch is not None:
+        dropped = [key for key in dropped if batch.get(key, None) is not None]
+    if dropped:
+        yield Problem(
             "critic-state",
-            f"{name} cuts the next view down to what its first network reads, and so drops the "
-            f"states {cut} of the others: their next values start from zeros",
+            f"{name} selects what its first network reads from the next tensordict, and so drops "
+            f"the states {dropped} of the others: their next values start from zeros.",
             WIRE,
         )
     if not isinstance(loss, _LEAVE_IT_TO_ESTIMATORS):
-        _check_next_view(name, recurrent, batch, report)
+        yield from _find_next_flag_problems(name, layers, batch)
 
 
-def _check_next_view(
-    name: str, recurrent: list[Recurrent], batch: TensorDictBase | None, report: Report
-) -> None:
-    for key in dict.fromkeys(one.init_key for one in recurrent):
+def _find_next_flag_problems(
+    name: str, layers: list[RecurrentLayer], batch: TensorDictBase | None
+) -> Iterator[Problem]:
+    for key in dict.fromkeys(layer.init_key for layer in layers):
         if batch is None or batch.get(key, None) is None:
-            unmarked, seen = True, " (if no sampler marks them: pass a batch to see)"
+            flagged, seen = False, " (if nothing else flags them: pass a batch to see)"
         else:
-            unmarked, seen = not next_view_is_marked(batch, key), ""
-        if unmarked:
-            report.add(
-                "next-view",
-                f"nothing marks starts in {next_key(key)!r}{seen}, so {name} runs its next view "
-                "on from one slice and episode into the next, and bootstraps from wrong values",
+            flagged, seen = is_next_flagged(batch, key), ""
+        if not flagged:
+            yield Problem(
+                "next-is-init",
+                f"Segment starts are not flagged at {next_key(key)!r}{seen}, so {name} runs its "
+                "next tensordict from one slice or episode into the following one, and bootstraps "
+                "from wrong values.",
                 WIRE,
             )

@@ -1,4 +1,4 @@
-"""Pictures of recurrent states. They need matplotlib: ``pip install 'rnnkeys[plot]'``."""
+"""Plots of recurrent states. They need matplotlib: ``pip install 'rnnkeys[plot]'``."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tensordict import TensorDictBase, unravel_key
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from ..keys import next_key
-from ..mode import set_recurrent_mode
-from ..modules.network import Recurrent, find_recurrent
-from ..modules.recurrent import RecurrentModule
-from ..sequences.segment_starts import find_segment_starts
-from .runs import Staleness, ages, quietly, run_sequences, staleness_by_step
+from ..modules.network import RecurrentLayer, RecurrentNetwork
+from ..sequences import find_segment_starts, shift_states
+from ..sequences.segment_starts import any_agent
+from .runs import Staleness, ages, evaluating, run_sequences, staleness_by_step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_GATES = {"lstm": {"i": 0, "f": 1, "o": 3}, "gru": {"r": 0, "z": 1}}
+# Sigmoid gates by their place in the gate order.
+_GATES = {"LSTM": {"i": 0, "f": 1, "o": 3}, "GRU": {"r": 0, "z": 1}}
 _SATURATED = 0.05
 _REACH = 32
 _ANCHORS = 16
@@ -33,7 +34,7 @@ def _new_figure(rows: int) -> tuple[Figure, list[Axes]]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "Pictures need matplotlib, which is not installed: pip install 'rnnkeys[plot]'."
+            "Plots need matplotlib, which is not installed: pip install 'rnnkeys[plot]'."
         ) from error
     figure = Figure(figsize=(8, 2.4 * rows), layout="constrained")
     panels: Any = figure.subplots(rows, squeeze=False)
@@ -43,26 +44,27 @@ def _new_figure(rows: int) -> tuple[Figure, list[Axes]]:
 def plot_episode_states(
     tensordict: TensorDictBase, policy: nn.Module | None = None, *, row: int = 0
 ) -> Figure:
-    """Draw what a policy remembers along a rollout, with its resets marked.
+    """Plot the recurrent states of a policy along a rollout, with its episode starts.
 
-    The panels, each for every recurrent module: the norm of each state that entered a step; with a
-    policy, the share of units whose gates are saturated (below 0.05 or above 0.95), and how far
-    back its memory reaches: the mean size of the gradient of an output with respect to observations
-    of each age, within the episode, relative to age 0.
+    The first panel shows the norm of each state that enters a step. With a policy there are two
+    more: the share of units whose gates are saturated (below 0.05 or above 0.95), and the mean norm
+    of the gradient of an output with respect to inputs of each age within the episode, relative to
+    age 0.
 
     Args:
         tensordict: a rollout ``[T]``, a flat sample ``[N]``, or ``[*, T]`` of which one row is
-            drawn.
-        policy: what collected it; None finds states as entries that are there as ``key`` and
-            ``("next", key)`` with two dimensions of their own, and draws the first panel alone.
-        row: which row of a batch.
+            plotted.
+        policy: the policy that collected it. States that are not stored are recomputed. None finds
+            states as entries at ``key`` and ``("next", key)`` with two dimensions of their own, and
+            plots the first panel alone.
+        row: the row of a batch.
 
     Returns:
         A figure: ``figure.savefig("states.png")``.
 
     Raises:
         ImportError: if matplotlib is not installed.
-        ValueError: if there is no state, no time, or no such row.
+        ValueError: if there is no state, no time dimension, or no such row.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -71,31 +73,53 @@ def plot_episode_states(
         >>> len(plot_episode_states(rollout).axes)
         1
     """
-    if policy is not None:
-        # Vendors' kernels have no gradient in evaluation on a GPU, and a picture needs no speed.
-        policy, tensordict = copy.deepcopy(policy).cpu(), tensordict.cpu()
-    recurrent = [] if policy is None else find_recurrent(policy)
-    ours = [one for one in recurrent if isinstance(one.module, RecurrentModule)]
     data = _one_row(tensordict, row)
-    states = [key for one in recurrent for key in one.state_keys] or _find_states(data)
-    init_key = recurrent[0].init_key if recurrent else "is_init"
-    if not states:
-        raise ValueError(
-            "There is no state to draw: no entry that is there as key and ('next', key), with "
-            f"layers and units last. Pass the policy. Entries: {sorted(map(str, data.keys()))}."
-        )
-    figure, (norms, *others) = _new_figure(1 + 2 * bool(ours))
-    _draw_norms(norms, data, states)
-    starts = find_segment_starts(data, init_key).flatten(1).any(-1)
-    if policy is not None and ours:
-        _draw_saturation(others[0], policy, data, ours)
-        _draw_reach(others[1], policy, data, ours, starts)
+    if policy is None:
+        figure, [norms] = _new_figure(1)
+        _draw_norms(norms, {key: data.get(key) for key in _find_states(data)})
+        _finish(norms, any_agent(find_segment_starts(data, "is_init"), 1))
+        return figure
+    # Native kernels have no gradient in evaluation on a GPU, and a plot needs no speed.
+    policy, data = copy.deepcopy(policy).cpu(), data.cpu()
+    network = RecurrentNetwork(policy)
+    network.check_is_recurrent()
+    layers = [layer for layer in network.layers if layer.writes_states and layer.state_keys]
+    figure, (norms, *others) = _new_figure(1 + 2 * bool(layers))
+    _draw_norms(norms, find_entering_states(network, data))
+    starts = any_agent(find_segment_starts(data, network.init_keys[0]), 1)
+    if layers:
+        _draw_saturation(others[0], network, data, layers)
+        _draw_reach(others[1], network, data, layers[0], starts)
     for panel in (norms, *others[:1]):
-        _draw_starts(panel, starts)
-        panel.set_xlim(0, max(len(data) - 1, 1))
-        panel.set_xlabel("step")
-        _add_legend(panel)
+        _finish(panel, starts)
     return figure
+
+
+def find_entering_states(network: RecurrentNetwork, data: TensorDictBase) -> dict[Any, Tensor]:
+    """Return the state that enters each step, as stored, or else recomputed.
+
+    Args:
+        network: the policy.
+        data: steps ``[T]``.
+    """
+    states = {key: data.get(key, None) for key in network.state_keys}
+    if all(state is not None for state in states.values()):
+        return states
+    with evaluating(network.network):
+        whole = run_sequences(network, data)
+    for key, init_key in network.pairs:
+        if states[key] is None:
+            after = whole.get(next_key(key))
+            starts = find_segment_starts(data, init_key)
+            states[key] = shift_states(after, torch.zeros_like(after), starts, 0)
+    return states
+
+
+def _finish(panel: Axes, starts: Tensor) -> None:
+    _draw_starts(panel, starts)
+    panel.set_xlim(0, max(len(starts) - 1, 1))
+    panel.set_xlabel("step")
+    _add_legend(panel)
 
 
 def _count_in_steps(panel: Axes) -> None:
@@ -118,19 +142,25 @@ def _one_row(tensordict: TensorDictBase, row: int) -> TensorDictBase:
 
 
 def _find_states(data: TensorDictBase) -> list[Any]:
-    keys = (unravel_key(key) for key in data.exclude("next").keys(True, True))
-    return [
+    keys = [unravel_key(key) for key in data.exclude("next").keys(True, True)]
+    found = [
         key
         for key in keys
         if data.get(next_key(key), None) is not None
         and data.get(key).ndim >= 3
         and data.get(key).is_floating_point()
     ]
+    if not found:
+        raise ValueError(
+            "There is no state to plot: no entry is there as key and ('next', key), with layers "
+            f"and units last. Pass the policy. Entries: {sorted(map(str, data.keys()))}."
+        )
+    return found
 
 
-def _draw_norms(panel: Axes, data: TensorDictBase, states: list[Any]) -> None:
-    for key in states:
-        norm = data.get(key).detach().float().flatten(1).norm(dim=-1)
+def _draw_norms(panel: Axes, states: dict[Any, Tensor]) -> None:
+    for key, state in states.items():
+        norm = state.detach().float().flatten(1).norm(dim=-1)
         panel.plot(norm.cpu(), label=_name(key))
     panel.set_ylabel("norm of the state")
     panel.set_ylim(bottom=0)
@@ -148,66 +178,53 @@ def _name(key: Any) -> str:
 
 
 def _draw_saturation(
-    panel: Axes, policy: nn.Module, data: TensorDictBase, recurrent: list[Recurrent]
+    panel: Axes, network: RecurrentNetwork, data: TensorDictBase, layers: list[RecurrentLayer]
 ) -> None:
-    for one in recurrent:
-        prefix = f"{_name(one.state_keys[0])}: " if len(recurrent) > 1 else ""
-        for gate, share in gate_saturation(policy, data, one).items():
+    for layer in layers:
+        prefix = f"{_name(layer.state_keys[0])}: " if len(layers) > 1 else ""
+        for gate, share in gate_saturation(network, data, layer).items():
             panel.plot(share.cpu(), label=f"{prefix}{gate}")
     panel.set_ylabel("share of saturated gates")
     panel.set_ylim(-0.02, 1.02)
 
 
 def gate_saturation(
-    policy: nn.Module, data: TensorDictBase, recurrent: Recurrent
+    network: RecurrentNetwork, data: TensorDictBase, layer: RecurrentLayer
 ) -> dict[str, Tensor]:
     """Return for each gate of the first layer the share of saturated units at every step, ``[T]``.
 
     Args:
-        policy: what the module is a part of.
-        data: one row of steps ``[T]``.
-        recurrent: the module.
+        network: the policy.
+        data: steps ``[T]``.
+        layer: a recurrent module in it.
 
     Returns:
-        ``i, f, o`` for an LSTM and ``r, z`` for a GRU; nothing for other cells.
+        Gates ``i, f, o`` of an LSTM and ``r, z`` of a GRU; nothing for other cells.
     """
-    module: Any = recurrent.module
-    gates = _GATES.get(module.cell.name, {})
+    module: Any = layer.module
+    rnn: Any = module.layers
+    gates = _GATES.get(rnn.mode, {}) if isinstance(rnn, nn.RNNBase) else {}
     if not gates:
         return {}
-    with quietly(policy):
-        whole = run_sequences(policy, data, find_recurrent(policy))
-        before = _states_before(data, whole, recurrent)
-        weights = module._layers.weights(0)
-        x = whole.get(module.in_keys[0])
-        from_x = module.cell.project_input(weights, x)
-        summed = from_x + module.cell.project_state(weights, before)
-        parts = summed.sigmoid().chunk(module.cell.num_gates, -1)
+    with evaluating(network.network):
+        x = run_sequences(network, data).get(module.in_keys[0])
+        h = find_entering_states(network, data)[layer.state_keys[0]][..., 0, :]
+        held: Any = rnn
+        biases = (held.bias_ih_l0, held.bias_hh_l0) if rnn.bias else (None, None)
+        summed = linear(x, held.weight_ih_l0, biases[0]) + linear(h, held.weight_hh_l0, biases[1])
+        parts = summed.sigmoid().chunk(len(held.weight_hh_l0) // rnn.hidden_size, -1)
     off = {gate: (parts[i] < _SATURATED) | (parts[i] > 1 - _SATURATED) for gate, i in gates.items()}
     return {gate: share.float().flatten(1).mean(-1) for gate, share in off.items()}
 
 
-def _states_before(data: TensorDictBase, whole: TensorDictBase, recurrent: Recurrent) -> Tensor:
-    """Return what the first layer's ``h`` was when each step began, ``[T, ..., H]``."""
-    key = recurrent.state_keys[0]
-    after = whole.get(next_key(key))
-    carried = torch.cat([torch.zeros_like(after[:1]), after[:-1]])
-    stored = data.get(key, None)
-    starts = find_segment_starts(data, recurrent.init_key).clone()
-    starts[0] = True
-    starts = starts.reshape(*starts.shape[:-1], *[1] * (after.ndim - starts.ndim + 1))
-    stored = torch.zeros_like(after) if stored is None else stored
-    return torch.where(starts, stored, carried)[..., 0, :]
-
-
 def _draw_reach(
     panel: Axes,
-    policy: nn.Module,
+    network: RecurrentNetwork,
     data: TensorDictBase,
-    recurrent: list[Recurrent],
+    layer: RecurrentLayer,
     starts: Tensor,
 ) -> None:
-    key, reach = memory_reach(policy, data, recurrent[0], starts)
+    key, reach = gradient_reach(network, data, layer, starts)
     panel.semilogy(reach.cpu(), marker=".", label=f"d {_name(key)} / d input")
     panel.set_xlabel("age of the observation (steps)")
     panel.set_ylabel("gradient, age 0 = 1")
@@ -215,15 +232,15 @@ def _draw_reach(
     _add_legend(panel)
 
 
-def memory_reach(
-    policy: nn.Module, data: TensorDictBase, recurrent: Recurrent, starts: Tensor
+def gradient_reach(
+    network: RecurrentNetwork, data: TensorDictBase, layer: RecurrentLayer, starts: Tensor
 ) -> tuple[Any, Tensor]:
-    """Measure how much an output depends on what was seen some steps ago.
+    """Measure how much an output depends on inputs of some steps ago.
 
     Args:
-        policy: what the module is a part of.
-        data: one row of steps ``[T]``.
-        recurrent: the module whose input is looked at.
+        network: the policy.
+        data: steps ``[T]``.
+        layer: the recurrent module whose input is used.
         starts: where segments start, bool ``[T]``.
 
     Returns:
@@ -236,14 +253,14 @@ def memory_reach(
     deep = (age >= longest).nonzero().flatten()
     anchors = deep[:: max(len(deep) // _ANCHORS, 1)].tolist()
     total = torch.zeros(longest + 1)
-    with quietly(policy), torch.enable_grad(), set_recurrent_mode(True):
-        module: Any = recurrent.module
+    with evaluating(network.network), torch.enable_grad():
+        module: Any = layer.module
         handle = module.register_forward_pre_hook(_require_grad, prepend=True)
         try:
-            whole = run_sequences(policy, data, find_recurrent(policy))
+            whole = run_sequences(network, data)
         finally:
             handle.remove()
-        key = _last_output(policy, whole, recurrent)
+        key = _last_output(network, whole)
         x, y = whole.get(module.in_keys[0]), whole.get(key)
         for step in anchors:
             [grad] = torch.autograd.grad(y[step].sum(), x, retain_graph=True)
@@ -257,33 +274,30 @@ def _require_grad(module: Any, args: tuple[Any, ...]) -> None:
     tensordict.set(key, tensordict.get(key).detach().clone().requires_grad_())
 
 
-def _last_output(policy: Any, whole: TensorDictBase, recurrent: Recurrent) -> Any:
-    """Choose the last number that the policy writes and that depends on the memory."""
-    skipped = {next_key(key) for key in recurrent.state_keys}
+def _last_output(network: RecurrentNetwork, whole: TensorDictBase) -> Any:
+    """Return the last entry that the policy writes and that has a gradient; states excluded."""
+    policy: Any = network.network
+    states = set(map(next_key, network.state_keys))
     keys = [unravel_key(key) for key in policy.out_keys]
-    telling = [
-        key
-        for key in keys
-        if key not in skipped and (v := whole.get(key, None)) is not None and v.requires_grad
-    ]
-    if not telling:
-        raise ValueError(f"No output of the policy depends on its memory: {keys}.")
-    return telling[-1]
+    outputs = [key for key in keys if key not in states and whole.get(key, None) is not None]
+    outputs = [key for key in outputs if whole.get(key).requires_grad]
+    if not outputs:
+        raise ValueError(f"No output of the policy depends on its recurrent layer: {keys}.")
+    return outputs[-1]
 
 
 def plot_state_staleness(
     policy: nn.Module, batches: TensorDictBase | Mapping[str, TensorDictBase]
 ) -> Figure:
-    """Draw how stale the states stored in batches are for a policy as it is now.
+    """Plot how stale the states stored in batches are for the current weights of a policy.
 
-    One line for each batch: over the steps since the start of a sequence, the mean difference
-    between what the policy makes of the stored state and of the state that today's weights make
-    (see :func:`rnnkeys.doctor.staleness_by_step`); the band holds the middle 80 % of sequences. A
-    line that rises says that the states were stored by other weights; where it levels off, the
-    sequence has forgotten the state that it started from: a burn-in of that length helps.
+    One line for each batch: the median staleness over the steps since the start of a sequence (see
+    :func:`rnnkeys.diagnostics.staleness_by_step`); the band holds the middle 80 % of the sequences.
+    A line that rises shows states of older weights. Where it levels off, the sequence no longer
+    depends on the state that it started from: a burn-in of that length is enough.
 
     Args:
-        policy: with today's weights.
+        policy: with its current weights.
         batches: sequences with their stored states, or several by name.
 
     Returns:
@@ -291,12 +305,12 @@ def plot_state_staleness(
 
     Raises:
         ImportError: if matplotlib is not installed.
-        KeyError: if states are not there.
+        KeyError: if states are missing.
         ValueError: if there are no batches.
     """
     named = {"stored states": batches} if isinstance(batches, TensorDictBase) else batches
     if not named:
-        raise ValueError("batches={} holds nothing to draw: pass a batch, or several by name.")
+        raise ValueError("batches={} holds nothing to plot: pass a batch, or several by name.")
     figure, [panel] = _new_figure(1)
     figure.set_size_inches(8, 4)
     keys = []
@@ -306,7 +320,7 @@ def plot_state_staleness(
         _draw_staleness(panel, name, found)
     panel.set_xlabel("steps since the start of the sequence")
     _count_in_steps(panel)
-    panel.set_ylabel(f"difference of {_name(keys[0])},\nshare of its largest value")
+    panel.set_ylabel(f"staleness of {_name(keys[0])}")
     panel.set_ylim(bottom=0)
     _add_legend(panel)
     return figure
@@ -314,7 +328,9 @@ def plot_state_staleness(
 
 def _draw_staleness(panel: Axes, name: str, found: Staleness) -> None:
     by_age = [found.difference[found.age == age] for age in range(int(found.age.max()) + 1)]
-    mean = torch.stack([one.mean() for one in by_age])
-    low, high = (torch.stack([one.float().quantile(q) for one in by_age]).cpu() for q in (0.1, 0.9))
-    [line] = panel.plot(mean.cpu(), marker=".", label=name)
+    # A value near zero makes one difference huge, which would hide all others in a mean.
+    low, middle, high = (
+        torch.stack([one.float().quantile(q) for one in by_age]).cpu() for q in (0.1, 0.5, 0.9)
+    )
+    [line] = panel.plot(middle, marker=".", label=name)
     panel.fill_between(range(len(by_age)), low, high, alpha=0.15, color=line.get_color())

@@ -2,85 +2,127 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tensordict import unravel_key
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
+from ..checks import Problem
 from ..keys import next_key
 from ..mode import recurrent_mode
-from ..modules.network import Recurrent, find_networks
-from .report import Report
+from ..modules.network import RecurrentLayer, RecurrentNetwork, find_networks
+
+_OWN_KEYS = (
+    "Give one of them state keys of its own: in_keys=[..., 'other_h', ...], out_keys=[..., "
+    "('next', 'other_h'), ...]."
+)
 
 
-def check_modules(policy: nn.Module, recurrent: list[Recurrent], report: Report) -> None:
-    """Check that there is memory, and that every state has a key of its own that is carried."""
-    if not recurrent:
-        report.add(
+def find_module_problems(policy: nn.Module, layers: list[RecurrentLayer]) -> Iterator[Problem]:
+    """Yield problems of a policy's recurrent modules: none there, states lost, shared keys."""
+    if not layers:
+        yield Problem(
             "no-recurrent-module",
-            f"there is no recurrent module inside {type(policy).__name__}: it remembers nothing",
-            "put an rnnkeys.LSTMModule or GRUModule into the policy's TensorDictSequential",
+            f"There is no recurrent module inside {type(policy).__name__}: it keeps no state.",
+            "Put an rnnkeys.LSTMModule or GRUModule into the policy's TensorDictSequential.",
         )
-    for one in recurrent:
-        if not one.state_keys or not _is_carried(one):
-            report.add(
+    for layer in layers:
+        if not _is_carried(layer):
+            reads = _read_states(layer)
+            yield Problem(
                 "state-not-carried",
-                f"{_name(one)} reads {_in_states(one)} and writes {_out_states(one)}: no "
-                "environment carries these to the next step, so memory is lost at every step",
-                f"name its state out_keys {[next_key(key) for key in _in_states(one)]}",
+                f"{_name(layer)} reads {reads} and writes {_written_states(layer)}: no environment "
+                "carries these to the next step, so the state is lost at every step.",
+                f"Name its state out_keys {[next_key(key) for key in reads]}.",
             )
-    _check_keys(policy, recurrent, report)
+    parameters = [(layer, _pointers(layer.module.parameters())) for layer in layers]
+    yield from find_shared_key_problems(type(policy).__name__, parameters)
+    yield from _find_overwritten_states(policy, layers)
 
 
-def _name(recurrent: Recurrent) -> str:
-    return str(type(recurrent.module).__name__)
+def _name(layer: RecurrentLayer) -> str:
+    return str(type(layer.module).__name__)
 
 
-def _in_states(recurrent: Recurrent) -> list[Any]:
-    """In keys without the input, and without the marks."""
-    keys = [unravel_key(key) for key in recurrent.module.in_keys]
-    return [key for key in keys[1:] if key != unravel_key(recurrent.init_key)]
+def _read_states(layer: RecurrentLayer) -> list[Any]:
+    """Return the in keys without the input and the flags."""
+    keys = [unravel_key(key) for key in layer.module.in_keys]
+    return [key for key in keys[1:] if key != unravel_key(layer.init_key)]
 
 
-def _out_states(recurrent: Recurrent) -> list[Any]:
-    return [unravel_key(key) for key in recurrent.module.out_keys][1:]
+def _written_states(layer: RecurrentLayer) -> list[Any]:
+    return [unravel_key(key) for key in layer.module.out_keys][1:]
 
 
-def _is_carried(recurrent: Recurrent) -> bool:
-    written = set(_out_states(recurrent))
-    # Nothing of the states in out_keys: select_out_keys() hid them, which changes nothing.
-    return not written or {next_key(key) for key in _in_states(recurrent)} == written
+def _is_carried(layer: RecurrentLayer) -> bool:
+    written = set(_written_states(layer))
+    # select_out_keys() hides states from out_keys, but they are written.
+    return not written or {next_key(key) for key in _read_states(layer)} == written
 
 
-def _check_keys(policy: nn.Module, recurrent: list[Recurrent], report: Report) -> None:
-    owners: dict[Any, TensorDictModuleBase] = {}
-    for one in recurrent:
-        for key in map(next_key, _in_states(one)):
-            owner = owners.setdefault(key, one.module)
-            if owner is not one.module and _layers(owner) is not _layers(one.module):
-                report.add(
+def find_shared_key_problems(
+    owner: str, layers: Iterable[tuple[RecurrentLayer, frozenset[int]]]
+) -> Iterator[Problem]:
+    """Yield a problem if modules with parameters of their own share the keys of their states.
+
+    Args:
+        owner: name of the policy or loss that contains them.
+        layers: each with the addresses of its parameters.
+    """
+    owners: dict[Any, tuple[RecurrentLayer, frozenset[int]]] = {}
+    for layer, parameters in layers:
+        for key in _read_states(layer):
+            other, others = owners.setdefault(key, (layer, parameters))
+            if others.isdisjoint(parameters) and other is not layer:
+                yield Problem(
                     "shared-key",
-                    f"two recurrent modules, {type(owner).__name__} and {_name(one)}, write "
-                    f"{key!r}: each overwrites the other's state",
-                    "give one of them state keys of its own: in_keys=[..., 'other_h', ...], "
-                    "out_keys=[..., ('next', 'other_h'), ...]",
+                    f"{_name(other)} and {_name(layer)} in {owner} have parameters of their own "
+                    f"and keep their states under one key, {key!r}: each overwrites the other's "
+                    "state, or starts from it, and a state of one means nothing to the other.",
+                    _OWN_KEYS,
                 )
+                break
+
+
+def find_parameters(loss: nn.Module) -> Iterator[tuple[RecurrentLayer, frozenset[int]]]:
+    """Yield the recurrent modules of a loss's networks with the addresses of their parameters.
+
+    Losses hold parameters outside their networks, one copy for each critic of an ensemble.
+    """
+    for name, network in vars(loss).items():
+        if not isinstance(network, TensorDictModuleBase):
+            continue
+        held: Any = getattr(loss, f"{name}_params", None)
+        paths = {id(one): path for path, one in network.named_modules()}
+        for layer in RecurrentNetwork(network).layers:
+            path = tuple(filter(None, paths.get(id(layer.module), "").split(".")))
+            if held is None:
+                yield layer, _pointers(layer.module.parameters())
+            else:
+                found = held.get(path) if path else held
+                yield layer, _pointers(found.values(True, True))
+
+
+def _pointers(tensors: Iterable[Any]) -> frozenset[int]:
+    return frozenset(tensor.data_ptr() for tensor in tensors)
+
+
+def _find_overwritten_states(policy: nn.Module, layers: list[RecurrentLayer]) -> Iterator[Problem]:
+    owners: dict[Any, RecurrentLayer] = {
+        next_key(key): layer for layer in layers for key in _read_states(layer)
+    }
     for other in find_networks(policy):
         if not isinstance(other, TensorDictModuleBase) or _holds_others(other):
             continue
         for key in map(unravel_key, other.out_keys):
             if not hasattr(other, "recurrent_mode") and key in owners:
-                report.add(
+                yield Problem(
                     "shared-key",
-                    f"{type(other).__name__} writes {key!r}, the state of a "
-                    f"{type(owners[key]).__name__}",
-                    f"give {type(other).__name__} another out key",
+                    f"{type(other).__name__} writes {key!r}, the state of a {_name(owners[key])}.",
+                    f"Give {type(other).__name__} another out key.",
                 )
-
-
-def _layers(module: Any) -> Any:
-    return getattr(module, "lstm", None) or getattr(module, "gru", None) or module
 
 
 def _holds_others(module: nn.Module) -> bool:
@@ -89,23 +131,24 @@ def _holds_others(module: nn.Module) -> bool:
     )
 
 
-def check_mode(recurrent: list[Recurrent], report: Report) -> None:
-    """Check that the policy collects in single steps."""
-    if recurrent_mode():
-        report.add(
+def find_mode_problems(layers: list[RecurrentLayer]) -> Iterator[Problem]:
+    """Yield a problem if the policy would not collect in single steps."""
+    mode = recurrent_mode()
+    if mode:
+        yield Problem(
             "mode",
-            "set_recurrent_mode(True) is in force here, so a policy that collects would take "
-            "environments for time",
-            "leave the context before collecting: with set_recurrent_mode(True): ... only around "
-            "calls on sequences",
+            "set_recurrent_mode(True) is in force, so a policy that collects would take the "
+            "environments of a batch for time steps.",
+            "Leave the context before collecting: with set_recurrent_mode(True): ... only around "
+            "calls on sequences.",
         )
         return
-    for one in recurrent:
-        module: Any = one.module
-        if recurrent_mode() is None and module.recurrent_mode:
-            report.add(
+    for layer in layers:
+        module: Any = layer.module
+        if mode is None and module.recurrent_mode:
+            yield Problem(
                 "mode",
-                f"{_name(one)} is frozen in recurrent mode (default_recurrent_mode=True), so a "
-                "policy that collects would take environments for time",
-                "make it with default_recurrent_mode=None; losses enter recurrent mode themselves",
+                f"{_name(layer)} is in recurrent mode by default (default_recurrent_mode=True), so "
+                "a policy that collects would take the environments of a batch for time steps.",
+                "Make it with default_recurrent_mode=None; losses enter recurrent mode themselves.",
             )

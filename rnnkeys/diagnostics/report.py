@@ -1,38 +1,22 @@
-"""What the doctor found, to print or to read by a program."""
+"""The result of ``check_recurrent_policy``, to print or to be read by a program."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong.
-
-    Attributes:
-        check: short name of the check that found it, such as ``"init-tracker"``.
-        problem: what is wrong, and what comes of it.
-        remedy: the line that cures it.
-    """
-
-    check: str
-    problem: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.check}: {self.problem}\n    remedy: {self.remedy}"
+from ..checks import Problem
 
 
 @dataclass
 class Report:
-    """All that is wrong with a wiring: empty, and so falsy, if nothing is.
+    """All problems of a wiring; empty, and so falsy, if there are none.
 
     Attributes:
-        findings: in the order of the wiring: policy, environment, batch, loss, runs.
-        measured: numbers by name; ``"single_step_difference"`` is the largest relative difference
-            between single steps and sequences, ``"staleness"`` that of stored states.
+        findings: problems in the order of the wiring: policy, environment, batch, loss, runs.
+        measured: numbers by name. ``"single_step_difference"`` is the largest relative difference
+            between single steps and sequences; ``"staleness"`` is that of the stored states.
         looked_at: what was given: ``"policy"``, ``"env"``, ``"batch"``, ``"loss"``.
 
     Examples:
@@ -43,22 +27,30 @@ class Report:
         Nothing is wrong with the policy.
     """
 
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Problem] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)
     looked_at: list[str] = field(default_factory=list)
 
-    def add(self, check: str, problem: str, remedy: str) -> None:
-        """Add a finding, unless the same one is there (policy and loss may share a module)."""
-        finding = Finding(check, problem, remedy)
-        if finding not in self.findings:
-            self.findings.append(finding)
+    def add(self, problems: Iterable[Problem]) -> bool:
+        """Add problems, each once, since policy and loss may share a module.
+
+        Args:
+            problems: of one check.
+
+        Returns:
+            Whether there was none.
+        """
+        problems = list(problems)
+        self.findings += [one for one in dict.fromkeys(problems) if one not in self.findings]
+        return not problems
 
     def checks(self) -> list[str]:
-        """Return the names of the checks that found something.
+        """Return the names of the checks that found a problem.
 
         Examples:
             >>> report = Report()
-            >>> report.add("mode", "a module is frozen", "unfreeze it")
+            >>> report.add([Problem("mode", "A module is frozen.", "Unfreeze it.")])
+            False
             >>> report.checks()
             ['mode']
         """
@@ -71,20 +63,24 @@ class Report:
             >>> Report(measured={"staleness": 0.5}).as_dict()
             {'findings': [], 'measured': {'staleness': 0.5}, 'looked_at': []}
         """
-        return asdict(self)
+        findings = [
+            {"check": one.check, "message": one.message, "remedy": one.remedy}
+            for one in self.findings
+        ]
+        measured, looked_at = dict(self.measured), list(self.looked_at)
+        return {"findings": findings, "measured": measured, "looked_at": looked_at}
 
     def __len__(self) -> int:
         return len(self.findings)
 
-    def __iter__(self) -> Iterator[Finding]:
+    def __iter__(self) -> Iterator[Problem]:
         return iter(self.findings)
 
     def __str__(self) -> str:
         things = ", ".join(f"the {name}" for name in self.looked_at)
-        if self.findings:
-            lines = [f"{len(self)} wrong with {things}:"]
-        else:
-            lines = [f"Nothing is wrong with {things}."]
-        lines += [f"{number}. {one}" for number, one in enumerate(self.findings, 1)]
+        number = len(self)
+        lines = [f"{number} wrong with {things}:" if number else f"Nothing is wrong with {things}."]
+        for place, one in enumerate(self.findings, 1):
+            lines += [f"{place}. {one.check}: {one.message}", f"    remedy: {one.remedy}"]
         lines += [f"{name.replace('_', ' ')}: {value:.3g}" for name, value in self.measured.items()]
         return "\n".join(lines)

@@ -11,21 +11,24 @@ from tensordict import TensorDictBase, unravel_key
 from torch import Tensor, nn
 
 from ..keys import next_key
-from ..mode import set_recurrent_mode
-from ..modules.network import Recurrent, find_recurrent
-from ..sequences.segment_starts import find_segment_starts
+from ..modules.network import RecurrentNetwork
+from ..sequences import find_segment_starts, set_segment_starts
+from ..sequences.segment_starts import any_agent
+from ..sequences.states import expand_flags
+from ..transforms.staleness import value_discrepancy
 
-# A batch is looked at in part: single steps cost time, and a fault shows in the first rows.
+# A part of a batch is enough: single steps take time, and a fault shows in the first rows.
 _ROWS, _STEPS = 16, 64
+_VALUES = ("action_value", "state_value", "state_action_value", "logits", "loc")
 
 
 class Staleness(NamedTuple):
-    """How far what a policy makes of stored states is from what it makes of its own.
+    """Staleness of the state that is stored at each step of sequences.
 
     Attributes:
         key: the entry that was compared, such as ``"action_value"``.
         age: steps since the start of the segment, int64 ``[N]``.
-        difference: ``||q(stored) - q(recomputed)|| / max |q(recomputed)|``, float ``[N]``.
+        difference: what :func:`rnnkeys.transforms.staleness.value_discrepancy` computes, ``[N]``.
         is_last: whether a step ends its segment, bool ``[N]``.
     """
 
@@ -36,71 +39,71 @@ class Staleness(NamedTuple):
 
 
 def staleness_by_step(policy: nn.Module, batch: TensorDictBase) -> Staleness:
-    """Measure how stale the stored states of a batch are for a policy as it is now.
+    """Measure how stale the states stored at the steps of a batch are for the current weights.
 
-    At every step the policy is run once from the state that is stored there, and once as a
-    sequence from the start of the segment, with today's weights. Where a segment starts an episode
-    the second is exact; elsewhere it still carries some of the stored start, and the measure is a
-    lower bound. It is that of "Recurrent Experience Replay in Distributed Reinforcement Learning",
-    Kapturowski et al., 2019 (R2D2), section 3; where whole episodes are at hand,
-    ``rnnkeys.transforms.compute_staleness`` takes it from recomputed states.
+    At every step the policy runs once from the state that is stored there, and once as a sequence
+    from the start of the segment. A window that starts at the step would have that staleness at its
+    first step. Where a segment starts inside an episode, its own initial state is stale too, so
+    that the result is too small; for whole episodes
+    :func:`rnnkeys.transforms.measure_staleness` recomputes all states.
 
     Args:
         policy: with recurrent modules inside.
-        batch: sequences ``[N]`` or ``[*, T]`` with the states that were stored with them.
+        batch: sequences ``[N]`` or ``[*, T]`` with a stored state at every step.
 
     Returns:
-        The difference at every step.
+        The staleness at every step.
 
     Raises:
-        KeyError: if states or marks are not there.
-        ValueError: if the policy writes nothing to compare.
+        KeyError: if states or flags are missing.
+        ValueError: if the policy writes nothing that can be compared.
 
     Examples:
         >>> from tensordict import TensorDict
         >>> from rnnkeys import GRUModule
         >>> gru = GRUModule(3, 5, in_key="observation", out_key="embed")
-        >>> marks = torch.zeros(2, 7, 1, dtype=torch.bool)
-        >>> batch = TensorDict(observation=torch.randn(2, 7, 3), is_init=marks, batch_size=[2, 7])
+        >>> flags = torch.zeros(2, 7, 1, dtype=torch.bool)
+        >>> batch = TensorDict(observation=torch.randn(2, 7, 3), is_init=flags, batch_size=[2, 7])
         >>> batch["recurrent_state"] = torch.zeros(2, 7, 1, 5)
         >>> found = staleness_by_step(gru, batch)
-        >>> found.key, bool((found.difference[found.age == 0] < 1e-6).all())
+        >>> found.key, bool((found.difference[found.age == 0] < 1e-5).all())
         ('embed', True)
     """
-    recurrent = find_recurrent(policy)
-    for key in (key for one in recurrent for key in one.state_keys):
+    network = RecurrentNetwork(policy)
+    for key in network.state_keys:
         if batch.get(key, None) is None:
             raise KeyError(
-                f"There is no state {key!r} in this batch, so there is nothing whose staleness "
-                "could be measured. Store it with the transitions."
+                f"There is no state {key!r} in the batch, so its staleness cannot be measured. "
+                "Store it with the transitions."
             )
-    with quietly(policy):
-        whole = run_sequences(policy, batch, recurrent)
-        single = run_from_stored(policy, batch, recurrent)
-        key = _most_telling(find_outputs(policy, batch, whole, recurrent))
+    with evaluating(policy):
+        whole = run_sequences(network, batch)
+        single = run_from_stored(network, batch)
+        key = _choose_value(find_outputs(network, batch, whole))
     lead = batch.ndim
-    q, stored = (run.get(key).flatten(lead) for run in (whole, single))
-    difference = (stored - q).norm(dim=-1) / q.abs().max().clamp_min(1e-12)
-    starts = find_segment_starts(batch, recurrent[0].init_key).flatten(lead).any(-1)
-    age = ages(starts)
-    last = torch.cat([age[..., 1:] == 0, torch.ones_like(starts[..., :1])], -1)
+    true, stale = (run.get(key).flatten(lead) for run in (whole, single))
+    difference = value_discrepancy(stale, true)
+    age = ages(any_agent(find_segment_starts(batch, network.init_keys[0]), lead))
+    last = torch.cat([age[..., 1:] == 0, torch.ones_like(age[..., :1], dtype=torch.bool)], -1)
     return Staleness(key, age.flatten(), difference.flatten(), last.flatten())
 
 
-def _most_telling(keys: list[Any]) -> Any:
-    """Choose values over parameters of actions over whatever there is."""
-    wanted = ("action_value", "state_value", "state_action_value", "logits", "loc")
+def _choose_value(keys: list[Any]) -> Any:
+    """Return values rather than parameters of distributions, rather than any other entry."""
     names = [key if isinstance(key, str) else key[-1] for key in keys]
-    for name in wanted:
+    for name in _VALUES:
         if name in names:
             return keys[names.index(name)]
     if not keys:
-        raise ValueError("The policy writes nothing that could be compared.")
+        raise ValueError(
+            "The policy writes nothing that can be compared. Expected a floating-point entry that "
+            "is not random."
+        )
     return keys[-1]
 
 
 def ages(starts: Tensor) -> Tensor:
-    """Count the steps since the last start, ``[*, T]``; rows start at their first step.
+    """Count the steps since the last segment start, ``[*, T]``; rows start at their first step.
 
     Examples:
         >>> ages(torch.tensor([False, False, True, False]))
@@ -111,8 +114,8 @@ def ages(starts: Tensor) -> Tensor:
 
 
 @contextmanager
-def quietly(policy: nn.Module) -> Iterator[None]:
-    """Run without gradient, without dropout, and without drawing from the random generators."""
+def evaluating(policy: nn.Module) -> Iterator[None]:
+    """Run without gradient, in eval mode, and without advancing the random generators."""
     training = {module: module.training for module in policy.modules()}
     policy.eval()
     try:
@@ -123,25 +126,31 @@ def quietly(policy: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def largest_difference(policy: nn.Module, batch: TensorDictBase) -> tuple[Any, float]:
-    """Compare sequences with single steps that carry the state by hand.
+def largest_difference(network: RecurrentNetwork, batch: TensorDictBase) -> tuple[Any, float]:
+    """Compare sequences with single steps that carry the state.
 
     Returns:
-        The entry that differs most and its largest difference, relative to its largest value.
+        The entry that differs most, and its largest difference relative to its largest value.
     """
-    recurrent = find_recurrent(policy)
-    with quietly(policy):
-        whole = run_sequences(policy, batch, recurrent)
-        single = run_by_steps(policy, batch, recurrent)
-        keys = find_outputs(policy, batch, whole, recurrent)
+    whole = run_sequences(network, batch)
+    single = run_by_steps(network, batch)
     worst: tuple[Any, float] = (None, 0.0)
-    for key in keys:
-        expected = single.get(key)
-        scale = expected.abs().max().clamp_min(1e-12)
-        difference = float((whole.get(key) - expected).abs().max() / scale)
+    for key in find_outputs(network, batch, whole):
+        difference = relative_difference(whole.get(key), single.get(key))
         if not difference <= worst[1]:
             worst = key, difference
     return worst
+
+
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference relative to the largest expected value.
+
+    Examples:
+        >>> relative_difference(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 4.0]))
+        0.25
+    """
+    scale = expected.abs().max().clamp_min(1e-12)
+    return float((actual - expected).abs().max() / scale)
 
 
 def part_of(batch: TensorDictBase) -> TensorDictBase:
@@ -153,70 +162,59 @@ def part_of(batch: TensorDictBase) -> TensorDictBase:
     return part
 
 
-def run_sequences(policy: Any, batch: TensorDictBase, recurrent: list[Recurrent]) -> TensorDictBase:
-    """Run whole sequences."""
-    with set_recurrent_mode(True):
-        return policy(_view(batch, recurrent))
+def run_sequences(network: RecurrentNetwork, batch: TensorDictBase) -> TensorDictBase:
+    """Run whole sequences, with every segment start flagged."""
+    return network.run_sequences(set_segment_starts(batch, network.init_keys))
 
 
-def run_from_stored(
-    policy: Any, batch: TensorDictBase, recurrent: list[Recurrent]
-) -> TensorDictBase:
-    """Run every step by itself, from the state stored there."""
-    view = _view(batch, recurrent)
-    for one in recurrent:
-        view.set(one.init_key, torch.zeros_like(view.get(one.init_key)))
-    with set_recurrent_mode(False):
-        return policy(view)
+def run_from_stored(network: RecurrentNetwork, batch: TensorDictBase) -> TensorDictBase:
+    """Run every step alone, from the state that is stored there."""
+    steps = batch.copy()
+    for key in network.init_keys:
+        steps.set(key, torch.zeros_like(batch.get(key)))
+    return network.run_step(steps)
 
 
-def run_by_steps(policy: Any, batch: TensorDictBase, recurrent: list[Recurrent]) -> TensorDictBase:
+def run_by_steps(network: RecurrentNetwork, batch: TensorDictBase) -> TensorDictBase:
     """Run one step after the other; segments start from the state stored at their first step."""
-    view, time = _view(batch, recurrent), batch.ndim - 1
+    flagged, time = set_segment_starts(batch, network.init_keys), batch.ndim - 1
     before, outputs = None, []
-    with set_recurrent_mode(False):
-        for t in range(batch.shape[time]):
-            step: Any = view[..., t].clone()
-            _hand_on(recurrent, step, before)
-            before = policy(step)
-            outputs.append(before.select(*policy.out_keys, strict=False))
+    policy: Any = network.network
+    for t in range(batch.shape[time]):
+        view: Any = flagged[..., t]
+        step = view.copy()
+        _carry_states(network, step, before)
+        before = network.run_step(step)
+        outputs.append(before.select(*policy.out_keys, *map(next_key, network.state_keys)))
     stacked: Any = torch.stack(outputs, time)  # pyright: ignore[reportArgumentType, reportCallIssue]
     return stacked
 
 
-def _hand_on(
-    recurrent: list[Recurrent], step: TensorDictBase, before: TensorDictBase | None
+def _carry_states(
+    network: RecurrentNetwork, step: TensorDictBase, before: TensorDictBase | None
 ) -> None:
-    marks = {one.init_key: step.get(one.init_key) for one in recurrent}
-    for one in recurrent:
-        stored = [step.get(key, None) for key in one.state_keys]
-        fresh = marks[one.init_key]
-        # The state is chosen here: a module that zeroes it would not see what is stored. Where
-        # nothing is stored, at the first step, zeros are right.
-        step.set(one.init_key, torch.full_like(fresh, before is None and None in stored))
-        if before is None:
-            continue
-        for key, state in zip(one.state_keys, stored, strict=True):
-            carried = before.get(next_key(key))
-            wide = fresh.reshape(*fresh.shape[:-1], *[1] * (carried.ndim - fresh.ndim + 1))
-            fallback = torch.zeros_like(carried) if state is None else state
-            step.set(key, torch.where(wide, fallback, carried))
-
-
-def _view(batch: TensorDictBase, recurrent: list[Recurrent]) -> TensorDictBase:
-    """Return a copy of the root, every start in it marked."""
-    view = batch.exclude("next").clone(recurse=False)
-    for one in recurrent:
-        view.set(one.init_key, find_segment_starts(batch, one.init_key))
-    return view
+    """Write the states that enter a step, and flags that keep the module from zeroing them."""
+    flags = {key: step.get(key) for key in network.init_keys}
+    missing = [key for key in network.state_keys if step.get(key, None) is None]
+    for key in network.init_keys:
+        # At the first step zeros are right where no state is stored.
+        step.set(key, torch.full_like(flags[key], before is None and bool(missing)))
+    if before is None:
+        return
+    for key, init_key in network.pairs:
+        carried = before.get(next_key(key))
+        stored = step.get(key, None)
+        stored = torch.zeros_like(carried) if stored is None else stored
+        step.set(key, torch.where(expand_flags(flags[init_key], carried), stored, carried))
 
 
 def find_outputs(
-    policy: Any, batch: TensorDictBase, whole: TensorDictBase, recurrent: list[Recurrent]
+    network: RecurrentNetwork, batch: TensorDictBase, whole: TensorDictBase
 ) -> list[Any]:
-    """Return the keys that the policy writes as numbers, states and random entries left out."""
-    states = {next_key(key) for one in recurrent for key in one.state_keys}
-    again = run_sequences(policy, batch, recurrent)
+    """Return the floating-point entries that the policy writes, without states and random ones."""
+    policy: Any = network.network
+    states = set(map(next_key, network.state_keys))
+    again = run_sequences(network, batch)
     keys = []
     for key in map(unravel_key, policy.out_keys):
         value = whole.get(key, None)

@@ -12,8 +12,9 @@ from tensordict.nn import TensorDictModuleBase
 from ..checks import as_int
 from ..keys import next_key
 from ..modules.network import RecurrentNetwork
+from ..sequences.states import expand_flags
 from .base import SequenceTransform
-from .prepare import expand_flags, prepare_sequences
+from .prepare import prepare_sequences
 
 
 class BurnIn(SequenceTransform):

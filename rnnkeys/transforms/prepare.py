@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
-from torch import Tensor
 
 from ..checks import raise_first
 from ..sequences import find_sequence_problems, set_segment_starts
@@ -35,8 +34,3 @@ def prepare_sequences(
     init_keys = list(dict.fromkeys(key for _, key in pairs))
     raise_first(find_sequence_problems(batch, init_keys, pairs, reader=reader))
     return set_segment_starts(batch, init_keys)
-
-
-def expand_flags(flags: Tensor, state: Tensor) -> Tensor:
-    """Give flags ``[*, T, ..., 1]`` the dimensions of a state ``[*, T, ..., L, H]``."""
-    return flags.reshape(*flags.shape[:-1], *[1] * (state.ndim - flags.ndim + 1))

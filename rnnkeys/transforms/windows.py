@@ -239,7 +239,7 @@ class Windows(SequenceTransform):
         if not can_read_values(flags):
             return
         flags[begins] = True
-        paths = [key for key in self._find_states(row) if key[0] != "next"]
+        paths: list[Any] = [key for key in self._find_states(row) if key[0] != "next"]
         states = [key if len(key) > 1 else key[0] for key in paths]
         flagged = row.copy().set(self.init_key, flags)
         problems = find_continuity_problems(flagged, self.init_key, states)

@@ -1,4 +1,4 @@
-"""Pictures: what they draw is right, and what cannot be drawn is said."""
+"""Plots draw the right numbers, and invalid data raise an error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tensordict import TensorDict
 import rnnkeys
 from rnnkeys import plot_episode_states, plot_state_staleness
 from rnnkeys.diagnostics import plots, staleness_by_step
-from rnnkeys.modules.network import find_recurrent
+from rnnkeys.modules.network import RecurrentNetwork
 from tests.support import target_cases as cases
 from tests.support import target_oracle as oracle
 
@@ -30,7 +30,7 @@ def line(panel: Any, label: str) -> Any:
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_norms_and_starts(cell: str) -> None:
+def test_plot_episode_states_draws_norms_and_starts(cell: str) -> None:
     policy, data = rollout(cell)
     figure = plot_episode_states(data, policy)
     norms, gates, reach = figure.axes
@@ -47,7 +47,7 @@ def test_norms_and_starts(cell: str) -> None:
     assert "age" in reach.get_xlabel()
 
 
-def test_rows_and_states_are_found_without_a_policy() -> None:
+def test_plot_episode_states_without_policy_finds_states() -> None:
     policy, _ = rollout("lstm")
     data = cases.collect(DQN, policy, 40, (2,))
     [panel] = plot_episode_states(data, row=1).axes
@@ -55,9 +55,10 @@ def test_rows_and_states_are_found_without_a_policy() -> None:
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_saturation_is_that_of_the_equations(cell: str) -> None:
+def test_gate_saturation_equals_the_equations(cell: str) -> None:
     policy, data = rollout(cell)
-    [one] = find_recurrent(policy)
+    network = RecurrentNetwork(policy)
+    [one] = network.layers
     rnn: Any = one.module.layers  # pyright: ignore[reportAttributeAccessIssue]
     with torch.no_grad():
         for parameter in rnn.parameters():
@@ -67,7 +68,7 @@ def test_saturation_is_that_of_the_equations(cell: str) -> None:
     x, h = data["observation"], data["actor_h"].squeeze(-2)
     gates = x @ rnn.weight_ih_l0.T + rnn.bias_ih_l0 + h @ rnn.weight_hh_l0.T + rnn.bias_hh_l0
     parts = gates.sigmoid().chunk(4 if cell == "lstm" else 3, -1)
-    shares = plots.gate_saturation(policy, data, one)
+    shares = plots.gate_saturation(network, data, one)
     assert list(shares) == (["i", "f", "o"] if cell == "lstm" else ["r", "z"])
     for name, part in zip(shares, (parts[0], parts[1], parts[-1]), strict=False):
         expected = ((part < 0.05) | (part > 0.95)).float().mean(-1)
@@ -75,11 +76,12 @@ def test_saturation_is_that_of_the_equations(cell: str) -> None:
         torch.testing.assert_close(shares[name], expected.detach())
 
 
-def test_reach_is_the_gradient_by_age() -> None:
+def test_gradient_reach_is_the_gradient_by_age() -> None:
     policy, data = rollout()
-    [one] = find_recurrent(policy)
+    network = RecurrentNetwork(policy)
+    [one] = network.layers
     starts = data["is_init"].flatten()
-    key, reach = plots.memory_reach(policy, data, one, starts)
+    key, reach = plots.gradient_reach(network, data, one, starts)
     assert key == "chosen_action_value"
     age = plots.ages(starts)
     anchors = (age == age.max()).nonzero().flatten()
@@ -96,7 +98,7 @@ def test_reach_is_the_gradient_by_age() -> None:
     torch.testing.assert_close(reach, total / total[0])
 
 
-def test_staleness_is_drawn_by_age() -> None:
+def test_plot_state_staleness_draws_the_median_by_age() -> None:
     policy, _ = rollout()
     old = cases.windows(DQN, policy)
     with torch.no_grad():
@@ -107,27 +109,40 @@ def test_staleness_is_drawn_by_age() -> None:
     assert line(panel, "new").max() < 1e-5 < 0.01 < line(panel, "old").max()
     found = staleness_by_step(policy, old)
     for age, value in enumerate(line(panel, "old").tolist()):
-        assert value == pytest.approx(found.difference[found.age == age].mean().item(), abs=1e-6)
+        assert value == pytest.approx(
+            found.difference[found.age == age].quantile(0.5).item(), abs=1e-6
+        )
     [panel] = plot_state_staleness(policy, old).axes
     assert line(panel, "stored states").max() > 0.01
 
 
-def test_what_cannot_be_drawn_is_said() -> None:
+def test_plots_invalid_data_raise() -> None:
     policy, data = rollout()
-    with pytest.raises(ValueError, match="no state to draw.*Pass the policy"):
+    with pytest.raises(ValueError, match="no state to plot.*Pass the policy"):
         plot_episode_states(data.exclude("actor_h"))
     with pytest.raises(ValueError, match="row=1.*has 1 rows"):
         plot_episode_states(data, policy, row=1)
     with pytest.raises(ValueError, match="needs a time dimension"):
         plot_episode_states(data[0], policy)
-    with pytest.raises(ValueError, match="holds nothing to draw"):
+    with pytest.raises(ValueError, match="holds nothing to plot"):
         plot_state_staleness(policy, {})
     with pytest.raises(KeyError, match="no state 'actor_h'"):
         plot_state_staleness(policy, data.exclude("actor_h"))
 
 
-def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plots_without_matplotlib_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     states = TensorDict({"h": torch.zeros(3, 1, 2), "next": {"h": torch.zeros(3, 1, 2)}}, [3])
     with pytest.raises(ImportError, match=r"pip install 'rnnkeys\[plot\]'"):
         plot_episode_states(states.set("is_init", torch.zeros(3, 1).bool()))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_plot_episode_states_without_root_states_recomputes_them(cell: str) -> None:
+    policy, data = rollout(cell)
+    first = int(data["is_init"].flatten().nonzero()[0])
+    whole = data[first:]
+    keys = ("actor_h", "actor_c")[: 2 if cell == "lstm" else 1]
+    [norms, *_] = plot_episode_states(whole.exclude(*keys), policy).axes
+    for key in keys:
+        torch.testing.assert_close(line(norms, key), whole[key].flatten(1).norm(dim=-1))
