@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.utils._contextlib import context_decorator as context_decorator
+from torchrl.envs.transforms import Compose, Transform
 
 # TorchRL 0.14.1: the precision of recurrent matmuls, which both libraries share.
 from torchrl.modules.tensordict_module import _rnn_precision
@@ -36,6 +37,33 @@ from torchrl.modules.tensordict_module._rnn_precision import (
 from torchrl.modules.tensordict_module.rnn import (
     recurrent_mode_state_manager as recurrent_mode_state_manager,
 )
+
+
+class NestableCompose(Compose):
+    """A ``Compose`` that works inside another one, as its first transform, too: TorchRL 0.14.1.
+
+    A transform finds the environment before it by a chain of copies, which TorchRL cannot build
+    where a ``Compose`` inside another is preceded by no transform.
+    """
+
+    def _rebuild_up_to(self, final_transform: Transform) -> Any:
+        container = self.__dict__["_container"]
+        container = None if container is None else container()
+        if not isinstance(container, Compose):
+            return super()._rebuild_up_to(final_transform)
+        outer: Any = container
+        env, _ = outer._rebuild_up_to(self)
+        if env is None:
+            return None, None
+        inner: Any = self.transforms
+        for transform in inner:
+            if transform is final_transform:
+                break
+            copy = transform.clone()
+            copy.reset_parent()
+            env.append_transform(copy)
+        return env, env.transform
+
 
 # Torch's native kernels, which have no public name: torch 2.11 to 2.14.
 _VF: Any = vars(torch)["_VF"]

@@ -1,4 +1,4 @@
-"""Transforms that create recurrent state at resets and mark episode starts."""
+"""Transforms that create recurrent states at resets and flag episode starts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ import torch
 from tensordict import TensorDictBase, unravel_key
 from tensordict.utils import NestedKey
 from torch import nn
+from torch.compiler import is_compiling
 from torchrl.data import Composite, Unbounded
-from torchrl.envs.transforms import Compose, InitTracker, TensorDictPrimer, Transform
+from torchrl.envs.transforms import InitTracker, TensorDictPrimer, Transform
+
+from .._compat import NestableCompose
+from ..mode import recurrent_mode
 
 
 class StatePrimer(TensorDictPrimer):
     """Create zero states at every reset, one per agent where the environment has agents.
+
+    It warns if its environment runs in recurrent mode, in which a policy takes the batch of
+    environments for time.
 
     Args:
         shapes: for every state key its shape without batch and agents, ``(L, H)``.
@@ -45,18 +52,31 @@ class StatePrimer(TensorDictPrimer):
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         """Add the states to the specs, those of observations and those of inputs alike."""
-        self._fit()
+        if self._has_groups:
+            self._fit()
         return super().transform_observation_spec(observation_spec)
 
     def _reset(
         self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
     ) -> TensorDictBase:
+        _warn_in_recurrent_mode()
         # Agents are there without a batch too, and a reset may come before anyone reads the specs.
-        if not self._fitted:
+        if self._has_groups and not self._fitted:
             self._fit()
         return super()._reset(tensordict, tensordict_reset)
 
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        _warn_in_recurrent_mode()
+        return super()._step(tensordict, next_tensordict)
+
+    @property
+    def _has_groups(self) -> bool:
+        """Whether a key is nested, so that its group may have agents."""
+        return any(isinstance(key, tuple) for key in self.shapes)
+
     def _expand_shape(self, spec: Composite) -> Composite:
+        if not self._has_groups:
+            return super()._expand_shape(spec)
         self._fit()
         return self.primers
 
@@ -74,31 +94,6 @@ class StatePrimer(TensorDictPrimer):
         # Where agents end apart from each other, theirs is the reset that counts.
         self.reset_key = _reset_key(parent._filtered_reset_keys, _groups(self.shapes))
         self._fitted = True
-
-
-def make_primer(
-    shapes: Mapping[NestedKey, tuple[int, ...]],
-    dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
-) -> TensorDictPrimer:
-    """Make the transform that creates zero states at every reset.
-
-    Args:
-        shapes: for every state key its shape without batch and agents, ``(L, H)``.
-        dtype: of the states.
-        device: of the states.
-
-    Returns:
-        A ``TensorDictPrimer``; a :class:`StatePrimer` if a key is nested, since its group may have
-        agents.
-
-    Examples:
-        >>> [type(make_primer({key: (1, 5)})).__name__ for key in ("h", ("agents", "h"))]
-        ['TensorDictPrimer', 'StatePrimer']
-    """
-    if _groups(keys := {unravel_key(key): tuple(shape) for key, shape in shapes.items()}):
-        return StatePrimer(keys, dtype, device)
-    return TensorDictPrimer(_specs(keys, {}, dtype, device), expand_specs=True)
 
 
 def _specs(
@@ -179,9 +174,20 @@ def get_primers_from_module(
     return primers[0] if len(primers) == 1 else _compose(*primers)
 
 
-def _compose(*transforms: Any) -> Compose:
+def _compose(*transforms: Any) -> NestableCompose:
     # Typed apart: torchrl annotates the starred argument as if it were the list.
-    return Compose(*transforms)
+    return NestableCompose(*transforms)
+
+
+def _warn_in_recurrent_mode() -> None:
+    if not is_compiling() and recurrent_mode():
+        warnings.warn(
+            "An environment runs inside set_recurrent_mode(True), in which a policy takes a batch "
+            "of environments for the steps of one sequence. Run it in single steps: with "
+            "set_recurrent_mode(False): env.rollout(...). Losses enter recurrent mode themselves. "
+            "[mode]",
+            stacklevel=3,
+        )
 
 
 def _find_primers(module: nn.Module, strict: bool) -> Iterator[tuple[nn.Module, Any]]:
@@ -244,11 +250,14 @@ def _warn(message: str) -> None:
 def get_env_transforms_from_module(
     module: nn.Module, init_key: NestedKey | None = None
 ) -> Transform:
-    """Make what an environment needs for a recurrent policy: marks of starts, then states.
+    """Make the transforms that an environment needs for a recurrent policy.
+
+    They write the ``is_init`` flags and create the recurrent states. They may be composed with
+    other transforms: ``Compose(get_env_transforms_from_module(policy), RewardSum())``.
 
     Args:
         module: the policy.
-        init_key: key of the marks; by default the one that the modules inside read (``"is_init"``
+        init_key: key of the flags; by default the one that the modules inside read (``"is_init"``
             if there is none).
 
     Returns:
@@ -258,7 +267,7 @@ def get_env_transforms_from_module(
         >>> from rnnkeys import GRUModule
         >>> policy = GRUModule(3, 5, in_key="observation", out_key="embed")
         >>> [type(t).__name__ for t in get_env_transforms_from_module(policy)]
-        ['InitTracker', 'TensorDictPrimer']
+        ['InitTracker', 'StatePrimer']
     """
     keys = [init_key] if init_key is not None else _init_keys(module)
     # InitTracker writes beside every done entry, so a nested key is named by its last part.

@@ -25,7 +25,7 @@ from ..precision import validate_recurrent_matmul_precision
 from . import entries, key_arguments
 from .arguments import check_choice, check_floating_dtype
 from .dtypes import as_dtype, choose_dtype, no_autocast
-from .primers import make_primer
+from .primers import StatePrimer
 from .stacks import read_layers
 
 _RECOMPUTES = ("none", "full")
@@ -307,7 +307,7 @@ class RecurrentModule(TensorDictModuleBase, ABC):
             for key, size in zip(self.state_keys, self.state_sizes, strict=True)
         }
         device = None if parameter.is_meta else parameter.device
-        return make_primer(shapes, dtype=parameter.dtype, device=device)
+        return StatePrimer(shapes, dtype=parameter.dtype, device=device)
 
     # tensordict types dispatch as a class, which it is not once it has decorated.
     @dispatch  # pyright: ignore[reportArgumentType]

@@ -13,7 +13,14 @@ import torchrl.modules.utils
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
-from torchrl.envs import Compose, InitTracker, SerialEnv, TensorDictPrimer, TransformedEnv
+from torchrl.envs import (
+    Compose,
+    GymEnv,
+    InitTracker,
+    RewardSum,
+    SerialEnv,
+    TransformedEnv,
+)
 from torchrl.modules import MLP, ConsistentDropoutModule
 from torchrl.testing.mocking_classes import (
     ContinuousActionVecMockEnv,
@@ -23,7 +30,8 @@ from torchrl.testing.mocking_classes import (
     NestedCountingEnv,
 )
 
-from rnnkeys import get_env_transforms_from_module, get_primers_from_module
+from rnnkeys import get_env_transforms_from_module, get_primers_from_module, set_recurrent_mode
+from rnnkeys.keys import as_tuple
 from rnnkeys.transforms import StatePrimer
 from tests.support.recurrent import KINDS, THEIRS, chain, make, make_theirs
 
@@ -55,10 +63,10 @@ def _append(env: Any, transform: Any) -> Any:
 
 @in_both_kinds
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_a_primer_is_torchrls_own_with_the_specs_of_theirs(kind, num_layers):
+def test_primer_has_the_specs_of_torchrls(kind, num_layers):
     ours, theirs = (m(kind, num_layers=num_layers) for m in (make, make_theirs))
     primer, reference = (m.make_tensordict_primer() for m in (ours, theirs))
-    assert _type(primer) is TensorDictPrimer
+    assert _type(primer) is StatePrimer
     assert primer.expand_specs and reference.expand_specs
     assert set(primer.primers.keys(True, True)) == set(reference.primers.keys(True, True))
     for key, spec in reference.primers.items(True, True):
@@ -67,7 +75,7 @@ def test_a_primer_is_torchrls_own_with_the_specs_of_theirs(kind, num_layers):
 
 
 @in_both_kinds
-def test_states_that_no_environment_carries_have_no_primer(kind):
+def test_primer_of_states_that_are_not_carried_is_rejected(kind):
     module = make(kind)
     states = [f"elsewhere{i}" for i in range(len(module.state_keys))]
     module = make(kind, out_keys=["embed", *states])
@@ -78,7 +86,7 @@ def test_states_that_no_environment_carries_have_no_primer(kind):
 
 
 @in_both_kinds
-def test_parameters_on_no_device_have_a_primer(kind):
+def test_primer_of_meta_parameters_has_no_device(kind):
     primer = make(kind, device="meta").make_tensordict_primer()
     env = _append(ContinuousActionVecMockEnv(), primer)
     assert env.reset()[make(kind).state_keys[0]].device.type == "cpu"
@@ -110,7 +118,7 @@ def test_states_are_zeros_of_the_environments_batch(kind, name):
 
 
 @in_both_kinds
-def test_a_partial_reset_clears_these_states_only(kind):
+def test_partial_reset_clears_states_of_these_environments_only(kind):
     module = make(kind, num_layers=2)
     env = _append(
         SerialEnv(3, lambda: CountingEnv(max_steps=5)), get_env_transforms_from_module(module)
@@ -128,7 +136,7 @@ def test_a_partial_reset_clears_these_states_only(kind):
     assert torch.equal(step["is_init"].squeeze(-1), fresh)
 
 
-def test_other_values_than_zeros_may_be_set():
+def test_primer_with_other_default_values_sets_them():
     constant, random = (make("gru").make_tensordict_primer() for _ in range(2))
     constant.default_value["recurrent_state"] = 2.0
     random.random = True
@@ -140,7 +148,7 @@ def test_other_values_than_zeros_may_be_set():
 
 
 @pytest.mark.parametrize("key", ["h", ("agents", "h")])
-def test_primers_may_be_copied_and_pickled(key):
+def test_copied_or_pickled_primer_makes_the_same_states(key):
     module = make("gru", in_keys=["observation", key], out_keys=["y", ("next", *_path(key))])
     primer = module.make_tensordict_primer()
     _append(SerialEnv(2, ContinuousActionVecMockEnv), primer).reset()
@@ -185,7 +193,7 @@ def test_nested_states_have_the_agents_of_their_group(lead, own_ends):
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_an_agent_that_ends_alone_is_cleared_alone(num_layers):
+def test_reset_of_one_agent_clears_its_state_only(num_layers):
     module = _nested("data", ("data", "is_init"), num_layers)
     env = _append(NestedCountingEnv(nest_done=True), get_env_transforms_from_module(module))
     step = env.reset()
@@ -197,7 +205,7 @@ def test_an_agent_that_ends_alone_is_cleared_alone(num_layers):
 
 
 @pytest.mark.parametrize("group", ["nested_1", "nested_2"])
-def test_groups_that_end_in_other_places_follow_the_reset_that_counts(group):
+def test_groups_with_other_done_keys_follow_their_reset_key(group):
     module = _nested(group)
     env = _append(MultiKeyCountingEnv(batch_size=(2,)), get_env_transforms_from_module(module))
     agents = env.observation_spec[group].shape[1:]
@@ -210,7 +218,7 @@ def test_groups_that_end_in_other_places_follow_the_reset_that_counts(group):
     assert (step[group, "h"][1] == 1).all()
 
 
-def test_a_nested_primer_takes_the_shape_of_another_environment():
+def test_nested_primer_in_another_environment_takes_its_shape():
     primer = _nested("data").make_tensordict_primer()
     assert _type(primer) is StatePrimer
     first = _append(NestedCountingEnv(batch_size=(2,)), primer)
@@ -222,58 +230,58 @@ def test_a_nested_primer_takes_the_shape_of_another_environment():
 # --- all modules of a policy ---------------------------------------------------------------------
 
 
-def test_a_policy_without_memory_has_no_primer():
+def test_policy_without_state_has_no_primer():
     with pytest.warns(UserWarning, match="No primers found in the module"):
         assert get_primers_from_module(nn.Linear(3, 3)) is None
 
 
-def test_the_warning_may_be_left_out(recwarn):
+def test_policy_without_state_and_warn_false_does_not_warn(recwarn):
     assert get_primers_from_module(nn.Linear(3, 3), warn=False) is None
     assert not recwarn.list
 
 
 @in_both_kinds
-def test_one_module_has_one_primer_however_deep(kind):
+def test_module_inside_others_has_one_primer(kind):
     module = make(kind)
     holder = nn.ModuleDict({"a": nn.Sequential(chain(module)), "again": module})
     primer: Any = get_primers_from_module(holder)
-    assert _type(primer) is TensorDictPrimer
+    assert _type(primer) is StatePrimer
     assert set(primer.primers.keys()) == set(module.state_keys)
 
 
 def test_several_modules_have_one_primer_each_in_their_order():
     first, second = _keyed("gru", "a"), _keyed("lstm", "b")
     primers: Any = get_primers_from_module(chain(first, second, first))
-    assert _type(primers) is Compose
+    assert issubclass(_type(primers), Compose)
     assert [sorted(p.primers.keys()) for p in primers] == [["a0"], ["b0", "b1"]]
 
 
-def test_torchrls_modules_count_too():
+def test_torchrls_modules_have_primers():
     policy = chain(_keyed("gru", "a"), make_theirs("lstm"))
     ours: Any = get_primers_from_module(policy)
     theirs: Any = torchrl.modules.utils.get_primers_from_module(policy)
-    assert [set(p.primers.keys()) for p in ours] == [set(p.primers.keys()) for p in theirs]
+    assert [set(p.primers.keys()) for p in [*ours]] == [set(p.primers.keys()) for p in [*theirs]]
     assert isinstance(policy[1], THEIRS["lstm"])
 
 
-def test_modules_of_one_layer_stack_share_a_state(recwarn):
+def test_modules_with_the_same_layers_share_a_state(recwarn):
     layers = nn.GRU(3, 5, batch_first=True)
     primer = get_primers_from_module(chain(make("gru", gru=layers), make("gru", gru=layers)))
-    assert _type(primer) is TensorDictPrimer
+    assert _type(primer) is StatePrimer
     assert not recwarn.list
 
 
-def test_two_modules_that_overwrite_each_others_state_are_warned_of():
+def test_two_modules_with_one_state_key_warn():
     policy = chain(make("lstm"), make("lstm", in_key="embed", out_key="y", input_size=5))
     with pytest.warns(UserWarning) as caught:
         primer = get_primers_from_module(policy)
-    assert _type(primer) is TensorDictPrimer, "created once"
+    assert _type(primer) is StatePrimer, "created once"
     for word in ("'recurrent_state_h'", "LSTMModule", "in_keys and out_keys"):
         assert word in str(caught[0].message)
     assert caught[0].filename == __file__
 
 
-def test_two_modules_that_want_other_shapes_are_refused():
+def test_two_modules_with_one_state_key_and_other_shapes_are_rejected():
     policy = chain(make("gru"), make("gru", hidden_size=7))
     with pytest.raises(ValueError) as error:
         get_primers_from_module(policy)
@@ -281,7 +289,7 @@ def test_two_modules_that_want_other_shapes_are_refused():
         assert word in str(error.value)
 
 
-def test_strict_says_whether_a_primer_that_fails_stops_the_others():
+def test_primer_that_fails_raises_if_strict_and_else_warns():
     dropout = ConsistentDropoutModule(p=0.1, in_keys="embed")
     policy = chain(make("gru"), dropout)
     with pytest.raises(RuntimeError, match="input_shape"):
@@ -295,7 +303,7 @@ def test_strict_says_whether_a_primer_that_fails_stops_the_others():
 # --- all that an environment needs ---------------------------------------------------------------
 
 
-def test_without_memory_only_starts_are_marked():
+def test_env_transforms_without_state_are_the_tracker_alone():
     transform = get_env_transforms_from_module(MLP(in_features=3, out_features=3))
     assert type(transform) is InitTracker
     assert transform.init_key == "is_init"
@@ -304,13 +312,13 @@ def test_without_memory_only_starts_are_marked():
 
 
 @in_both_kinds
-def test_starts_are_marked_before_states_are_made(kind):
+def test_env_transforms_flag_starts_before_states_are_made(kind):
     transforms: Any = get_env_transforms_from_module(chain(make(kind)))
-    assert [type(t) for t in transforms] == [InitTracker, TensorDictPrimer]
+    assert [type(t) for t in transforms] == [InitTracker, StatePrimer]
 
 
 @pytest.mark.parametrize("key", ["start", ("agents", "start"), ("a", "b", "start")])
-def test_marks_have_the_name_that_the_modules_read(key):
+def test_env_transforms_write_flags_at_the_init_key_of_the_modules(key):
     policy = chain(_keyed("gru", "a", init_key=key), _keyed("lstm", "b", init_key=key))
     transforms: Any = get_env_transforms_from_module(policy)
     assert [t.init_key for t in transforms if isinstance(t, InitTracker)] == ["start"]
@@ -318,7 +326,7 @@ def test_marks_have_the_name_that_the_modules_read(key):
     assert [t.init_key for t in told if isinstance(t, InitTracker)] == ["other"]
 
 
-def test_modules_that_read_other_marks_have_all_of_them():
+def test_env_transforms_of_modules_with_several_init_keys_write_all():
     policy = chain(_keyed("gru", "a", init_key="start"), _keyed("gru", "b"))
     env = _append(ContinuousActionVecMockEnv(), get_env_transforms_from_module(policy))
     step = env.reset()
@@ -326,16 +334,16 @@ def test_modules_that_read_other_marks_have_all_of_them():
 
 
 @in_both_kinds
-def test_torchrl_finds_that_nothing_is_missing(kind):
+def test_env_transforms_pass_torchrls_own_check(kind):
     policy = chain(make(kind))
     missing = torchrl.modules.utils.utils._compute_missing_env_transforms
     env: Any = CountingEnv()
     found = missing(env, policy)
-    assert [type(t) for t in found] == [InitTracker, TensorDictPrimer]
+    assert [type(t) for t in found] == [InitTracker, StatePrimer]
     assert not missing(_append(env, get_env_transforms_from_module(policy)), policy)
 
 
-def test_an_environment_may_be_told_its_policy():
+def test_env_transforms_for_a_policy_in_torchrls_env_argument():
     policy = chain(make("gru"))
     env: Any = CountingEnv(max_steps=3, policy=policy)  # pyright: ignore[reportCallIssue]
     step = env.reset()
@@ -343,8 +351,31 @@ def test_an_environment_may_be_told_its_policy():
     assert step["recurrent_state"].shape == (1, 5)
 
 
-def test_marks_and_states_suffice_for_a_call():
+def test_env_transforms_suffice_for_a_call():
     module = make("gru", input_size=7)
     env = _append(SerialEnv(2, ContinuousActionVecMockEnv), get_env_transforms_from_module(module))
     step: TensorDict = module(env.reset())
     assert step["embed"].shape == (2, 5)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("state", ["h", ("agents", "h")])
+def test_env_transforms_inside_another_compose_write_flags_and_states(is_first, state):
+    keys = {"in_keys": ["observation", state], "out_keys": ["embed", ("next", *as_tuple(state))]}
+    inner: Any = get_env_transforms_from_module(make("gru", input_size=4, **keys))
+    parts: Any = (inner, RewardSum()) if is_first else (RewardSum(), inner)
+    rollout = _append(GymEnv("CartPole-v1"), Compose(*parts)).rollout(5)
+    assert {"episode_reward", "is_init"} <= set(rollout.keys())
+    assert rollout.get(state).shape == (*rollout.shape, 1, 5)
+
+
+def test_env_that_runs_in_recurrent_mode_warns(recwarn):
+    transforms = get_env_transforms_from_module(make("gru", input_size=4))
+    env = _append(SerialEnv(3, lambda: GymEnv("CartPole-v1")), transforms)
+    with set_recurrent_mode(True), set_recurrent_mode(False):
+        step = env.rand_action(env.reset())
+    assert not recwarn.list
+    with set_recurrent_mode(True):
+        for call in (env.reset, lambda: env.step(step)):
+            with pytest.warns(UserWarning, match=r"with set_recurrent_mode\(False\).*\[mode\]"):
+                call()

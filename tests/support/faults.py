@@ -249,11 +249,13 @@ def mode_left_after_an_exception(original: Any, self: Any, kind: Any, *rest: Any
 
 @seen_by(
     "tests/modules/test_primers.py::test_states_are_zeros_of_the_environments_batch",
-    target=PRIMERS + "make_primer",
+    target=PRIMERS + "StatePrimer.__init__",
 )
-def primer_of_another_dtype(original: Any, shapes: Any, dtype: Any = None, device: Any = None):
+def primer_of_another_dtype(
+    original: Any, self: Any, shapes: Any, dtype: Any = None, device: Any = None
+):
     """The primer makes float32 states whatever the parameters' dtype is."""
-    return original(shapes, torch.float32, device)
+    original(self, shapes, torch.float32, device)
 
 
 @seen_by(
