@@ -16,6 +16,7 @@ from .entries import find_finite_problems as find_finite_problems
 from .entries import find_init_problems as find_init_problems
 from .entries import find_mask_problems as find_mask_problems
 from .entries import find_multi_step_problems as find_multi_step_problems
+from .entries import find_next_problems as find_next_problems
 from .entries import find_step_problems as find_step_problems
 from .problem import Problem as Problem
 from .problem import raise_first as raise_first

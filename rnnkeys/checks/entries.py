@@ -41,6 +41,26 @@ def find_step_problems(batch: TensorDictBase, reader: str) -> Iterator[Problem]:
         )
 
 
+def find_next_problems(batch: TensorDictBase) -> Iterator[Problem]:
+    """Yield a problem if a batch has no ``next`` tensordict.
+
+    Args:
+        batch: sequences ``[*, T]``.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> [problem.check for problem in find_next_problems(TensorDict({}, [5]))]
+        ['next']
+    """
+    if batch.get("next", None) is None:
+        yield Problem(
+            "next",
+            f"The batch has no 'next' tensordict. Entries: {entry_names(batch)}.",
+            "Pass transitions as collectors and replay buffers return them.",
+            KeyError,
+        )
+
+
 def find_init_problems(batch: TensorDictBase, init_key: NestedKey) -> Iterator[Problem]:
     """Yield problems of the ``is_init`` flags: missing, not bool, or of a wrong shape.
 

@@ -14,6 +14,7 @@ from torchrl.objectives import (
     CQLLoss,
     DiscreteCQLLoss,
     DiscreteSACLoss,
+    DistributionalDQNLoss,
     DQNLoss,
     GAILLoss,
     PPOLoss,
@@ -25,7 +26,7 @@ from torchrl.objectives import (
 )
 from torchrl.objectives.value import ValueEstimatorBase, VTrace
 
-from ..keys import MASK_KEY, MULTI_STEP_KEY, next_key
+from ..keys import MASK_KEY, MULTI_STEP_KEY, as_tuple, next_key
 from .entries import find_done_problems, find_finite_problems, find_multi_step_problems
 from .problem import Problem
 
@@ -252,15 +253,31 @@ def find_start_problems(batch: TensorDictBase, layer: Layer, reader: str) -> Ite
         )
 
 
+def needs_next(loss: Any, batch: TensorDictBase) -> bool:
+    """Return whether the ``forward`` of a loss reads the ``next`` tensordict of a batch.
+
+    Losses on advantages that were computed before do not, and neither does behavior cloning.
+    """
+    if isinstance(loss, ValueEstimatorBase):
+        return True
+    if isinstance(loss, ON_POLICY):
+        return _computes_advantage(loss, batch)
+    # Distributional DQN does not name the entries of next among its in_keys.
+    is_distributional = isinstance(loss, DistributionalDQNLoss)
+    return is_distributional or any(as_tuple(key)[0] == "next" for key in loss.in_keys)
+
+
+def _computes_advantage(loss: Any, batch: TensorDictBase) -> bool:
+    return batch.get(loss.tensor_keys.advantage, None) is None
+
+
 def _reads_stored_states(loss: nn.Module, batch: TensorDictBase) -> bool:
     """Return whether the next tensordict will be run from states that the batch holds."""
     if batch.get("next", None) is None or isinstance(loss, READS_OWN_STATES):
         return False
-    if isinstance(loss, ValueEstimatorBase):
+    if isinstance(loss, ValueEstimatorBase) or not isinstance(loss, ON_POLICY):
         return True
-    # Losses on advantages that were computed before run no network on the next tensordict.
-    advantage = getattr(getattr(loss, "tensor_keys", None), "advantage", None)
-    return advantage is None or batch.get(advantage, None) is None
+    return _computes_advantage(loss, batch)
 
 
 def _find_next_state_problems(name: str, batch: TensorDictBase, layer: Layer) -> Iterator[Problem]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchrl.objectives import (
     A2CLoss,
     CrossQLoss,
+    DDPGLoss,
     DiscreteSACLoss,
     IQLLoss,
     PPOLoss,
@@ -220,10 +221,27 @@ class WiredSAC(Wired):
         return result.set_non_tensor("entropy", entropy)
 
 
+class WiredDDPG(Wired):
+    """A wired loss that reports the largest values of its critic."""
+
+    def correct_for_padding(self, result: Any, batch: TensorDictBase) -> Any:
+        """Correct the largest values."""
+        valid = self._wiring.valid
+        if valid is None or not isinstance(result, TensorDictBase):
+            return result
+        for name in ("pred_value", "target_value"):
+            values, largest = result.get(name, None), result.get(f"{name}_max", None)
+            if values is not None and largest is not None:
+                mask = expand_mask(valid, values)
+                result.set(f"{name}_max", values.masked_fill(~mask, -torch.inf).max())
+        return result
+
+
 _KINDS: tuple[tuple[tuple[type, ...], type[Wired]], ...] = (
     ((GAE,), WiredGAE),
     ((PPOLoss,), WiredPPO),
     ((A2CLoss,), WiredActorCritic),
+    ((DDPGLoss,), WiredDDPG),
     ((SACLoss, DiscreteSACLoss, CrossQLoss, REDQLoss, IQLLoss), WiredSAC),
 )
 

@@ -22,8 +22,19 @@ from torchrl.objectives import (
 from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS
 from torchrl.objectives.value import ValueEstimatorBase
 
-from ..checks import find_finite_problems, raise_first, suspend_value_checks, value_checks_enabled
-from ..checks.losses import find_batch_problems, find_estimator_problems, find_value_problems
+from ..checks import (
+    find_finite_problems,
+    find_next_problems,
+    raise_first,
+    suspend_value_checks,
+    value_checks_enabled,
+)
+from ..checks.losses import (
+    find_batch_problems,
+    find_estimator_problems,
+    find_value_problems,
+    needs_next,
+)
 from ..keys import MASK_KEY, as_keys, as_tuple, next_key
 from ..mode import set_recurrent_mode
 from ..modules.network import RecurrentLayer, RecurrentNetwork, explain_encoder_errors
@@ -100,6 +111,8 @@ class Wired:
         """
         if self._wiring.active:
             return method(self, batch, *args, **kwargs)
+        if method.__name__ == "forward" and batch.get("next", None) is None:
+            raise_first(find_next_problems(batch) if needs_next(self, batch) else [])
         prepared = self._prepare(batch)
         self._wiring.valid = self._find_valid(prepared)
         before = prepared.copy()

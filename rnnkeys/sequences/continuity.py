@@ -82,12 +82,14 @@ def find_sequence_problems(
     if not (can_read_values(flags) if read_values is None else read_values):
         return
     mask = read_mask(batch, reader)
-    if mask is not None:
+    if mask is not None and not mask.any():
         yield from find_empty_mask_problems(mask, reader)
+        return
     pairs = [(unravel_key(state), unravel_key(init)) for state, init in state_keys]
     for key in init_keys:
         states = [state for state, init in pairs if init == key]
         yield from find_continuity_problems(batch, key, states)
+        yield from find_length_problems(batch, key)
     for state, init in pairs:
         yield from find_episode_state_problems(batch, init, state)
         yield from find_zero_state_problems(batch, init, state)
@@ -147,6 +149,35 @@ def find_continuity_problems(
         if unflagged.any():
             yield _discontinuity(unflagged, evidence, init_key)
             return
+
+
+def find_length_problems(batch: TensorDictBase, init_key: NestedKey) -> Iterator[Problem]:
+    """Yield a problem (a warning) if every segment of a batch has one step.
+
+    Args:
+        batch: sequences ``[*, T]`` whose flags are valid.
+        init_key: key of the flags.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> flags = torch.ones(4, 1, dtype=torch.bool)
+        >>> batch = TensorDict(is_init=flags, batch_size=[4])
+        >>> [problem.check for problem in find_length_problems(batch, "is_init")]
+        ['segment-length']
+    """
+    time = batch.ndim - 1
+    if batch.shape[time] < 2:
+        return
+    inside = _valid(batch, ~find_segment_starts(batch, init_key))
+    if not inside.narrow(time, 1, batch.shape[time] - 1).any():
+        yield Problem(
+            "segment-length",
+            f"Every step of this batch {list(batch.batch_size)} starts a segment, so that the "
+            "recurrent layers learn nothing about time.",
+            "Sample longer slices. A replay buffer needs time in the last dimension of what is "
+            "stored, and SliceSampler an end_key or traj_key that marks real ends.",
+            UserWarning,
+        )
 
 
 class _Evidence(NamedTuple):
@@ -348,10 +379,10 @@ def _is_kept(batch: TensorDictBase, state_key: NestedKey, like: Tensor) -> Tenso
 def find_zero_state_problems(
     batch: TensorDictBase, init_key: NestedKey, state_key: NestedKey
 ) -> Iterator[Problem]:
-    """Yield a problem (a warning) if a state inside an episode is zero, before and after a step.
+    """Yield a problem (a warning) if states are zero at some steps inside episodes, not at all.
 
-    Recurrent layers write other states. Zeros are there if something else acted, such as random
-    actions during a warm-up, or if a transform resets states at every step.
+    Recurrent layers write other states. Zeros are there where something else acted, such as random
+    actions during a warm-up. A batch whose states are zero throughout proves nothing.
 
     Args:
         batch: sequences ``[*, T]`` whose flags are valid.
@@ -360,8 +391,9 @@ def find_zero_state_problems(
 
     Examples:
         >>> from tensordict import TensorDict
-        >>> flags, zeros = torch.tensor([[True], [False]]), torch.zeros(2, 1, 5)
-        >>> batch = TensorDict({"is_init": flags, "h": zeros, "next": {"h": zeros}}, [2])
+        >>> flags = torch.tensor([[True], [False], [False]])
+        >>> after = torch.tensor([0.0, 0.0, 1.0]).reshape(3, 1, 1)
+        >>> batch = TensorDict({"is_init": flags, "h": 0 * after, "next": {"h": after}}, [3])
         >>> [problem.error for problem in find_zero_state_problems(batch, "is_init", "h")]
         [<class 'UserWarning'>]
     """
@@ -377,7 +409,7 @@ def find_zero_state_problems(
     if not zero.any():
         return
     zero &= ~(arrives.flatten(carried.ndim).any(-1) | leaves.flatten(carried.ndim).any(-1))
-    if zero.any():
+    if zero.any() and (arrives.any() or leaves.any() or after.any()):
         yield Problem(
             "zero-state",
             f"The state {state_key!r} is zero at {int(zero.sum())} of {int(carried.sum())} steps "

@@ -13,10 +13,11 @@ from ..checks import (
     Problem,
     find_done_problems,
     find_init_problems,
+    find_next_problems,
     find_step_problems,
     raise_first,
 )
-from ..keys import as_tuple, entry_names, next_key
+from ..keys import as_tuple, next_key
 
 
 def read_is_init(batch: TensorDictBase, init_key: NestedKey) -> Tensor:
@@ -195,23 +196,13 @@ def set_next_flags(batch: TensorDictBase, init_keys: Iterable[NestedKey]) -> Ten
         TypeError: if flags or ``done`` are not bool.
         ValueError: if a shape is wrong.
     """
-    if batch.get("next", None) is None:
-        raise_first([_missing_next(batch)])
+    raise_first(find_next_problems(batch))
     flagged = batch.copy()
     for key in init_keys:
         starts = find_segment_starts(batch, key)
         flagged.set(key, starts)
         flagged.set(next_key(key), _next_starts(batch, key, starts))
     return flagged
-
-
-def _missing_next(batch: TensorDictBase) -> Problem:
-    return Problem(
-        "next",
-        f"The batch has no 'next' tensordict. Entries: {entry_names(batch)}.",
-        "Pass transitions as collectors and replay buffers return them.",
-        KeyError,
-    )
 
 
 def _next_starts(batch: TensorDictBase, key: NestedKey, starts: Tensor) -> Tensor:

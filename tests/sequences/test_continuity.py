@@ -211,3 +211,18 @@ def test_value_checks_switched_off_read_no_value() -> None:
 )
 def test_sequence_problems_of_a_bad_entry_name_the_check(change: Any, check: str) -> None:
     assert names(change(with_states())) == [check]
+
+
+def test_segments_of_one_step_are_a_warning() -> None:
+    batch = with_states(2, 6, torch.ones(2, 6, dtype=torch.bool))
+    [problem] = find_sequence_problems(batch, ["is_init"], STATES)
+    assert problem.check == "segment-length" and problem.error is UserWarning
+    one: Any = batch[:, :1]
+    assert not names(one)
+
+
+def test_zero_states_throughout_are_no_problem() -> None:
+    batch = with_states(2, 8, torch.zeros(2, 8, dtype=torch.bool))
+    batch["h"].zero_()
+    batch["next", "h"].zero_()
+    assert not names(batch)

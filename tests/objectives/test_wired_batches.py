@@ -1,0 +1,288 @@
+"""Batches that a wired loss must get right, or reject by name and leave as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor
+from torchrl.objectives import BCLoss, ClipPPOLoss, GAILLoss, REDQLoss, SACLoss
+from torchrl.objectives.value import GAE, MultiAgentGAE, TD1Estimator, TDLambdaEstimator
+
+import rnnkeys
+from rnnkeys import GRUModule
+from rnnkeys.checks import set_value_checks
+from rnnkeys.objectives import recurrent_loss
+from tests.support import target_cases as cases
+from tests.support.policy_gradients import collect, make_agent
+from tests.support.sequence_data import assert_untouched, tensors
+from tests.support.target_cases import CASES
+
+BY_NAME = {case.name: case for case in CASES}
+MASK = ("collector", "mask")
+T, A = 8, 3
+
+
+# Agents that end apart.
+
+
+def per_agent_critic() -> Any:
+    gru = GRUModule(
+        3,
+        5,
+        in_keys=[("agents", "observation"), ("agents", "h")],
+        out_keys=[("agents", "embed"), ("next", "agents", "h")],
+        init_key=("agents", "is_init"),
+    )
+    head = TensorDictModule(torch.nn.Linear(5, 1), [("agents", "embed")], [("agents", "value")])
+    return cases.Seq(gru, head)
+
+
+def agents_that_end(done: Tensor) -> TensorDict:
+    """Return a row of agents ``[1, T]``; ``done`` is bool ``[1, T, A, 1]``."""
+    torch.manual_seed(3)
+    observation = torch.randn(1, T + 1, A, 3)
+    flags = torch.cat([torch.ones(1, 1, A, 1, dtype=torch.bool), done[:, :-1]], 1)
+    after = torch.randn(1, T, A, 1, 5)
+    before = torch.cat([torch.zeros(1, 1, A, 1, 5), after[:, :-1]], 1)
+    before = before.masked_fill(flags.unsqueeze(-1), 0)
+    root = {"observation": observation[:, :-1], "is_init": flags, "h": before}
+    ahead = {"observation": observation[:, 1:], "is_init": torch.zeros_like(flags), "h": after}
+    ahead |= {"done": done, "terminated": done.clone(), "reward": torch.ones(1, T, A, 1)}
+    agents = {"agents": TensorDict(root, [1, T, A])}
+    following = TensorDict({"agents": TensorDict(ahead, [1, T, A])}, [1, T])
+    return TensorDict({**agents, "next": following}, [1, T])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(GAE, {"lmbda": 0.9}), (TDLambdaEstimator, {"lmbda": 0.9}), (TD1Estimator, {})],
+    ids=["GAE", "TD(lambda)", "TD(1)"],
+)
+def test_estimator_with_an_agent_that_ends_leaves_the_returns_of_others(
+    kind: Any, options: Any
+) -> None:
+    estimator: Any = kind(
+        gamma=0.9, value_network=per_agent_critic(), deactivate_vmap=True, **options
+    )
+    names = ("reward", "done", "terminated", "advantage", "value_target")
+    estimator.set_keys(value=("agents", "value"), **{name: ("agents", name) for name in names})
+    estimator = recurrent_loss(estimator)
+    done = torch.zeros(1, T, A, 1, dtype=torch.bool)
+    alive = estimator(agents_that_end(done))["agents", "advantage"]
+    done[0, 3, 1] = True
+    apart = estimator(agents_that_end(done))["agents", "advantage"]
+    torch.testing.assert_close(apart[:, :, [0, 2]], alive[:, :, [0, 2]])
+    assert not torch.isclose(apart[:, :4, 1], alive[:, :4, 1]).any()
+
+
+def test_team_estimator_with_an_agent_that_restarts_goes_on() -> None:
+    """The team's return ends with the team, not where one agent's recurrent state is reset."""
+    critic = per_agent_critic()
+    gae: Any = MultiAgentGAE(gamma=0.9, lmbda=0.9, value_network=critic, agent_dim=-2)
+    gae.set_keys(
+        value=("agents", "value"),
+        advantage=("agents", "advantage"),
+        value_target=("agents", "value_target"),
+    )
+    gae = recurrent_loss(gae)
+    done = torch.zeros(1, T, A, 1, dtype=torch.bool)
+    results = []
+    for restarts in (False, True):
+        done[0, 3, 1] = restarts
+        batch = agents_that_end(done)
+        batch = batch.exclude(("next", "agents", "done"), ("next", "agents", "terminated"))
+        batch["next", "reward"] = torch.ones(1, T, 1)
+        batch["next", "done"] = torch.zeros(1, T, 1, dtype=torch.bool)
+        batch["next", "terminated"] = torch.zeros(1, T, 1, dtype=torch.bool)
+        results.append(gae(batch)["agents", "advantage"])
+    assert torch.equal(results[0][:, :, 0], results[1][:, :, 0])
+
+
+# Entries that are wrong.
+
+
+def dqn(name: str = "DQN double delayed TD0") -> tuple[Any, TensorDictBase]:
+    case = BY_NAME[name]
+    setup = case.make(rnnkeys, "gru")
+    return recurrent_loss(setup.loss), cases.flat(case, setup.policy)
+
+
+def check_raises(loss: Any, batch: TensorDictBase, error: type[Exception], message: str) -> None:
+    before = tensors(batch)
+    with pytest.raises(error, match=message):
+        loss(batch)
+    assert_untouched(batch, before)
+
+
+BAD: dict[str, tuple[Any, type[Exception], str]] = {
+    "done of bytes": (
+        lambda b: b.set(("next", "done"), b["next", "done"].byte()),
+        TypeError,
+        r"'done'\) must be bool. Got torch.uint8.*\[done-dtype\]",
+    ),
+    "done of integers": (
+        lambda b: b.set(("next", "done"), b["next", "done"].long()),
+        TypeError,
+        r"\[done-dtype\]",
+    ),
+    "done without its last dimension": (
+        lambda b: b.set(("next", "done"), b["next", "done"].squeeze(-1)),
+        ValueError,
+        r"'done'\) must have the shape.*\[done-shape\]",
+    ),
+    "terminated of bytes": (
+        lambda b: b.set(("next", "terminated"), b["next", "terminated"].byte()),
+        TypeError,
+        r"'terminated'\) must be bool.*\[done-dtype\]",
+    ),
+    "flags of floats": (
+        lambda b: b.set("is_init", b["is_init"].float()),
+        TypeError,
+        r"\[init-dtype\]",
+    ),
+    "no step": (lambda b: b[:0], ValueError, r"\[no-steps\]"),
+    "one step": (lambda b: b[0], ValueError, r"\[no-time\]"),
+    "no next": (lambda b: b.exclude("next"), KeyError, r"\[next\]"),
+    "nothing valid": (
+        lambda b: b.set(MASK, torch.zeros(len(b), dtype=torch.bool)),
+        ValueError,
+        r"\[mask-empty\]",
+    ),
+    "mask of integers": (
+        lambda b: b.set(MASK, torch.ones(len(b), dtype=torch.long)),
+        TypeError,
+        r"\[mask-dtype\]",
+    ),
+    "shuffled": (
+        lambda b: b[torch.randperm(len(b), generator=torch.Generator().manual_seed(0))],
+        ValueError,
+        r"\[continuity\]",
+    ),
+    "shuffled without ids": (
+        lambda b: b.exclude("collector", "step_count", "index")[
+            torch.randperm(len(b), generator=torch.Generator().manual_seed(0))
+        ],
+        ValueError,
+        r"next', 'actor_h'.*\[continuity\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_wired_loss_of_a_bad_batch_raises_and_leaves_it(name: str) -> None:
+    change, error, message = BAD[name]
+    loss, batch = dqn()
+    check_raises(loss, change(batch), error, message)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "key", ["observation", ("next", "observation"), ("next", "reward"), "actor_h"]
+)
+def test_wired_loss_of_an_entry_that_is_not_finite_names_it(key: Any, value: float) -> None:
+    loss, batch = dqn()
+    starts = batch["is_init"].flatten().nonzero().flatten()
+    entry = batch.get(key).clone()
+    entry[starts[1] if key == "actor_h" else 5] = value
+    name = key if isinstance(key, str) else key[-1]
+    with set_value_checks(False):
+        assert not loss(batch.clone().set(key, entry))["loss"].isfinite()
+    check_raises(
+        loss, batch.set(key, entry), ValueError, rf"{name}.* is not finite.*\[not-finite\]"
+    )
+
+
+def test_wired_loss_of_a_stale_state_that_is_not_finite_is_finite() -> None:
+    """A state inside a segment is not read."""
+    loss, batch = dqn()
+    inside = (~batch["is_init"].flatten()[1:]).nonzero().flatten() + 1
+    for step in inside[:3].tolist():
+        batch["actor_h"][step] = float("nan")
+        batch["next", "actor_h"][step - 1] = float("nan")
+    assert loss(batch)["loss"].isfinite()
+
+
+def test_wired_loss_with_a_mask_per_agent_names_the_remedy() -> None:
+    loss, batch = dqn()
+    batch.set(MASK, torch.ones(len(batch), 3, dtype=torch.bool))
+    check_raises(loss, batch, ValueError, r"loss.loss_mask_key = \"alive\".*\[mask-shape\]")
+
+
+@pytest.mark.parametrize("name", ["DQN double delayed TD0", "GAE", "SAC"])
+def test_wired_loss_with_entries_called_like_clocks_accepts_them(name: str) -> None:
+    case = BY_NAME[name]
+    setup = case.make(rnnkeys, "gru")
+    loss = recurrent_loss(setup.loss)
+    batch = cases.flat(case, setup.policy)
+    for key in ("step_count", "index"):
+        batch[key] = torch.randint(0, 50, (len(batch), 1))
+        batch["next", key] = torch.randint(0, 50, (len(batch), 1))
+    loss(batch)
+
+
+@pytest.mark.parametrize("kind", [SACLoss, REDQLoss])
+def test_wired_loss_without_states_of_the_critic_starts_them_from_zeros(kind: Any) -> None:
+    torch.manual_seed(0)
+    actor, critic = cases._random_actor(rnnkeys, "gru"), cases._critic(rnnkeys, "gru", "critic")
+    options: Any = {"num_qvalue_nets": 2, "target_entropy": -1.0}
+    if kind is REDQLoss:
+        options["sub_sample_len"] = 2
+    loss = cases._finish(recurrent_loss(kind(actor, critic, **options)), actor).loss
+    batch = cases.flat(BY_NAME["SAC"], cases.Seq(actor, critic))
+    bare = batch.exclude("critic_h", ("next", "critic_h"))
+    zeros = batch.clone()
+    for key in ("critic_h", ("next", "critic_h")):
+        zeros[key] = torch.zeros_like(zeros[key])
+    results = []
+    for data in (bare, zeros):
+        torch.manual_seed(1)
+        results.append(loss(data)["loss_qvalue"])
+    assert torch.equal(*results)
+
+
+def test_recurrent_loss_of_gail_raises() -> None:
+    network = cases.Seq(
+        TensorDictModule(lambda o, a: torch.cat([o, a], -1), ["eo", "ea"], ["both"]),
+        GRUModule(4, 5, in_key="both", out_key="y"),
+        TensorDictModule(torch.nn.Linear(5, 1), ["y"], ["d_logits"]),
+    )
+    with pytest.raises(ValueError, match=r"GAILLoss.*without is_init flags.*\[unsupported-loss\]"):
+        recurrent_loss(GAILLoss(network, use_grad_penalty=False))
+
+
+def test_wired_ppo_of_shuffled_steps_without_ids_raises() -> None:
+    """``env.rollout`` writes no trajectory ids; the stored states show the order."""
+    agent = make_agent()
+    data: Any = collect(agent)
+    recurrent_loss(GAE(gamma=0.9, lmbda=0.8, value_network=agent.critic))(data)
+    data["is_init"][:, 0] = True
+    flat = data.reshape(-1).exclude("collector", "step_count")
+    loss = recurrent_loss(ClipPPOLoss(agent.actor, agent.critic))
+    loss(flat)
+    torch.manual_seed(0)
+    check_raises(loss, flat[torch.randperm(len(flat))], ValueError, r"\[continuity\]")
+
+
+def test_wired_ppo_of_states_before_the_reset_raises() -> None:
+    """Other libraries store the state that the episode before ended with."""
+    agent = make_agent()
+    data: Any = collect(agent, steps=30)
+    recurrent_loss(GAE(gamma=0.9, lmbda=0.8, value_network=agent.critic))(data)
+    loss = recurrent_loss(ClipPPOLoss(agent.actor, agent.critic))
+    loss(data)
+    for key in ("actor_h", "value_h"):
+        data[key][:, 1:] = data["next", key][:, :-1]
+    check_raises(loss, data, ValueError, r"ended with.*batch.get\(.*\)\] = 0.*\[episode-state\]")
+
+
+@pytest.mark.filterwarnings("ignore:The name target_actor_network_params:UserWarning")
+def test_wired_behavior_cloning_without_next_runs() -> None:
+    agent = make_agent("continuous")
+    data: Any = collect(agent)
+    loss: Any = BCLoss(agent.actor, loss_function="l2")
+    out = recurrent_loss(loss)(data.exclude("next"))
+    assert out["loss_bc"].isfinite()
