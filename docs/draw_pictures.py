@@ -2,8 +2,8 @@
 
     python docs/draw_pictures.py
 
-The first is a drawing; the others are made of a policy that learned CartPole without velocities for
-a while: two or three minutes on one core.
+The first is a drawing; the others show a policy that has learned CartPole without velocities for
+two or three minutes on one core.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def draw_lifecycle() -> Figure:
     axes.text(39, 34.8, "done", fontsize=8, ha="center", color="0.25")
 
     title(30, "Learning: sequences (set_recurrent_mode(True), entered by losses)")
-    box(87, 15, "sampler\ncuts slices,\nmarks starts in is_init", WRITE, width=21)
-    box(59, 15, "recurrent_loss\nmarks the same starts in\n('next', is_init)", WRITE)
-    box(28, 20, "root view: each segment\nstarts from its h", READ, width=22, height=7)
-    box(28, 9, "next view: each segment\nstarts from its ('next', h)", READ, width=22, height=7)
+    box(87, 15, "sampler\ncuts slices,\nflags starts in is_init", WRITE, width=21)
+    box(59, 15, "recurrent_loss\nflags the same starts in\n('next', is_init)", WRITE)
+    box(28, 20, "root: each segment\nstarts from its h", READ, width=22, height=7)
+    box(28, 9, "next: each segment\nstarts from its ('next', h)", READ, width=22, height=7)
     box(3, 20, "values, log-probabilities", MOVE, height=7)
     box(3, 9, "next values: targets", MOVE, height=7)
     arrow((97.5, 42), (97.5, 25))
@@ -90,8 +90,8 @@ def draw_lifecycle() -> Figure:
     axes.text(
         40,
         5.2,
-        "('next', h): as stored; for DQN and QMIX (arrow)\nas the root view has just written it, "
-        "detached",
+        "('next', h): as stored; for DQN and QMIX (arrow)\nas the pass over the root has written "
+        "it, detached",
         fontsize=8,
         color="0.25",
         ha="left",
@@ -109,7 +109,7 @@ def _rectangle(x: float, y: float, width: float, height: float, style: dict[str,
 
 
 def make_policy(env: GymEnv) -> Any:
-    """Positions -> memory -> a value for each action -> the best action."""
+    """Make a network: positions -> LSTM -> a value for each action -> the best action."""
     parts: Any = TensorDictSequential
     positions = TensorDictModule(lambda o: o[..., [0, 2]] * 4, ["observation"], ["positions"])
     return parts(
@@ -121,7 +121,7 @@ def make_policy(env: GymEnv) -> Any:
 
 
 def learn(updates: int = 1500) -> dict[str, Any]:
-    """Learn for a while; return the policy and batches whose states were stored at its start."""
+    """Train a policy; return it, a rollout, and batches stored at several times of the training."""
     torch.manual_seed(0)
     env = GymEnv("CartPole-v1")
     policy = make_policy(env)
