@@ -8,6 +8,6 @@ from ..modules.primers import get_primers_from_module as get_primers_from_module
 from ..sequences.masks import sequence_mask as sequence_mask
 from .burn_in import BurnIn as BurnIn
 from .refresh import RefreshStates as RefreshStates
-from .staleness import compute_staleness as compute_staleness
 from .staleness import measure_staleness as measure_staleness
+from .staleness import state_staleness as state_staleness
 from .windows import Windows as Windows

@@ -43,7 +43,7 @@ def value_discrepancy(stale: Tensor, true: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def compute_staleness(
+def state_staleness(
     network: TensorDictModuleBase,
     stored: TensorDictBase,
     refreshed: TensorDictBase,
@@ -76,7 +76,7 @@ def compute_staleness(
         >>> policy = drqn_policy(OneHot(2), (4,), hidden_size=8)
         >>> windows = TensorDict({"observation": torch.zeros(3, 6, 4)}, [3, 6])
         >>> windows["is_init"] = torch.zeros(3, 6, 1, dtype=torch.bool)
-        >>> compute_staleness(policy, windows, windows, burn_in=2)["first"]
+        >>> state_staleness(policy, windows, windows, burn_in=2)["first"]
         tensor([0., 0., 0.])
     """
     burn_in = as_int("burn_in", burn_in, minimum=0)
@@ -89,7 +89,7 @@ def compute_staleness(
     recurrent = RecurrentNetwork(network)
     recurrent.check_is_recurrent()
     stale, true = (
-        recurrent.run_sequences(prepare_sequences(windows, recurrent.pairs, "compute_staleness"))
+        recurrent.run_sequences(prepare_sequences(windows, recurrent.pairs, "state_staleness"))
         for windows in (stored, refreshed)
     )
     discrepancy = value_discrepancy(stale.get(value_key), true.get(value_key))[:, burn_in:]
@@ -126,7 +126,7 @@ def measure_staleness(
         value_key: key of the values.
 
     Returns:
-        ``"first"`` and ``"last"``: means of :func:`compute_staleness` over the windows; NaN while
+        ``"first"`` and ``"last"``: means of :func:`state_staleness` over the windows; NaN while
         no episode has more than one window.
 
     Raises:
@@ -145,7 +145,7 @@ def measure_staleness(
     inside = stored.get(FIRST_KEY) > 0
     expand = Windows(stored.get(MASK_KEY).shape[1], state_keys=RecurrentNetwork(network).state_keys)
     used, true = (expand.to_sequences(windows[inside]) for windows in (stored, true))
-    found = compute_staleness(network, used, true, burn_in, value_key)
+    found = state_staleness(network, used, true, burn_in, value_key)
     return {step: values.nanmean().item() for step, values in found.items()}
 
 

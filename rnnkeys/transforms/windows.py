@@ -73,7 +73,7 @@ class Windows(SequenceTransform):
         state_keys: keys of the recurrent states; by default all whose name starts with
             ``"recurrent_state"``, as the modules' default keys do.
         keep_states: whether to keep the states of every step, for
-            :func:`rnnkeys.transforms.compute_staleness`.
+            :func:`rnnkeys.transforms.state_staleness`.
         init_key: key of the ``is_init`` flags.
 
     Raises:

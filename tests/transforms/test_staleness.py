@@ -10,7 +10,7 @@ import torch
 from torchrl.data import LazyTensorStorage, ListStorage, TensorDictReplayBuffer
 
 from rnnkeys import recurrent_module
-from rnnkeys.transforms import BurnIn, RefreshStates, Windows, compute_staleness, measure_staleness
+from rnnkeys.transforms import BurnIn, RefreshStates, Windows, measure_staleness, state_staleness
 from tests.support.recurrent import batch, recurrently
 from tests.support.tolerances import assert_equal
 from tests.support.windows import collect_episodes, disturb, make_policy
@@ -22,7 +22,7 @@ def test_compute_staleness_equals_the_papers_measure():
     disturb(policy)
     stored = cast(Any, Windows(8, "null")(data))
     true = Windows(8, "null")(RefreshStates(policy)(data))
-    found = compute_staleness(policy, stored, true, burn_in=2)
+    found = state_staleness(policy, stored, true, burn_in=2)
     q, q_true = (recurrently(policy, w)["action_value"] for w in (stored, true))
     for name, t in (("first", 2), ("last", 7)):
         top = q_true[:, t].max(-1).values.abs()
@@ -39,10 +39,10 @@ def test_compute_staleness_padding_is_not_measured():
     stored = cast(Any, Windows(8, "null")(data))
     other = stored.clone()
     other["recurrent_state"] = other["recurrent_state"] + 1
-    whole = compute_staleness(policy, stored, other, burn_in=1)
+    whole = state_staleness(policy, stored, other, burn_in=1)
     assert (whole["first"] > 0).all() and (whole["last"] > 0).all()
     assert torch.equal(whole["first"][1], whole["last"][1])  # one valid step after the burn-in
-    nothing = compute_staleness(policy, stored, other, burn_in=3)
+    nothing = state_staleness(policy, stored, other, burn_in=3)
     assert nothing["first"][0] > 0 and nothing["first"][1].isnan() and nothing["last"][1].isnan()
 
 
@@ -50,14 +50,14 @@ def test_compute_staleness_invalid_windows_raise():
     policy = make_policy("gru")
     data: Any = collect_episodes(policy, [[8], [8]])
     with pytest.raises(ValueError, match="must be the same windows"):
-        compute_staleness(policy, data, data[:, :3])
+        state_staleness(policy, data, data[:, :3])
     with pytest.raises(ValueError, match="burn_in=8 leaves no step"):
-        compute_staleness(policy, data, data, burn_in=8)
+        state_staleness(policy, data, data, burn_in=8)
     module = recurrent_module("gru", 3, 5, in_key="observation", out_key="embed")
     mixed = batch(module, marks=0.0)
     mixed["collector", "traj_ids"] = torch.tensor([[1] * 4 + [2] * 3] * 2)
     with pytest.raises(ValueError, match="not contiguous"):
-        compute_staleness(module, mixed, mixed, value_key="embed")
+        state_staleness(module, mixed, mixed, value_key="embed")
 
 
 @pytest.mark.parametrize("storage", [LazyTensorStorage, ListStorage])
@@ -76,7 +76,7 @@ def test_measure_staleness_of_a_buffer_is_the_mean_over_its_windows(storage):
     inside: Any = Windows(8, "null")(data)
     inside = inside[inside["window", "first"][:, 0] > 0]
     true: Any = Windows(8, "null")(RefreshStates(policy)(data))
-    expected = compute_staleness(policy, inside, true[true["window", "first"][:, 0] > 0], 2)
+    expected = state_staleness(policy, inside, true[true["window", "first"][:, 0] > 0], 2)
     found = measure_staleness(policy, buffer, 2)
     for name, value in expected.items():
         assert found[name] == pytest.approx(value.mean().item(), rel=1e-4) and value.mean() > 0.01
