@@ -2,20 +2,20 @@
 
 A recurrent layer in float32 multiplies matrices in two places: the recurrent product ``h W_hh^T``,
 once per step inside the fused kernel, and the input projection and the weight gradients, once per
-sequence in cuBLAS. One mode rules both, and a forward's mode rules its backward too.
+sequence in cuBLAS. One mode sets both, and a backward pass uses the mode of its forward pass.
 
 =============== ================================================== ==========================
-mode            recurrent product, in the kernel                   products in the library
+mode            recurrent product, in the kernel                   products in cuBLAS
 =============== ================================================== ==========================
 ``"ieee"``      float32, no tensor cores                           float32
 ``"tf32"``      TF32 tensor cores, 10 bits of mantissa             TF32
 ``"tf32x3"``    three TF32 products, about 22 bits of mantissa     float32 (has no such mode)
 ``"fast"``      ``"tf32"`` where the GPU has it, else ``"ieee"``   as the mode it stands for
 ``"high-prec"`` ``"tf32x3"`` where the GPU has it, else ``"ieee"`` as the mode it stands for
-``"auto"``      defers to what follows in the order below          as the mode it stands for
+``"auto"``      the first setting below that is not ``"auto"``     as the mode it stands for
 =============== ================================================== ==========================
 
-The first of these that says something other than ``"auto"`` wins:
+The first of these settings that is not ``"auto"`` applies:
 
 1. the constructor's ``recurrent_matmul_precision=``;
 2. :func:`set_recurrent_matmul_precision`, for the whole process;
@@ -24,14 +24,14 @@ The first of these that says something other than ``"auto"`` wins:
 4. :func:`torch.get_float32_matmul_precision`: ``"highest"`` is ``"ieee"``, ``"high"`` is
    ``"high-prec"``, ``"medium"`` is ``"fast"``.
 
-Points 2 and 3 are TorchRL's own state: its setter rules rnnkeys' modules and the setter here rules
-TorchRL's.
+Settings 2 and 3 are shared with TorchRL: its setter also changes rnnkeys' modules, and this setter
+also changes TorchRL's.
 
-On a CPU the mode changes no number: every backend multiplies in the dtype of its operands, the
-presets stand for ``"ieee"``, and a concrete mode is kept as it is, to take effect when the module
-moves to a GPU. (What torch itself does with float32 products on a CPU is set by
-:func:`torch.set_float32_matmul_precision`.) The mode says nothing about float64, bfloat16 and
-float16, which are always multiplied as they are and summed in float32 or wider.
+On a CPU the mode does not change results: every backend multiplies in the dtype of its operands,
+and presets resolve to ``"ieee"``. A concrete mode is kept and takes effect when the module moves to
+a GPU. (:func:`torch.set_float32_matmul_precision` sets how torch multiplies float32 on a CPU.) The
+mode does not apply to float64, bfloat16 and float16, whose products are always summed in float32 or
+wider.
 """
 
 from __future__ import annotations
@@ -55,24 +55,24 @@ from ._compat import RecurrentMatmulPrecisionUserMode as RecurrentMatmulPrecisio
 _USER: tuple[str, ...] = get_args(RecurrentMatmulPrecisionUserMode)
 _ON_TENSOR_CORES = {"fast": "tf32", "high-prec": "tf32x3"}
 
-# The library's flag is one per process; two threads that set and restore it must take turns.
-_LIBRARY_FLAG = threading.RLock()
+# The cuBLAS flag is process-wide, so threads that set and restore it must take turns.
+_CUBLAS_FLAG = threading.RLock()
 
 
 class set_recurrent_matmul_precision:  # noqa: N801 -- called like a function, as torch.no_grad is
-    """Set the precision of recurrent products, for good or for a ``with`` block.
+    """Set the precision of recurrent products, permanently or for a ``with`` block.
 
-    Called on its own it sets the mode for the whole process, all threads. Used as a context manager
-    it puts back on exit, after an exception too, what was set before the call; the same object may
-    be entered again, also inside itself.
+    A plain call sets the mode for the whole process, in all threads. As a context manager it
+    restores the previous setting on exit, also after an exception; the same object can be entered
+    again, also inside itself.
 
-    The mode is read when a forward runs, so it takes effect at once; a backward uses the mode of
-    its forward, whatever is set by then.
+    Modules read the mode when a forward pass runs, so a change takes effect at once. A backward
+    pass uses the mode of its forward pass, even if the setting has changed since.
 
     Args:
         mode: ``"ieee"``, ``"tf32"``, ``"tf32x3"``, ``"fast"`` or ``"high-prec"``; ``"auto"`` or
             None clears the setting, so that the environment variable and torch decide. The table
-            at the top of :mod:`rnnkeys.precision` says what they mean.
+            at the top of :mod:`rnnkeys.precision` defines them.
 
     Raises:
         ValueError: if ``mode`` is none of these.
@@ -99,12 +99,12 @@ class set_recurrent_matmul_precision:  # noqa: N801 -- called like a function, a
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        # Not through the setter: it would read the environment again when nothing was set before.
+        # The setter would read the environment variable again if nothing was set before.
         restore_precision_override(self._saved.pop())
 
 
 def get_recurrent_matmul_precision() -> RecurrentMatmulPrecision:
-    """Return the mode that a module left at ``"auto"`` runs at now, on the current device.
+    """Return the mode that a module with ``"auto"`` uses now, on the current device.
 
     Returns:
         ``"ieee"``, ``"tf32"`` or ``"tf32x3"``; presets are resolved for the current CUDA device,
@@ -119,7 +119,7 @@ def get_recurrent_matmul_precision() -> RecurrentMatmulPrecision:
 
 
 def resolve(mode: str | None, device: torch.device | None = None) -> RecurrentMatmulPrecision:
-    """Turn a user's mode into the one that a kernel runs at.
+    """Resolve a user's mode to the concrete mode of a kernel.
 
     Args:
         mode: a module's ``recurrent_matmul_precision``; None means ``"auto"``.
@@ -147,11 +147,11 @@ def resolve(mode: str | None, device: torch.device | None = None) -> RecurrentMa
 def validate_recurrent_matmul_precision(
     mode: str, argument: str = "recurrent_matmul_precision"
 ) -> None:
-    """Raise if ``mode`` is not a mode, in the name of the argument that carried it.
+    """Raise if ``mode`` is not a recurrent matmul precision.
 
     Args:
-        mode: what the user gave.
-        argument: its name in the error.
+        mode: the user's value.
+        argument: name of the argument, for the error.
 
     Raises:
         ValueError: if ``mode`` is none of ``RecurrentMatmulPrecisionUserMode``.
@@ -168,13 +168,13 @@ def validate_recurrent_matmul_precision(
 
 @contextmanager
 def library_matmuls(precision: str) -> Iterator[None]:
-    """Run float32 products of the CUDA library at ``precision`` inside a ``with`` block.
+    """Run cuBLAS's float32 products at ``precision`` inside a ``with`` block.
 
-    Touches torch's process-wide flag only where it says otherwise, and puts it back. Threads that
-    use this take turns; a thread that multiplies without it sees the flag while it is changed.
+    Sets torch's process-wide flag if it has another value, and restores it. Threads inside this
+    block take turns; other threads that multiply meanwhile use the changed flag.
 
     Args:
-        precision: a resolved mode; only ``"tf32"`` lets the library use TF32.
+        precision: a resolved mode; only ``"tf32"`` lets cuBLAS use TF32.
 
     Yields:
         Nothing.
@@ -185,10 +185,10 @@ def library_matmuls(precision: str) -> Iterator[None]:
         'tf32'
     """
     wanted = "tf32" if precision == "tf32" else "ieee"
-    # Not `allow_tf32`: putting that back turns torch's "medium" into "high", and reading it raises
-    # for users of the newer flag.
+    # Not `allow_tf32`: restoring it turns torch's "medium" into "high", and reading it raises if
+    # the newer flag was set.
     flags = torch.backends.cuda.matmul
-    with _LIBRARY_FLAG:
+    with _CUBLAS_FLAG:
         before = flags.fp32_precision
         if before == wanted:
             yield
@@ -202,11 +202,11 @@ def library_matmuls(precision: str) -> Iterator[None]:
 
 @torch.compiler.assume_constant_result
 def _torch_precision() -> str:
-    """Return torch's own setting; where old and new flags contradict, what the new one says."""
+    """Return torch's own setting; the newer flag wins if it contradicts the older one."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
-        with _LIBRARY_FLAG:  # the contradiction may be another thread's `library_matmuls`
+        with _CUBLAS_FLAG:  # the contradiction may be another thread's `library_matmuls`
             try:
                 return torch.get_float32_matmul_precision()
             except RuntimeError:

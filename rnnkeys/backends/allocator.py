@@ -1,4 +1,4 @@
-"""An explicit setting of glibc's allocator, which a training may profit from."""
+"""A setting of glibc's allocator that can make training faster."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import functools
 
 import torch
 
-# The most that glibc's threshold rises to by itself: 32 MiB, less the pages of the piece itself.
+# The largest allocation that still raises glibc's dynamic threshold: 32 MiB less some pages.
 _MOST_BYTES = (32 << 20) - (64 << 10)
 
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next pass: pieces of up to 32 MiB, and 64 MiB in all.
+    """Let glibc keep freed memory for the next pass: blocks of up to 32 MiB, 64 MiB in total.
 
-    At first glibc gives every piece of more than 128 KiB back to the system when it is freed, and
-    the next pass maps it again, page by page, which takes as long as to compute. The limit rises to
-    the size of each piece that is freed, and what glibc keeps in all to twice that
-    (``M_MMAP_THRESHOLD`` in mallopt(3)). So this function allocates and frees one piece of the
-    largest size, without touching a page. It acts on the whole process, for good; with limits set
-    by ``MALLOC_..._`` variables, or with another allocator, it changes nothing.
+    By default glibc returns every freed block of more than 128 KiB to the system. The next pass
+    maps it again, page by page, which can take as long as the computation. Freeing a block raises
+    this threshold to its size, and the memory that glibc keeps to twice that
+    (``M_MMAP_THRESHOLD`` in mallopt(3)). This function therefore allocates and frees one block of
+    the largest size, without touching its pages. The effect is permanent and process-wide. It has
+    no effect if ``MALLOC_..._`` variables set the limits, or with another allocator.
 
     Examples:
         >>> keep_freed_memory()

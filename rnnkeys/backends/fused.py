@@ -1,15 +1,15 @@
-"""What the hand-written loops of LSTM and GRU share: flat time-major rows, resets, chunks.
+"""Shared parts of the hand-written LSTM and GRU loops: flat time-major rows, resets, chunks.
 
 Data is laid out as ``[N, F]``: the rows of step 0, then those of step 1, and so on. ``sizes[t]``
-counts the rows of step ``t`` and never grows; row ``j`` of a step goes on in row ``j`` of the next.
-A dense ``[T, B]`` batch is the case of constant sizes. Optionally the state is replaced before a
-step by a given one (a reset, dense batches only).
+counts the rows of step ``t`` and never grows; row ``j`` of a step continues in row ``j`` of the
+next step. A dense ``[T, B]`` batch has constant sizes. In a dense batch, resets can replace the
+state before a step by a given state.
 
-What does not depend on the state is done outside of the loops for many steps at once: the input
-projection before, weight gradients after. The loops hold one product and a few in-place pointwise
-operations. Activations take the place of the projected inputs; the backward passes go chunk by
-chunk, so that what they compute besides stays in the cache and is never held for all steps. None of
-these functions is seen by autograd.
+Operations that do not depend on the state run outside the loops, for many steps at once: the input
+projection before, weight gradients after. The loops contain one product and a few in-place
+pointwise operations. Activations overwrite the projected inputs. The backward passes run chunk by
+chunk, so that their intermediate results fit the cache and never exist for all steps. Autograd does
+not track these functions.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Rows x gates handled at once: large enough to amortise calls, small enough for the cache, and a
-# part of the whole, so that small batches take no more memory than torch's layers.
+# Elements (rows x gates) of a chunk: enough to amortise calls, few enough for the cache, and
+# at most a fraction of the batch, so that small batches need no more memory than torch's layers.
 _MOST_ELEMENTS, _FEWEST_ELEMENTS, _PARTS = 1 << 19, 1 << 17, 4
 
 
 class Resets(NamedTuple):
-    """Where a state is replaced before a step (bool ``[T, B]``), by what (each ``[T, B, H]``)."""
+    """Flags where a state is replaced (bool ``[T, B]``) and its new values (each ``[T, B, H]``)."""
 
     where: Tensor
     state: tuple[Tensor, ...]
 
 
 class Chunk(NamedTuple):
-    """Consecutive steps ``first`` to ``last``, which fill rows ``begin`` to ``end``."""
+    """Consecutive steps ``[first, last)``, stored in rows ``[begin, end)``."""
 
     first: int
     last: int
@@ -42,17 +42,17 @@ class Chunk(NamedTuple):
 
     @property
     def steps(self) -> slice:
-        """Its steps."""
+        """The steps as a slice."""
         return slice(self.first, self.last)
 
     @property
     def rows(self) -> slice:
-        """Its rows."""
+        """The rows as a slice."""
         return slice(self.begin, self.end)
 
 
 def chunks(sizes: Sequence[int], width: int) -> Iterator[Chunk]:
-    """Cut time into chunks, from its end; ``width`` is the number of elements of a row.
+    """Split time into chunks, last chunk first; ``width`` is the number of elements of a row.
 
     Examples:
         >>> [chunk.steps for chunk in chunks([2, 2, 1], 1 << 15)]
@@ -71,32 +71,32 @@ def chunks(sizes: Sequence[int], width: int) -> Iterator[Chunk]:
 
 
 def forward_chunks(sizes: Sequence[int], width: int, keep: bool) -> list[Chunk]:
-    """Cut time into chunks, from its start, or into one where activations are kept of all steps."""
+    """Split time into chunks, first chunk first; into one if ``keep``, which keeps activations."""
     if keep:
         return [Chunk(0, len(sizes), 0, sum(sizes))]
     return list(chunks(sizes, width))[::-1]
 
 
-def enter(
+def select_entering_state(
     state: tuple[Tensor, ...], t: int, rows: int, resets: Resets | None
 ) -> tuple[Tensor, ...]:
-    """State entering step ``t``: the rows that go on, replaced where there is a reset."""
+    """Return the state entering step ``t``: the rows that continue, replaced at resets."""
     if resets is not None and t:
         where = resets.where[t].unsqueeze(1)
         return tuple(torch.where(where, r[t], s) for r, s in zip(resets.state, state, strict=True))
     return state if state[0].shape[0] == rows else tuple(s[:rows] for s in state)
 
 
-def entering(
-    start: Tensor,
+def gather_entering_states(
+    initial: Tensor,
     after: Tensor,
     sizes: Sequence[int],
     chunk: Chunk,
     resets: Resets | None,
     entry: int,
 ) -> Tensor:
-    """States that enter the steps of a chunk, from those after every step, ``[N, H]``."""
-    before = _before(start, after, sizes, chunk)
+    """Return the states entering the steps of a chunk, from those after every step, ``[N, H]``."""
+    before = _shift(initial, after, sizes, chunk)
     if resets is None:
         return before
     where = resets.where[chunk.steps]
@@ -108,14 +108,15 @@ def entering(
     return torch.where(where.unsqueeze(-1), state, steps_rows).flatten(0, 1)
 
 
-def _before(start: Tensor, after: Tensor, sizes: Sequence[int], chunk: Chunk) -> Tensor:
+def _shift(initial: Tensor, after: Tensor, sizes: Sequence[int], chunk: Chunk) -> Tensor:
+    """Return the states before the steps of a chunk, without resets."""
     first, last, begin, end = chunk
     if sizes[0] == sizes[last - 1]:
         rows = sizes[0]
         if first:
             return after[begin - rows : end - rows]
-        return torch.cat([start, after[: end - rows]]) if end > rows else start
-    parts, row = ([], begin - sizes[first - 1]) if first else ([start], 0)
+        return torch.cat([initial, after[: end - rows]]) if end > rows else initial
+    parts, row = ([], begin - sizes[first - 1]) if first else ([initial], 0)
     for t in range(max(first, 1), last):
         parts.append(after[row : row + sizes[t]])
         row += sizes[t - 1]
@@ -123,19 +124,19 @@ def _before(start: Tensor, after: Tensor, sizes: Sequence[int], chunk: Chunk) ->
 
 
 def make_reset_grads(resets: Resets | None, wanted: bool) -> tuple[Tensor, ...] | None:
-    """Make zeros for the gradients of reset states, if they are wanted."""
+    """Allocate zeros for the gradients of reset states, or return None if not ``wanted``."""
     if resets is None or not wanted:
         return None
     return tuple(torch.zeros(s.shape, dtype=s.dtype, device=s.device) for s in resets.state)
 
 
-def leave(
+def cut_gradient(
     grads: tuple[Tensor, ...],
     t: int,
     resets: Resets | None,
     reset_grads: tuple[Tensor, ...] | None,
 ) -> None:
-    """Stop the gradient towards the past at a reset before step ``t``; a NaN does not pass."""
+    """Zero ``grads`` (also NaN) at resets before step ``t``; store them in ``reset_grads``."""
     if resets is None or t == 0:
         return
     where = resets.where[t].unsqueeze(1)

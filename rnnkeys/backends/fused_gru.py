@@ -1,4 +1,4 @@
-"""GRU over time with a hand-written backward pass; see ``fused`` and, for equations, ``cells``."""
+"""GRU over time with a hand-written backward pass; ``rnnkeys.cells`` holds the equations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .products import linear
 
 
 class GRUGrads(NamedTuple):
-    """Gradients of :func:`gru_forward`'s inputs; those of ``x`` and resets if asked for."""
+    """Gradients of :func:`gru_forward`'s inputs; None for ``x`` and resets if not wanted."""
 
     x: Tensor | None
     w_ih: Tensor
@@ -46,12 +46,12 @@ def gru_forward(
         b_hh: ``[3H]`` or None.
         h0: before the first step, ``[sizes[0], H]``.
         sizes: rows of every step.
-        resets: see ``fused``.
-        keep: whether to return the activations, which the backward pass needs.
+        resets: replaced states, see :class:`.fused.Resets`.
+        keep: whether to return the activations, which the backward pass reads.
 
     Returns:
-        ``h [N, H]`` and the activated gates ``[r, z]``, ``[N, 2H]``, and ``n``, ``[N, H]`` (of no
-        rows without ``keep``).
+        ``h [N, H]`` and the activated gates ``[r, z]``, ``[N, 2H]``, and ``n``, ``[N, H]`` (empty
+        without ``keep``).
     """
     hidden = w_hh.shape[1]
     parts = [2 * hidden, hidden]
@@ -64,7 +64,7 @@ def gru_forward(
         r_z, n = linear(inputs, w_rz, b_rz), linear(inputs, w_n, b_n)
         views = zip(*(plane.split(steps) for plane in (r_z, n, h[chunk.rows])), strict=True)
         for t, (gates, n_t, h_t) in enumerate(views, chunk.first):
-            (h_tm1,) = fused.enter(previous, t, sizes[t], resets)
+            (h_tm1,) = fused.select_entering_state(previous, t, sizes[t], resets)
             of_h, n_of_h = linear(h_tm1, w_hh, b_hh).split(parts, 1)
             r, z = gates.add_(of_h).sigmoid_().chunk(2, 1)
             torch.lerp(n_t.addcmul_(r, n_of_h).tanh_(), h_tm1, z, out=h_t)
@@ -83,13 +83,13 @@ def gru_backward(
     want_x_grad: bool,
     want_reset_grad: bool,
 ) -> GRUGrads:
-    """Gradients of :func:`gru_forward` from that of ``h``; weights are w_ih, w_hh and b_hh."""
+    """Compute gradients of :func:`gru_forward` from that of ``h``; weights: w_ih, w_hh, b_hh."""
     h, r_z, n = outputs
     w_ih, w_hh, b_hh = weights
     hidden = h.shape[1]
     w_n, b_n = w_hh[2 * hidden :], None if b_hh is None else b_hh[2 * hidden :]
-    # Columns of gradients: W_hn h, r, z, W_in x. The state's gates are the first three, the input's
-    # the last three.
+    # Columns of gradients: W_hn h, r, z, W_in x. The first three belong to the recurrent product,
+    # the last three to the input projection.
     of_state, of_input = slice(3 * hidden), slice(hidden, None)
     w = torch.cat([w_n, w_hh[: 2 * hidden]]).t()
     d_x = torch.empty_like(x) if want_x_grad else None
@@ -97,7 +97,7 @@ def gru_backward(
     d_bias, dh = h.new_zeros(4 * hidden), torch.zeros_like(h0)
     reset_grads = fused.make_reset_grads(resets, want_reset_grad)
     for chunk in fused.chunks(sizes, 4 * hidden):
-        h_tm1 = fused.entering(h0, h, sizes, chunk, resets, 0)
+        h_tm1 = fused.gather_entering_states(h0, h, sizes, chunk, resets, 0)
         z = r_z[chunk.rows, hidden:]
         d = _factors(r_z[chunk.rows], n[chunk.rows], linear(h_tm1, w_n, b_n), h_tm1)
         row = chunk.end
@@ -107,9 +107,9 @@ def gru_backward(
             dh_t = dh[:rows].add_(grad_h[row : row + rows])
             d_k = d[k].mul_(dh_t.unsqueeze(1)).flatten(1)
             dh_t.mul_(z[k]).add_(linear(d_k[:, of_state], w))
-            fused.leave((dh,), t, resets, reset_grads)
+            fused.cut_gradient((dh,), t, resets, reset_grads)
         d = d.flatten(1)
-        # Rows of a copy are what oneDNN multiplies fast.
+        # oneDNN multiplies a contiguous copy faster than a transposed view.
         d_t = d.t().contiguous()
         d_w_hh.add_(linear(d_t[of_state], h_tm1.t()))
         d_w_ih.add_(linear(d_t[of_input], x[chunk.rows].t()))
@@ -122,9 +122,12 @@ def gru_backward(
 
 
 def _factors(r_z: Tensor, n: Tensor, h_n: Tensor, h_tm1: Tensor) -> Tensor:
-    """Derivatives of the new state by ``W_hn h``, ``r``, ``z`` and ``W_in x``, ``[rows, 4, H]``.
+    """Compute the derivatives of the new state by ``W_hn h``, ``r``, ``z`` and ``W_in x``.
 
-    Those by gates are by what goes into their sigmoid or tanh; ``h_n`` is ``W_hn h + b_hn``.
+    Derivatives by gates are by their pre-activations; ``h_n`` is ``W_hn h + b_hn``.
+
+    Returns:
+        ``[rows, 4, H]``.
     """
     aten, (r, z) = torch.ops.aten, r_z.chunk(2, 1)
     factor = n.new_empty(n.shape[0], 4, n.shape[1])

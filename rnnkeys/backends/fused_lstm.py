@@ -1,4 +1,4 @@
-"""LSTM over time with a hand-written backward pass; see ``fused`` and, for equations, ``cells``."""
+"""LSTM over time with a hand-written backward pass; ``rnnkeys.cells`` holds the equations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .products import linear
 
 
 class LSTMGrads(NamedTuple):
-    """Gradients of :func:`lstm_forward`'s inputs; those of ``x`` and resets if asked for."""
+    """Gradients of :func:`lstm_forward`'s inputs; None for ``x`` and resets if not wanted."""
 
     x: Tensor | None
     w_ih: Tensor
@@ -45,18 +45,19 @@ def lstm_forward(
         bias: sum of both biases, ``[4H]``, or None.
         state: ``(h, c)`` before the first step, each ``[sizes[0], H]``.
         sizes: rows of every step.
-        resets: see ``fused``.
-        keep: whether to return the activations, which the backward pass needs.
+        resets: replaced states, see :class:`.fused.Resets`.
+        keep: whether to return the activations, which the backward pass reads.
 
     Returns:
         ``h [N, H]``, ``c [N, H]`` and the activated gates ``[i, f, o]``, ``[N, 3H]``, and ``g``,
-        ``[N, H]`` (of no rows without ``keep``).
+        ``[N, H]`` (empty without ``keep``).
     """
     rows, hidden = x.shape[0], w_hh.shape[1]
     h, c = x.new_empty(rows, hidden), x.new_empty(rows, hidden)
-    # Gates of one activation side by side: pointwise functions are fast over contiguous memory.
-    (w_ifo, w_g), (b_ifo, b_g) = _apart(w_ih), (None, None) if bias is None else _apart(bias)
-    w = torch.cat(_apart(w_hh))
+    # The sigmoid gates are adjacent: pointwise functions are faster on contiguous memory.
+    w_ifo, w_g = _split_gates(w_ih)
+    b_ifo, b_g = (None, None) if bias is None else _split_gates(bias)
+    w = torch.cat(_split_gates(w_hh))
     i_f_o, g, previous = x.new_empty(0, 3 * hidden), x.new_empty(0, hidden), state
     for chunk in fused.forward_chunks(sizes, 4 * hidden, keep):
         inputs, steps = x[chunk.rows], list(sizes[chunk.steps])
@@ -64,7 +65,7 @@ def lstm_forward(
         of_steps = (i_f_o, g, h[chunk.rows], c[chunk.rows])
         views = zip(*(plane.split(steps) for plane in of_steps), strict=True)
         for t, (gates, g_t, h_t, c_t) in enumerate(views, chunk.first):
-            h_tm1, c_tm1 = fused.enter(previous, t, sizes[t], resets)
+            h_tm1, c_tm1 = fused.select_entering_state(previous, t, sizes[t], resets)
             of_h, g_of_h = linear(h_tm1, w).split([3 * hidden, hidden], 1)
             i, f, o = gates.add_(of_h).sigmoid_().chunk(3, 1)
             torch.mul(f, c_tm1, out=c_t).addcmul_(i, g_t.add_(g_of_h).tanh_())
@@ -75,8 +76,8 @@ def lstm_forward(
     )
 
 
-def _apart(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Take rows of the gates ``i, f, o`` and of ``g`` from those of ``i, f, g, o``."""
+def _split_gates(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Split rows in the gate order ``i, f, g, o`` into those of ``i, f, o`` and those of ``g``."""
     i, f, g, o = w.chunk(4)
     return torch.cat([i, f, o]), g
 
@@ -92,7 +93,7 @@ def lstm_backward(
     want_x_grad: bool,
     want_reset_grad: bool,
 ) -> LSTMGrads:
-    """Gradients of :func:`lstm_forward` from those of ``h`` and ``c`` (None means zero)."""
+    """Compute gradients of :func:`lstm_forward` from those of ``h`` and ``c`` (None means zero)."""
     h, c, i_f_o, g = outputs
     w_ih, w_hh = weights
     hidden = h.shape[1]
@@ -103,7 +104,7 @@ def lstm_backward(
     reset_grads = fused.make_reset_grads(resets, want_reset_grad)
     for chunk in fused.chunks(sizes, 4 * hidden):
         h_tm1, c_tm1 = (
-            fused.entering(state[k], after, sizes, chunk, resets, k)
+            fused.gather_entering_states(state[k], after, sizes, chunk, resets, k)
             for k, after in enumerate((h, c))
         )
         gates = i_f_o[chunk.rows]
@@ -121,9 +122,9 @@ def lstm_backward(
             d[k, 3].mul_(dh_t)
             dc_t.mul_(f[k])
             dh_t.copy_(linear(d[k].flatten(1), w))
-            fused.leave((dh, dc), t, resets, reset_grads)
+            fused.cut_gradient((dh, dc), t, resets, reset_grads)
         d = d.flatten(1)
-        # Rows of a copy are what oneDNN multiplies fast.
+        # oneDNN multiplies a contiguous copy faster than a transposed view.
         d_t = d.t().contiguous()
         d_w_hh.add_(linear(d_t, h_tm1.t()))
         d_w_ih.add_(linear(d_t, x[chunk.rows].t()))
@@ -135,9 +136,11 @@ def lstm_backward(
 
 
 def _factors(i_f_o: Tensor, g: Tensor, c: Tensor, c_tm1: Tensor) -> tuple[Tensor, Tensor]:
-    """Derivatives ``[rows, 4, H]`` of ``c`` by what goes into ``i, f, g`` and of ``h`` by ``o``'s.
+    """Compute the pointwise derivatives of one step.
 
-    And that of ``h`` by ``c``, ``[rows, H]``.
+    Returns:
+        ``[rows, 4, H]``: derivatives of ``c`` by the pre-activations of ``i, f, g``, and of ``h``
+        by that of ``o``; and the derivative of ``h`` by ``c``, ``[rows, H]``.
     """
     aten, (i, f, o) = torch.ops.aten, i_f_o.chunk(3, 1)
     tanh_c = c.tanh()

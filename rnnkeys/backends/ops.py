@@ -1,7 +1,7 @@
 """The fused sequence loops as custom operators: one node each for autograd, vmap and compile.
 
-A graph that holds such an operator does not grow with the number of steps. Second derivatives are
-not defined; asking for them raises an error that names the backend that has them.
+The size of a graph with such an operator does not depend on the number of steps. A second
+derivative raises an error that names the backend that supports it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .cut_rows import cut_rows
 
 
 def _sizes(sizes: Sequence[int], where: Tensor | None) -> list[int]:
-    """Rows of every step; a dense batch names them by its reset mask ``[T, B]``."""
+    """Return the number of rows of every step; of a dense batch, from its reset mask ``[T, B]``."""
     if where is None:
         return list(sizes)
     return [where.shape[1]] * where.shape[0]
@@ -38,7 +38,7 @@ def lstm(
     reset_c: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run ``lstm_forward``; dense batches give ``where [T, B]`` and its states."""
+    """Run ``lstm_forward``; a dense batch passes ``where [T, B]`` and the reset states."""
     resets, bias = _resets(where, reset_h, reset_c), None
     if b_ih is not None and b_hh is not None:
         bias = b_ih + b_hh
@@ -75,7 +75,7 @@ def lstm_backward(
     want_x_grad: bool,
     want_reset_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run ``lstm_backward``; gradients that were not asked for are empty."""
+    """Run ``lstm_backward``; gradients that are not wanted are empty."""
     weights, resets = (w_ih, w_hh), _resets(where, reset_h, reset_c)
     cut = cut_rows(resets)
     if cut is None or resets is None:
@@ -127,7 +127,7 @@ def gru(
     reset_h: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run ``gru_forward``; dense batches give ``where [T, B]`` and its states."""
+    """Run ``gru_forward``; a dense batch passes ``where [T, B]`` and the reset states."""
     weights, resets = (w_ih, w_hh, b_ih, b_hh), _resets(where, reset_h)
     cut = cut_rows(resets)
     if cut is None or resets is None:
@@ -155,7 +155,7 @@ def gru_backward(
     want_x_grad: bool,
     want_reset_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run ``gru_backward``; gradients that were not asked for are empty."""
+    """Run ``gru_backward``; gradients that are not wanted are empty."""
     weights, resets = (w_ih, w_hh, b_hh), _resets(where, reset_h)
     cut = cut_rows(resets)
     if cut is None or resets is None:
@@ -206,7 +206,7 @@ def _wants(ctx: Any, index: int) -> bool:
 
 
 def _like(tensor: Tensor) -> Tensor:
-    """Stand for a contiguous result of a shape, whatever the strides of what has it."""
+    """Return an empty contiguous tensor of the same shape, whatever the strides of ``tensor``."""
     return tensor.new_empty(tensor.shape)
 
 
@@ -274,9 +274,9 @@ def _lstm_setup(ctx, inputs, output):
 def _lstm_grad(ctx, grad_h, grad_c, *_):
     *most, where, reset_h, reset_c = ctx.saved_tensors
     wants = _wants(ctx, 0), _wants(ctx, 9) or _wants(ctx, 10)
-    found = lstm_backward(grad_h, grad_c, *most, ctx.sizes, where, reset_h, reset_c, *wants)
-    d_x, d_w_ih, d_w_hh, d_b, dh, dc, *d_resets = found
-    # Whoever changes the gradient of one bias in place must not meet both.
+    grads = lstm_backward(grad_h, grad_c, *most, ctx.sizes, where, reset_h, reset_c, *wants)
+    d_x, d_w_ih, d_w_hh, d_b, dh, dc, *d_resets = grads
+    # A copy: changing the gradient of one bias in place must not change the other.
     d_biases = (d_b, d_b.clone()) if ctx.has_biases else (None, None)
     resets = d_resets if wants[1] else (None, None)
     of_x = d_x if wants[0] else None
@@ -294,8 +294,8 @@ def _gru_grad(ctx, grad_h, *_):
         return (None,) * 10
     *most, where, reset_h = ctx.saved_tensors
     wants = _wants(ctx, 0), _wants(ctx, 8)
-    found = gru_backward(grad_h, *most, ctx.sizes, where, reset_h, *wants)
-    d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, dh, d_reset = found
+    grads = gru_backward(grad_h, *most, ctx.sizes, where, reset_h, *wants)
+    d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, dh, d_reset = grads
     d_biases = (None, None) if most[3] is None else (d_b_ih, d_b_hh)
     of_x, of_reset = d_x if wants[0] else None, d_reset if wants[1] else None
     return of_x, d_w_ih, d_w_hh, *d_biases, dh, None, None, of_reset, None
@@ -317,8 +317,8 @@ for _op in (lstm_backward, gru_backward):
     _op.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
 
 
-def _map_by_loop(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
-    """Vmap rule that always holds: run the operator once per element and stack."""
+def map_by_loop(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """Make a vmap rule that runs the operator once per element and stacks the results."""
 
     def rule(info, in_dims, *args):
         results = []
@@ -335,4 +335,4 @@ def _map_by_loop(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
 
 
 for _op in (lstm, gru, lstm_backward, gru_backward):
-    _op.register_vmap(_map_by_loop(_op))
+    _op.register_vmap(map_by_loop(_op))

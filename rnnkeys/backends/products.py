@@ -1,7 +1,7 @@
-"""Products of rows with weights on the CPU, by the faster of torch's two libraries.
+"""Matrix products of rows and weights on the CPU, by the faster of torch's two libraries.
 
-``torch.nn.functional.linear`` runs float32 by a BLAS, which is quick to call. oneDNN takes some ten
-microseconds longer to call and, on many CPUs, half the time for a large product.
+``torch.nn.functional.linear`` calls a BLAS for float32. A call of oneDNN costs about ten
+microseconds more, but on many CPUs it needs half the time for a large product.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from .._compat import has_onednn_linear, onednn_linear
 
-# Multiplications from which oneDNN's product pays for its call.
+# Number of multiplications from which oneDNN is faster.
 _LARGE = 1 << 20
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``x @ weight.T + bias``; not seen by autograd.
+    """Return ``x @ weight.T + bias``, which autograd does not track.
 
     Args:
         x: ``[N, K]``.
@@ -35,12 +35,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     is_large = x.shape[0] * weight.numel() >= _LARGE
     if is_large and x.dtype == torch.float32 and x.device.type == "cpu" and _has_onednn():
-        return onednn_linear(x, _without_gaps(weight), bias)
+        return onednn_linear(x, _make_dense(weight), bias)
     return F.linear(x, weight, bias)
 
 
-def _without_gaps(weight: Tensor) -> Tensor:
-    """Return a copy if there are gaps between rows: oneDNN then takes a thousand times as long."""
+def _make_dense(weight: Tensor) -> Tensor:
+    """Copy weights with gaps between rows, for which oneDNN is a thousand times slower."""
     return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
 
 

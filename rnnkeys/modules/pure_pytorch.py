@@ -1,4 +1,4 @@
-"""``LSTM`` and ``GRU``: twins of ``nn.LSTM`` and ``nn.GRU`` in plain torch operations."""
+"""``LSTM`` and ``GRU``: pure-PyTorch implementations of ``nn.LSTM`` and ``nn.GRU``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..cells import GRU_CELL, LSTM_CELL, Cell
 from .parameters import TorchLayers
 
 
-class _PlainRNN(nn.RNNBase):
-    """Depth, dropout, masks and checks shared by the twins; a subclass names its cell."""
+class _PurePyTorchRNN(nn.RNNBase):
+    """Shared depth, dropout, masking and checks; a subclass sets ``cell``."""
 
     cell: Cell
 
@@ -52,7 +52,7 @@ class _PlainRNN(nn.RNNBase):
             state = tuple(y.new_zeros(shape) for shape in self._state_shapes(y.shape[1]))
         active = mask.transpose(0, 1) if mask is not None and self.batch_first else mask
         if active is not None:
-            # Zero times the NaN of a step that is not taken would be NaN in the gradient.
+            # An inactive step may hold NaN, and 0 * NaN would put NaN into the gradient.
             y = y.masked_fill(~active.unsqueeze(-1), 0)
         layers, last = TorchLayers(self), []
         for layer in range(self.num_layers):
@@ -66,11 +66,11 @@ class _PlainRNN(nn.RNNBase):
         return (y.transpose(0, 1) if self.batch_first else y), final
 
 
-class LSTM(_PlainRNN):
-    """``nn.LSTM`` in plain torch operations, which vmap and any order of autograd see through.
+class LSTM(_PurePyTorchRNN):
+    """Pure-PyTorch ``nn.LSTM``: supports vmap and derivatives of any order.
 
-    Parameters, initialisation and ``state_dict`` are those of ``nn.LSTM``. Note
-    ``batch_first=True`` by default and the position of the argument, both as in TorchRL.
+    Parameters, initialisation and ``state_dict`` are those of ``nn.LSTM``. As in
+    TorchRL, ``batch_first`` is the fourth argument and True by default.
 
     Args:
         input_size: ``I``.
@@ -111,7 +111,7 @@ class LSTM(_PlainRNN):
         dtype: torch.dtype | None = None,
         use_scan: bool = False,
     ) -> None:
-        _refuse_bidirectional(self, bidirectional)
+        _check_bidirectional(self, bidirectional)
         super().__init__(
             "LSTM",
             input_size,
@@ -137,7 +137,7 @@ class LSTM(_PlainRNN):
         Args:
             input: ``[B, T, I]``.
             hx: ``(h, c)`` before the first step, each ``[L, B, H]``; zeros by default.
-            mask: bool ``[B, T]``; where it is False the state stays as it was.
+            mask: bool ``[B, T]``; the state does not change where it is False.
 
         Returns:
             Outputs ``[B, T, H]`` and the last ``(h, c)``, each ``[L, B, H]``.
@@ -149,11 +149,11 @@ class LSTM(_PlainRNN):
         return y, (h, c)
 
 
-class GRU(_PlainRNN):
-    """``nn.GRU`` in plain torch operations, which vmap and any order of autograd see through.
+class GRU(_PurePyTorchRNN):
+    """Pure-PyTorch ``nn.GRU``: supports vmap and derivatives of any order.
 
-    Parameters, initialisation and ``state_dict`` are those of ``nn.GRU``. Note ``batch_first=True``
-    by default, as in TorchRL.
+    Parameters, initialisation and ``state_dict`` are those of ``nn.GRU``. As in
+    TorchRL, ``batch_first`` is True by default.
 
     Args:
         input_size: ``I``.
@@ -191,7 +191,7 @@ class GRU(_PlainRNN):
         dtype: torch.dtype | None = None,
         use_scan: bool = False,
     ) -> None:
-        _refuse_bidirectional(self, bidirectional)
+        _check_bidirectional(self, bidirectional)
         super().__init__(
             "GRU",
             input_size,
@@ -213,7 +213,7 @@ class GRU(_PlainRNN):
         Args:
             input: ``[B, T, I]``.
             hx: ``h`` before the first step, ``[L, B, H]``; zeros by default.
-            mask: bool ``[B, T]``; where it is False the state stays as it was.
+            mask: bool ``[B, T]``; the state does not change where it is False.
 
         Returns:
             Outputs ``[B, T, H]`` and the last ``h``, ``[L, B, H]``.
@@ -225,7 +225,7 @@ class GRU(_PlainRNN):
         return y, h
 
 
-def _refuse_bidirectional(rnn: nn.Module, bidirectional: bool) -> None:
+def _check_bidirectional(rnn: nn.Module, bidirectional: bool) -> None:
     if bidirectional:
         raise NotImplementedError(
             f"{type(rnn).__name__}: bidirectional=True is not supported: a policy cannot read the "

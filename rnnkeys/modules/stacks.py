@@ -1,4 +1,4 @@
-"""Layers of cells that torch has no class for: those of this package, and those of users."""
+"""Layers of cells for which torch has no class: this package's cells and users' modules."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..cells import Cell, State
 from ..checks.arguments import as_int
 from .parameters import Layers, TorchLayers
 
-# Backends know kernels for these by name.
-_TAKEN = ("lstm", "gru", "step")
+# Backends choose kernels by these names.
+_RESERVED_NAMES = ("lstm", "gru", "step")
 
 
 class CellStack(nn.Module):
@@ -32,7 +32,7 @@ class CellStack(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        ValueError: if a size is not a positive int, or the cell's name is one of torch's.
+        ValueError: if a size is not a positive int, or the cell's name is reserved.
 
     Examples:
         >>> from rnnkeys.cells import LAYER_NORM_LSTM_CELL
@@ -54,7 +54,7 @@ class CellStack(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if cell.name in _TAKEN:
+        if cell.name in _RESERVED_NAMES:
             raise ValueError(
                 f"A cell cannot have name={cell.name!r}: backends run another equation under that "
                 f"name. Give {type(cell).__name__} a name of its own; for torch's LSTM and GRU use "
@@ -65,7 +65,7 @@ class CellStack(nn.Module):
         self.hidden_size = _as_size("hidden_size", hidden_size)
         self.num_layers = _as_size("num_layers", num_layers)
         self.bias, self.dropout = bias, float(dropout)
-        # By layer: the first one may have others, since its input has another size.
+        # One tuple per layer: parameters can depend on the input size, which differs in layer 0.
         self.parameter_names: list[tuple[str, ...]] = []
         for layer in range(num_layers):
             width = self.hidden_size if layer else self.input_size
@@ -118,7 +118,7 @@ class CellLayers(Layers):
 
 
 class StepWeights:
-    """A module of one time step, and the values used in place of its parameters, if any."""
+    """A module of one time step, with optional values that replace its parameters."""
 
     def __init__(self, module: nn.Module, values: dict[str, Tensor] | None = None) -> None:
         self.module = module
@@ -149,13 +149,13 @@ class StepCell(Cell):
 
     def step(self, weights: StepWeights, input_t: Tensor, state: State) -> tuple[Tensor, State]:
         """Call the module."""
-        # It may change its states in place, and these belong to the caller or an earlier step.
-        output, *after = weights(input_t, *(s.clone() for s in state))
-        return output, tuple(after)
+        # Copies: the module may change its states in place, which must not reach the caller's.
+        output, *next_state = weights(input_t, *(s.clone() for s in state))
+        return output, tuple(next_state)
 
 
 class StepStack(nn.ModuleList):
-    """Layers that are users' modules of one step.
+    """Layers made of users' modules, each of which runs one time step.
 
     Args:
         modules: one for each layer, ``(input [N, I], *state [N, H]) -> (output [N, O], *state)``.
@@ -164,8 +164,8 @@ class StepStack(nn.ModuleList):
         dropout: probability of dropout between layers, in training.
 
     Raises:
-        ValueError: if sizes are missing, or if a trial step returns anything else; the message says
-            what.
+        ValueError: if sizes are missing, or if a trial step does not return a tuple of tensors of
+            the expected shapes.
     """
 
     proj_size = 0
@@ -200,7 +200,7 @@ class StepStack(nn.ModuleList):
 
     def _try_layer(self, layer: int, width: int) -> int:
         """Run one step of a copy, and return the size of its output."""
-        # A trial must leave no trace: neither statistics of norms, nor random numbers.
+        # The trial must not change running statistics or the random state.
         module = copy.deepcopy(self[layer]).eval()
         sample, rows = _sample(module), 2
         x = sample.new_zeros(rows, width)
@@ -263,7 +263,7 @@ def read_layers(module: nn.Module) -> Layers:
     """Return the reader of layers.
 
     Raises:
-        TypeError: if ``module`` is of no class that holds layers.
+        TypeError: if ``module`` does not hold layers.
     """
     if isinstance(module, CellStack):
         return CellLayers(module)
@@ -294,11 +294,11 @@ def make_stack(
     state_sizes: Mapping[str, int] | None,
     **arguments: Any,
 ) -> nn.Module:
-    """Return layers from what a user gave: a cell, a module of one step, or a list of modules.
+    """Make layers from a cell, a module of one step, or a list of such modules.
 
     Raises:
-        TypeError: if it is anything else.
-        ValueError: if arguments do not fit what is given.
+        TypeError: if ``cell`` is none of these.
+        ValueError: if an argument does not apply to the kind of ``cell``.
     """
     if isinstance(cell, Cell):
         if state_sizes is not None:

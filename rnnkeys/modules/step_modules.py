@@ -10,7 +10,7 @@ from ..cells import GRU_CELL, LSTM_CELL, GatedCell, Weights
 
 
 class _StepModule(RNNCellBase):
-    """Parameters and shape checks shared by the step modules; a subclass names its cell."""
+    """Shared parameters and shape checks; a subclass sets ``cell``."""
 
     cell: GatedCell
 
@@ -56,7 +56,7 @@ class _StepModule(RNNCellBase):
 
 
 class LSTMCell(_StepModule):
-    """``nn.LSTMCell`` in plain torch operations, so that vmap and compile see through it.
+    """Pure-PyTorch ``nn.LSTMCell``: supports vmap and compile.
 
     Parameters, initialisation and ``state_dict`` are those of ``nn.LSTMCell``.
 
@@ -96,7 +96,7 @@ class LSTMCell(_StepModule):
 
 
 class GRUCell(_StepModule):
-    """``nn.GRUCell`` in plain torch operations, so that vmap and compile see through it.
+    """Pure-PyTorch ``nn.GRUCell``: supports vmap and compile.
 
     Parameters, initialisation and ``state_dict`` are those of ``nn.GRUCell``.
 

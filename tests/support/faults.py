@@ -120,13 +120,13 @@ def loop_multiplies_by_zero(original: Any, where: Tensor, chosen: Any, other: An
     return tuple(where * a + ~where * b for a, b in zip(chosen, other, strict=True))
 
 
-@seen_by(contract("scan-lstm-float64", "two in a row"), target=FUSED + "enter")
+@seen_by(contract("scan-lstm-float64", "two in a row"), target=FUSED + "select_entering_state")
 def scan_drops_resets(original: Any, state: Any, t: int, rows: int, resets: Any):
     """scan: resets are dropped."""
     return original(state, t, rows, None)
 
 
-@seen_by(contract("scan-gru-float64", "two in a row"), target=FUSED + "leave")
+@seen_by(contract("scan-gru-float64", "two in a row"), target=FUSED + "cut_gradient")
 def scan_gradient_passes_a_reset(original: Any, grads: Any, *rest: Any):
     """scan: the gradient passes a reset into the segment before."""
     original(tuple(grad.clone() for grad in grads), *rest)

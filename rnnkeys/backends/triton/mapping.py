@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import _map_by_loop as map_by_loop
+from ..ops import map_by_loop
 from .ordering import order_segments
 
 Rule = Callable[..., tuple[tuple[Tensor, ...], tuple[int, ...]]]
