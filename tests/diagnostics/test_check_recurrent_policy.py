@@ -567,7 +567,8 @@ def test_check_batch_collected_in_recurrent_mode_is_found() -> None:
     transforms = compose(InitTracker(), get_primers_from_module(policy))
     env = wrap(ShortEpisodes("discrete", (3,)), transforms)
     with torch.no_grad(), set_recurrent_mode(True):
-        data = env.rollout(20, policy, break_when_any_done=False)
+        with pytest.warns(UserWarning, match="set_recurrent_mode"):
+            data = env.rollout(20, policy, break_when_any_done=False)
     report = Wiring(policy, batch=data).check()
     assert "collected-in-recurrent-mode" in report.checks(), str(report)
     with torch.no_grad():
