@@ -1,7 +1,7 @@
-"""Measures what it saves to let the process keep the memory that it frees.
+"""Measure the time that is saved if the process keeps the memory that it frees.
 
 Run ``python -m benchmarks.allocator``. glibc gives large pieces of memory back to the system as
-soon as they are freed, and the next pass gets them anew, page by page. Environment variables stop
+soon as they are freed, and the next pass gets them again, page by page. Environment variables stop
 it, which take effect where a process begins: children with and without them take turns. Results go
 to ``benchmarks/results/allocator.md``.
 """
@@ -18,7 +18,7 @@ import torch
 
 from .cases import GATES, Case, Shape
 from .child_process import run_module
-from .contestants import AUTO, VENDOR
+from .contestants import AUTO, NATIVE
 from .machine import cpu_facts
 from .sequences import BOTH, time_together
 from .tables import case_columns, digits, table
@@ -44,8 +44,8 @@ def time_cases(cases: Iterable[Case], budget: Budget) -> Seconds:
     return {
         f"{place} {name}": record.seconds(name)
         for place, case in enumerate(cases)
-        for record in time_together(BOTH, [(case, (VENDOR, AUTO))], budget)
-        for name in (VENDOR, AUTO)
+        for record in time_together(BOTH, [(case, (NATIVE, AUTO))], budget)
+        for name in (NATIVE, AUTO)
     }
 
 
@@ -54,16 +54,16 @@ def report(runs: Mapping[str, list[Seconds]], cases: tuple[Case, ...]) -> str:
     rows = []
     for place, case in enumerate(cases):
         row = [case.cell, *case_columns(case)]
-        for name in (VENDOR, AUTO):
+        for name in (NATIVE, AUTO):
             default, kept = (median(run[f"{place} {name}"] for run in runs[way]) for way in WAYS)
             row += [digits(1e3 * default), digits(1e3 * kept), f"{default / kept:.2f}"]
         rows.append(row)
-    columns = [f"{name}{what}" for name in (VENDOR, AUTO) for what in ("", ", kept", ", ratio")]
+    columns = [f"{name}{what}" for name in (NATIVE, AUTO) for what in ("", ", kept", ", ratio")]
     return table(("cell", "batch", "resets", *columns), rows)
 
 
 def main() -> None:
-    """Measure, or be a process that does."""
+    """Measure in child processes; with the argument ``child``, be one of them."""
     torch.set_num_threads(THREADS)
     if sys.argv[1:] == ["child"]:
         json.dump(time_cases(CASES, Budget(1.0, 5, 15)), sys.stdout)

@@ -1,9 +1,10 @@
-"""Measures speed and memory on a CPU, side by side with what else there is.
+"""Measure speed and memory on a CPU, side by side with torch and TorchRL.
 
 Run ``python -m benchmarks.bench_cpu``: at most 20 minutes on two idle cores; figures, tables and
-pictures go to ``benchmarks/results/cpu``. What there was no time for is left out and counted on the
+pictures go to ``benchmarks/results/cpu``. Cases without time left are left out and counted on the
 page. What was measured is kept at every moment in ``cpu_unfinished.json`` beside them, so that a
-run that is cut off, by Ctrl-C say, loses nothing: ``--render cpu_unfinished.json`` makes a page.
+run that is interrupted, by Ctrl-C for example, loses nothing: ``--render cpu_unfinished.json``
+makes a page.
 """
 
 from __future__ import annotations
@@ -33,81 +34,81 @@ RESULTS = Path(__file__).resolve().parent / "results" / "cpu"
 _FIGURES, _PAGE, _UNFINISHED = "cpu.json", "cpu.md", "cpu_unfinished.json"
 _MINUTES = 18.0
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 class Watch:
-    """Says what runs next, and tells when time is up.
+    """Prints which case runs next, and when the time is over.
 
     Args:
-        minutes: from now on.
-        keep: called before everything that is said, with results so far in mind.
+        minutes: the time limit, from now.
+        keep: called before each message, to save the results so far.
     """
 
     def __init__(self, minutes: float, keep: Callable[[], None] = lambda: None) -> None:
         self._start, self._seconds, self._keep = time.perf_counter(), 60 * minutes, keep
 
     def __call__(self, text: str) -> None:
-        """Keep what there is, and say what follows."""
+        """Save the results so far, and print what runs next."""
         self._keep()
         print(f"{self._passed():6.0f} s  {text}", file=sys.stderr, flush=True)
 
     def is_over(self) -> bool:
-        """Whether nothing more should begin."""
+        """Whether the time is over, so that no further case should begin."""
         return self._passed() > self._seconds
 
     def _passed(self) -> float:
         return time.perf_counter() - self._start
 
 
-def run_sequences(grid: Grid, results: Results, quick: bool, say: Watch) -> None:
-    """Time the grid; what there is no time for is left out."""
+def run_sequences(grid: Grid, results: Results, quick: bool, watch: Watch) -> None:
+    """Time the grid; leave out cases for which no time is left."""
     budget = Budget(0.1, 3, 5) if quick else Budget(0.2, 2, 9)
     wanted = [(BOTH, case) for case in grid.cases] + [(FORWARD, case) for case in grid.forward]
     for done, (phase, case) in enumerate(wanted):
-        if say.is_over():
+        if watch.is_over():
             left = len(wanted) - done
             results.machine["left out for lack of time"] = f"{left} of {len(wanted)} cases"
             return
-        say(f"{phase}: {case.cell} {case.shape} resets {case.resets}")
+        watch(f"{phase}: {case.cell} {case.shape} resets {case.resets}")
         results.sequences += time_together(phase, [(case, names_for(case))], budget)
 
 
-def run_growth(grid: Grid, results: Results, quick: bool, say: Say) -> None:
+def run_growth(grid: Grid, results: Results, quick: bool, report: Report) -> None:
     """Time rows of growing length."""
     budget = Budget(0.1, 3, 5) if quick else Budget(0.5, 3, 15)
     for cell in GATES:
-        say(f"growth: {cell}")
+        report(f"growth: {cell}")
         cases = [case for case in grid.growth if case.cell == cell]
         results.growth += time_growth(cases, grid.growth_torchrl, budget)
 
 
-def run_steps(grid: Grid, results: Results, quick: bool, say: Say) -> None:
+def run_steps(grid: Grid, results: Results, quick: bool, report: Report) -> None:
     """Time single steps and collection."""
     step = Budget(0.3, 3, 9, 0.02) if quick else Budget(2.0, 9, 51, 0.02)
     collect = Budget(0.3, 3, 3) if quick else Budget(2.0, 5, 11)
     with one_core():
         for cell in GATES:
             for batch in grid.batches:
-                say(f"steps: {cell}, {batch} at a time")
+                report(f"steps: {cell}, {batch} at a time")
                 results.steps.append(time_modules(cell, batch, step))
                 results.steps.append(time_policies(cell, batch, step))
             for environments in grid.environments:
-                say(f"collection: {cell}, {environments} environments")
+                report(f"collection: {cell}, {environments} environments")
                 results.steps.append(time_collectors(cell, environments, collect))
 
 
-def run_memory(grid: Grid, results: Results, quick: bool, say: Say) -> None:
+def run_memory(grid: Grid, results: Results, quick: bool, report: Report) -> None:
     """Measure peak memory."""
     threads = torch.get_num_threads()
-    say("memory")
-    ours = (contestants.VENDOR, contestants.AUTO, contestants.SCAN)
+    report("memory")
+    ours = (contestants.NATIVE, contestants.AUTO, contestants.SCAN)
     results.memory += measure([(case, contestants.ALL) for case in grid.memory], threads)
     if grid.memory_growth:
         results.memory_growth += measure([(case, ours) for case in grid.memory_growth], threads)
 
 
-# What takes as long as there is time for is last.
+# The part that takes all remaining time is last.
 PARTS: dict[str, Callable[[Grid, Results, bool, Watch], None]] = {
     "steps": run_steps,
     "memory": run_memory,
@@ -117,7 +118,7 @@ PARTS: dict[str, Callable[[Grid, Results, bool, Watch], None]] = {
 
 
 def run(
-    results: Results, grid: Grid, parts: Sequence[str], threads: int, quick: bool, say: Watch
+    results: Results, grid: Grid, parts: Sequence[str], threads: int, quick: bool, watch: Watch
 ) -> None:
     """Measure.
 
@@ -127,14 +128,14 @@ def run(
         parts: names of ``PARTS``, in the order to run them.
         threads: of torch, for sequences and memory.
         quick: whether to take few samples.
-        say: told what runs next.
+        watch: prints the name of each case before it runs.
     """
     torch.set_num_threads(threads)
     keep_freed_memory()
-    # Whoever computes something else is not worth timing.
+    # A contestant with other results is not worth timing.
     contestants.check_agreement()
     for part in parts:
-        PARTS[part](grid, results, quick, say)
+        PARTS[part](grid, results, quick, watch)
     results.machine["load when it ended"] = load()
 
 
@@ -163,7 +164,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="?",
         const=_FIGURES,
         metavar="FIGURES",
-        help=f"measure nothing, write tables and pictures anew from a file ({_FIGURES})",
+        help=f"measure nothing, write tables and pictures again from a file ({_FIGURES})",
     )
     arguments = parser.parse_args(argv)
     if arguments.short and not arguments.output:
@@ -182,9 +183,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = Results(cpu_facts(arguments.threads))
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / _UNFINISHED
-    say = Watch(arguments.minutes, lambda: results.save(unfinished))
+    watch = Watch(arguments.minutes, lambda: results.save(unfinished))
     try:
-        run(results, grid, arguments.only, arguments.threads, arguments.quick, say)
+        run(results, grid, arguments.only, arguments.threads, arguments.quick, watch)
     except KeyboardInterrupt:
         results.machine["cut off"] = "yes"
         results.save(unfinished)

@@ -71,7 +71,7 @@ def grid(options: argparse.Namespace) -> list[tuple[Case, str]]:
     cases = list(_all_cases(options))
     if options.quick:
         cases = cases[::_QUICK_STRIDE]
-        # Time may be up before all have run: those that have shall be of all sizes.
+        # Time may be over before all have run: the finished ones should be of all sizes.
         random.Random(0).shuffle(cases)
     part, parts = map(int, options.part.split("/"))
     if not 1 <= part <= parts:
@@ -124,8 +124,8 @@ def measure(
                     row.bytes[name] = peak_bytes(call)
                 calls[name] = call
             except Exception as error:
-                # Out of memory, or no kernel for the size: the others go on. Triton's errors have
-                # no base but this one.
+                # Out of memory, or no kernel for the size: the others continue. Triton's errors
+                # have no base but this one.
                 row.skipped[name] = _first_line(error)
             if name in row.skipped:
                 _clear(device)
@@ -143,7 +143,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _clear(device: str) -> None:
-    """Free what nobody holds; stop if the GPU has failed, after which nothing runs on it."""
+    """Free unused memory; raise if the GPU has failed, after which nothing runs on it."""
     import gc
 
     import torch

@@ -1,4 +1,4 @@
-"""What is measured: shapes of batches, and where episodes start in them."""
+"""The cases that are measured: shapes of batches, and the steps at which episodes start."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Batch(NamedTuple):
 def make_batch(case: Case, device: str = "cpu") -> Batch:
     """Draw the data of a case; the same numbers every time on a kind of device.
 
-    The input asks for a gradient, as behind an encoder. States are there at every step: zeros where
+    The input requires a gradient, as after an encoder. States exist at every step: zeros where
     an episode starts, as primers write them, and stored ones at the start of a row and elsewhere.
     """
     B, T, I, H, L = case.shape
@@ -93,14 +93,14 @@ def make_batch(case: Case, device: str = "cpu") -> Batch:
         return torch.randn(*shape, generator=random, device=device)
 
     states = {name: draw(B, T, L, H) for name in STATES[case.cell]}
-    marks = starts(case.resets, B, T).to(device)
+    is_init = starts(case.resets, B, T).to(device)
     for state in states.values():
-        state[:, 1:][marks[:, 1:]] = 0
-    return Batch(draw(B, T, I).requires_grad_(), marks, states, draw(B, T, H))
+        state[:, 1:][is_init[:, 1:]] = 0
+    return Batch(draw(B, T, I).requires_grad_(), is_init, states, draw(B, T, H))
 
 
 def starts(resets: float | str, rows: int, steps: int) -> Tensor:
-    """Draw where episodes start, bool ``[rows, steps]``; the same marks every time.
+    """Draw where episodes start, bool ``[rows, steps]``; the same flags every time.
 
     The first step of a row always counts, as in every sampled slice. Rows of real episodes begin at
     a random step of one.
@@ -112,11 +112,11 @@ def starts(resets: float | str, rows: int, steps: int) -> Tensor:
     """
     random = np.random.default_rng(0)
     if isinstance(resets, str):
-        marks = np.stack([_episodes_in_row(resets, steps, random) for _ in range(rows)])
+        is_init = np.stack([_episodes_in_row(resets, steps, random) for _ in range(rows)])
     else:
-        marks = random.random((rows, steps)) < resets
-    marks[:, 0] = True
-    return torch.from_numpy(marks)
+        is_init = random.random((rows, steps)) < resets
+    is_init[:, 0] = True
+    return torch.from_numpy(is_init)
 
 
 def _episodes_in_row(name: str, steps: int, random: np.random.Generator) -> np.ndarray:
@@ -125,9 +125,9 @@ def _episodes_in_row(name: str, steps: int, random: np.random.Generator) -> np.n
     first = random.choice(lengths, p=lengths / lengths.sum())
     following = random.choice(lengths, size=steps)
     ends = random.integers(1, first + 1) + np.cumsum(np.append(0, following))
-    marks = np.zeros(steps, dtype=bool)
-    marks[ends[ends < steps]] = True
-    return marks
+    is_init = np.zeros(steps, dtype=bool)
+    is_init[ends[ends < steps]] = True
+    return is_init
 
 
 @lru_cache
@@ -169,7 +169,7 @@ def _balance(observation: Any, random: np.random.Generator) -> int:
 
 @dataclass(frozen=True)
 class Grid:
-    """What a run measures.
+    """The cases of a run.
 
     Attributes:
         cases: timed forward and backward, every contestant in each.
@@ -229,7 +229,7 @@ def _lengthening(total: int, lengths: tuple[int, ...], H: int) -> tuple[Case, ..
 
 
 def full_grid() -> Grid:
-    """Return what ``make bench`` measures: 20 minutes on two cores, most of them TorchRL's."""
+    """Return the cases of ``make bench``: 20 minutes on two cores, most of them TorchRL's."""
     cases = _product(_SHAPES)
     return Grid(
         cases=cases,

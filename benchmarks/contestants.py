@@ -1,4 +1,4 @@
-"""Who is timed: ways to run recurrent layers over a batch in which episodes start."""
+"""The contestants: ways to run recurrent layers over a batch in which episodes start."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ AUTO, PAD, SCAN = "auto", "pad", "scan"
 LOOP, PAD_OWN, NO_RESETS = "loop", "pad, own kernel", "auto, no resets"
 STORED = "auto, stored states"
 TORCHRL_PAD, TORCHRL_SCAN = "TorchRL pad", "TorchRL scan"
-VENDOR, CUT = "nn", "nn in a loop"
+NATIVE, CUT = "nn", "nn in a loop"
 GEMM = "sgemm"
 
 OURS = (AUTO, PAD, SCAN)
 TORCHRL = (TORCHRL_PAD, TORCHRL_SCAN)
-ALL = (*OURS, *TORCHRL, VENDOR, CUT)
+ALL = (*OURS, *TORCHRL, NATIVE, CUT)
 
 Forward = Callable[[], Tensor]
 
@@ -98,7 +98,7 @@ def make_module(library: Any, cell: str, layers: nn.RNNBase, **arguments: Any) -
 
 
 def _make_run(name: str, case: Case, layers: nn.RNNBase, batch: Batch) -> Forward:
-    if name == VENDOR:
+    if name == NATIVE:
         return lambda: layers(batch.x, _first_states(batch))[0]
     if name == CUT:
         return lambda: _run_in_loop(layers, batch)
@@ -111,12 +111,12 @@ def _make_run(name: str, case: Case, layers: nn.RNNBase, batch: Batch) -> Forwar
     if name == PAD_OWN:
         # Without the native layers the packed rows run the hand-written operator.
         module = module.make_python_based()  # pyright: ignore[reportCallIssue]
-    marks = torch.zeros_like(batch.is_init) if name == NO_RESETS else batch.is_init
+    is_init = torch.zeros_like(batch.is_init) if name == NO_RESETS else batch.is_init
     states = batch.states
     if name == STORED:
-        # At every start one that is not zero, as where slices of episodes lie end to end.
+        # Each segment starts from a nonzero state, as where slices of episodes lie end to end.
         states = {key: torch.full_like(state, 0.1) for key, state in states.items()}
-    entries = {"x": batch.x, "is_init": marks.unsqueeze(-1), **states}
+    entries = {"x": batch.x, "is_init": is_init.unsqueeze(-1), **states}
     data = TensorDict(entries, batch.is_init.shape)
     return lambda: module(data.copy())["y"]
 
@@ -131,7 +131,7 @@ def _run_in_loop(layers: nn.RNNBase, batch: Batch) -> Tensor:
 
     The way of libraries that carry one state per environment through a rollout. Where those call
     once per step as soon as there is one reset, this calls once per stretch, which takes no longer.
-    A row whose episode starts goes on from zeros.
+    A row whose episode starts continues from zeros.
     """
     inner = batch.is_init[:, 1:].any(0).nonzero().flatten() + 1
     cuts = [0, *inner.tolist(), batch.x.shape[1]]
@@ -153,7 +153,7 @@ def make_gemm(size: int = 2048) -> tuple[Callable[[], Tensor], int]:
 
 
 def check_agreement(names: tuple[str, ...] = ALL, tolerance: float = 1e-4) -> None:
-    """Check that all who are timed compute the same outputs and gradients.
+    """Check that all contestants compute the same outputs and gradients.
 
     Args:
         names: of contestants.
@@ -164,10 +164,10 @@ def check_agreement(names: tuple[str, ...] = ALL, tolerance: float = 1e-4) -> No
     """
     for cell in GATES:
         shape = Shape(3, 12, 5, 7)
-        for resets, exempt in ((0.0, ()), (0.2, (VENDOR,))):
+        for resets, exempt in ((0.0, ()), (0.2, (NATIVE,))):
             case = Case(cell, shape, resets)
             batch = make_batch(case)
-            # All states are zero: those who cannot read a stored state start episodes from zeros.
+            # All states are zero: contestants that read no stored state start episodes from zeros.
             for state in batch.states.values():
                 state.zero_()
             results = {

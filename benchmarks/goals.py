@@ -1,4 +1,4 @@
-"""What the package wants to reach on a CPU, and what a run reached."""
+"""The goals of the package on a CPU, and the figures that a run reached."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rnnkeys.backends import Options, choose
 from .cases import GATES
 from .contestants import (
     AUTO,
+    NATIVE,
     NO_RESETS,
     PAD,
     SCAN,
     TORCHRL_PAD,
-    VENDOR,
 )
 from .contestants import TORCHRL as TORCHRL_BACKENDS
 from .memory import MemoryRecord
@@ -80,7 +80,7 @@ def torchrl_best(record: Record) -> float:
 
 
 def speedup(record: Record) -> float:
-    """How many times faster than the better of TorchRL's backends."""
+    """Speed relative to the better of TorchRL's backends."""
     return torchrl_best(record) / record.seconds(AUTO)
 
 
@@ -156,7 +156,7 @@ def _against_torch(results: Results, cell: str, resets: bool) -> Goal:
         cell,
         f"at most {bound:g} times its time",
     )
-    return _at_most(goal, _ratios(results, cell, AUTO, VENDOR, resets), bound)
+    return _at_most(goal, _ratios(results, cell, AUTO, NATIVE, resets), bound)
 
 
 def _against_torch_without_resets(results: Results, cell: str) -> Goal:
@@ -196,11 +196,11 @@ def _share_of_bound(results: Results, cell: str) -> Goal:
     records = _grid(results, cell, lambda r: True)
     if not records:
         return goal
-    own, vendor = (
+    own, native = (
         geomean(record.bound() / record.seconds(name) for record in records)
-        for name in (AUTO, VENDOR)
+        for name in (AUTO, NATIVE)
     )
-    reached = f"{own:.0%} (`nn.{cell}` without resets {vendor:.0%}), {len(records)} cases"
+    reached = f"{own:.0%} (`nn.{cell}` without resets {native:.0%}), {len(records)} cases"
     return replace(goal, reached=reached, met=own >= 0.6)
 
 
@@ -240,8 +240,8 @@ def _single_step_time(results: Results) -> Goal:
 
 
 def memory_ratio(record: MemoryRecord) -> float:
-    """Peak over that of the vendor's layers, which have the state entries added to theirs."""
-    return record.peaks[AUTO] / (record.peaks[VENDOR] + record.case.state_bytes)
+    """Peak over that of torch's layers, with the state entries added to theirs."""
+    return record.peaks[AUTO] / (record.peaks[NATIVE] + record.case.state_bytes)
 
 
 def _memory(results: Results, cell: str) -> Goal:

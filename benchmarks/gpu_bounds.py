@@ -14,7 +14,7 @@ _PRODUCTS = {"tf32x3": 3}
 
 
 class Rates(NamedTuple):
-    """What a GPU can do.
+    """Throughputs of a GPU.
 
     Attributes:
         bytes: that it moves in a second, read and written.
@@ -58,7 +58,7 @@ def least_seconds(case: Case, phase: str, mode: str, rates: Rates) -> float:
 
 
 def measure_rates(time: Callable[[Callable[[], object]], float]) -> Rates:
-    """Measure a GPU by a large copy and by large products of the vendor's library.
+    """Measure a GPU by a large copy and by large products of cuBLAS.
 
     Args:
         time: returns the seconds of a call.

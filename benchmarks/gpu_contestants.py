@@ -1,4 +1,4 @@
-"""Who is timed on a GPU, and how: ways to run one recurrent layer over a batch with resets."""
+"""The contestants on a GPU: ways to run one recurrent layer over a batch with resets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ THEIRS_TRITON, THEIRS_SCAN, THEIRS_PAD = "TorchRL triton", "TorchRL scan", "Torc
 CUDNN = "cuDNN, no resets"
 THEIRS = (THEIRS_TRITON, THEIRS_SCAN, THEIRS_PAD)
 ALL = (OURS, OURS_PAD, PLAIN, *THEIRS, CUDNN)
-# What takes no CPU tensors, and so no part in a dry run.
+# Contestants that take no CPU tensors, and so have no part in a dry run.
 NEEDS_GPU = (THEIRS_TRITON,)
 
 _MODULES: dict[str, tuple[Any, dict[str, Any]]] = {

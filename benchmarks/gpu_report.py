@@ -1,4 +1,4 @@
-"""What a run on a GPU says: ratios, shares of the bound, and whether the goals are reached."""
+"""The report of a run on a GPU: ratios, shares of the bound, and whether goals are reached."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Row:
 
 
 def ratios(rows: Iterable[Row], of: Callable[[Row], float | None]) -> list[float]:
-    """Collect what ``of`` returns for rows that it says something of."""
+    """Collect the values of ``of``, without those that are None."""
     return [value for row in rows if (value := of(row)) is not None]
 
 
@@ -61,7 +61,7 @@ def share_of_cudnn(row: Row) -> float | None:
 
 
 def goals(rows: list[Row]) -> list[tuple[str, str, bool | None]]:
-    """Return each goal, what was measured, and whether it is reached; None: nothing to tell by."""
+    """Return each goal, its figure, and whether it is reached; None without measurements."""
     over, best = ratios(rows, speedup_over_triton), ratios(rows, speedup_over_best)
     cudnn = ratios(rows, share_of_cudnn)
     mean = geomean(over) if over else 0.0
@@ -91,7 +91,7 @@ def report(rows: list[Row], rates: Rates, machine: dict[str, str], dry: bool) ->
     lines = ["# Recurrent layers on a GPU", ""]
     if dry:
         lines += [
-            "**A dry run on a CPU, kernels in Triton's interpreter. No figure here says anything "
+            "**A dry run on a CPU, kernels in Triton's interpreter. No figure here means anything "
             "of a GPU.**",
             "",
         ]

@@ -1,4 +1,4 @@
-"""Facts of the machine that figures depend on; nothing that names it."""
+"""Facts of the machine that figures depend on, without its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures the peak memory of a forward and backward pass, in a process of its own.
+"""Measure the peak memory of a forward and backward pass, in a process of its own.
 
 torch's profiler reports every allocation and release of torch's CPU allocator, from which oneDNN
 takes its workspaces and scratchpads too; the largest running sum is the peak. The figure is exact,
@@ -52,7 +52,7 @@ def running_peak(changes: Iterable[int]) -> int:
 def peak_of(name: str, case: Case) -> int:
     """Return the bytes that a forward and backward pass holds at most, with its results."""
     contestant = Contestant(name, case, make_batch(case))
-    # Caches and kernels are made once and are no memory of a call.
+    # Caches and kernels are made once and do not count as memory of a call.
     contestant.both()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         contestant.both()

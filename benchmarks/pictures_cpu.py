@@ -1,4 +1,4 @@
-"""Draws what a run measured on a CPU."""
+"""Draw the measurements of a run on a CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import GATES
-from .contestants import AUTO, CUT, SCAN, TORCHRL_PAD, TORCHRL_SCAN, VENDOR
+from .contestants import AUTO, CUT, NATIVE, SCAN, TORCHRL_PAD, TORCHRL_SCAN
 from .goals import torchrl_best
 from .records import Results
 from .sequences import BOTH, Record
@@ -17,7 +17,7 @@ from .tables import case_columns
 _STYLES: dict[str, tuple[str, str, str]] = {
     AUTO: ("rnnkeys auto", "#0b6e4f", "-"),
     SCAN: ("rnnkeys scan", "#6bbf59", "-"),
-    VENDOR: ("nn.LSTM / nn.GRU, no resets", "#222222", ":"),
+    NATIVE: ("nn.LSTM / nn.GRU, no resets", "#222222", ":"),
     CUT: ("loop of nn calls", "#8d6cab", "-"),
     TORCHRL_PAD: ("TorchRL pad", "#d1495b", "-"),
     TORCHRL_SCAN: ("TorchRL scan", "#edae49", "-"),
@@ -131,7 +131,7 @@ def _draw_growth(results: Results) -> Any:
 
 
 def _draw_bound(results: Results) -> Any:
-    """Share of the matmul bound by case, for us, the vendor without resets, and TorchRL."""
+    """Share of the matmul bound by case: rnnkeys, torch's layers without resets, TorchRL."""
     by_cell = {
         cell: [r for r in results.sequences if r.phase == BOTH and r.case.cell == cell]
         for cell in GATES
@@ -144,7 +144,7 @@ def _draw_bound(results: Results) -> Any:
         at = range(len(records))
         for label, colour, marker, seconds in (
             ("rnnkeys auto", "#0b6e4f", "o", lambda r: r.seconds(AUTO)),
-            ("nn.LSTM / nn.GRU, no resets", "#222222", "|", lambda r: r.seconds(VENDOR)),
+            ("nn.LSTM / nn.GRU, no resets", "#222222", "|", lambda r: r.seconds(NATIVE)),
             ("the better of TorchRL's", "#d1495b", "x", torchrl_best),
         ):
             shares = [100 * record.bound() / seconds(record) for record in records]

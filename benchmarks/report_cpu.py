@@ -1,4 +1,4 @@
-"""Writes what a run measured on a CPU as a page of tables."""
+"""Write the measurements of a run on a CPU as a page of tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 
 from .cases import GATES
-from .contestants import AUTO, CUT, GEMM, NO_RESETS, OURS, STORED, TORCHRL, VENDOR
+from .contestants import AUTO, CUT, GEMM, NATIVE, NO_RESETS, OURS, STORED, TORCHRL
 from .goals import all_goals, memory_ratio, regret, speedup
 from .memory import MemoryRecord
 from .records import Results
@@ -16,7 +16,7 @@ from .steps import OURS as RNNKEYS
 from .steps import TORCHRL as TORCHRL_LIBRARY
 from .tables import case_columns, digits, milliseconds, table
 
-_COLUMNS = (VENDOR, *OURS, *TORCHRL, CUT, NO_RESETS, STORED)
+_COLUMNS = (NATIVE, *OURS, *TORCHRL, CUT, NO_RESETS, STORED)
 _NOTHING = "not measured"
 
 
@@ -101,10 +101,10 @@ def _verdicts(record: Record) -> _Verdicts:
     bound = record.bound() / (1 if record.phase == BOTH else 3)
     return (
         ("TorchRL/auto", f"{speedup(record):.1f}"),
-        ("auto/nn", f"{seconds(AUTO) / seconds(VENDOR):.2f}"),
+        ("auto/nn", f"{seconds(AUTO) / seconds(NATIVE):.2f}"),
         ("auto/best", f"{regret(record):.2f}"),
         ("auto of bound", f"{bound / seconds(AUTO):.0%}"),
-        ("nn of bound", f"{bound / seconds(VENDOR):.0%}"),
+        ("nn of bound", f"{bound / seconds(NATIVE):.0%}"),
     )
 
 

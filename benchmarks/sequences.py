@@ -1,4 +1,4 @@
-"""Times whole sequences: every way to run them, side by side."""
+"""Time whole sequences: every way to run them, side by side."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FORWARD, BOTH = "forward", "forward + backward"
 
 @dataclass(frozen=True)
 class Record:
-    """What was measured in one case.
+    """The measurements of one case.
 
     Attributes:
         case: what ran.
@@ -76,7 +76,7 @@ def time_together(
 
 
 def names_for(case: Case) -> tuple[str, ...]:
-    """Return who runs a case; the price of resets and of states is read off at one in ten."""
+    """Return the contestants of a case; resets and states are compared at one reset in ten."""
     extra = (contestants.NO_RESETS, contestants.STORED) if case.resets == 0.1 else ()
     return (*contestants.ALL, *extra)
 

@@ -1,4 +1,4 @@
-"""Times single steps on one core, as collection makes them: modules, policies, collectors."""
+"""Time single steps on one core, as collection makes them: modules, policies, collectors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STEPS_PER_BATCH = 64
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What single steps took.
+    """Times of single steps.
 
     Attributes:
         kind: ``MODULE``, ``POLICY`` or ``COLLECTOR``.
@@ -109,7 +109,7 @@ def _divided(timing: Timing, by: int) -> Timing:
 
 
 def _stepping(module: nn.Module, cell: str, batch: int, **sizes: int) -> Callable[[], Any]:
-    """Call a module on the same step again and again, in an episode that goes on."""
+    """Call a module on the same step again and again, within one episode."""
     step = TensorDict({name: torch.randn(batch, size) for name, size in sizes.items()}, [batch])
     step["is_init"] = torch.zeros(batch, 1, dtype=torch.bool)
     for name in STATES[cell]:
@@ -123,7 +123,7 @@ def _make_recurrent(library: Any, cell: str) -> nn.Module:
 
 
 def make_policy(library: Any, cell: str) -> TensorDictSequential:
-    """Make a recurrent Q policy for CartPole with a library's module, or one without memory."""
+    """Make a Q policy for CartPole with a library's recurrent module, or feed-forward."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         encoder = nn.Sequential(nn.Linear(4, I), nn.ReLU())

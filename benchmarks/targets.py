@@ -39,7 +39,7 @@ _CELLS = ("gru", "lstm")
 
 
 class Score(NamedTuple):
-    """What became of one loss: sums and largest values over batches.
+    """The results of one loss: sums and largest values over batches.
 
     Attributes:
         wrong: next values further from the oracle's than the dtype's tolerance, of the largest.
@@ -63,7 +63,7 @@ def score(case: cases.Case, contestant: Contestant, cell: str) -> Score:
         recurrent_loss(setup.loss)
     batch = cases.flat(case, setup.policy)
     if not contestant.wire:
-        # Values that were stored in one view only keep TorchRL's estimators from running.
+        # TorchRL's estimators raise if values are stored at the root only, or in ``next`` only.
         batch = batch.exclude("state_value")
     truth = expected(case, setup, batch)
     seen = run_in_sequences(setup.loss, batch.clone())
@@ -203,10 +203,10 @@ each other and from those that collected. TorchRL's modules run in TorchRL's los
 it was made with `deactivate_vmap=True` here. rnnkeys' modules run in it. Where it says *raises*,
 TorchRL's primer cannot make the states of agents, so that there is no data to compare on (QMIX).
 
-`GAE shifted` is the option `shifted=True`, which runs both views in one call. TorchRL's estimators
-mark the next view by themselves, and read the states that were stored, so all they need is
-recurrent mode; `CQLLoss`, `DiscreteCQLLoss` and `VTrace` are not here, because rnnkeys refuses
-them: no marks and states make them right.
+`GAE shifted` is the option `shifted=True`, which runs the root and `next` in one call. TorchRL's
+estimators flag segment starts in `next` by themselves, and read the stored states, so all they need
+is recurrent mode. `CQLLoss`, `DiscreteCQLLoss` and `VTrace` are not here: no flags and states make
+them right, so `recurrent_loss` raises an error for them.
 """
 
 

@@ -1,4 +1,4 @@
-"""Times contestants side by side: every round runs each of them once, in an order of its own.
+"""Time contestants side by side: every round runs each of them once, in an order of its own.
 
 A machine's speed drifts. Contestants that are timed in turns drift together, so that ratios of
 their medians stand where the figures themselves do not. A call finds the caches and the memory as

@@ -87,7 +87,7 @@ def test_graphs_do_not_grow_with_time(kind):
 
 
 @of_both_cells
-def test_other_marks_need_no_other_graph(kind):
+def test_compiled_module_with_other_flags_is_not_recompiled(kind):
     """Where episodes end changes with every batch, and must not cost a compilation."""
     module, loop = _pair(kind)
     graphs = _Graphs()
@@ -137,7 +137,7 @@ def test_a_family_of_modules_in_vmap_is_one_graph(kind):
 
 
 @pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "LSTM", "GRU"])
-def test_a_plain_twin_is_one_graph(name):
+def test_pure_pytorch_class_is_one_graph(name):
     module = getattr(rnnkeys, name)(3, 4, dtype=F64)
     x = torch.randn(*((2, 3) if name.endswith("Cell") else (2, 4, 3)), dtype=F64)
     for a, b in zip(_tensors(_compiled(module)(x)), _tensors(module(x)), strict=True):

@@ -250,7 +250,7 @@ class Counter(GatedCell):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_runs_a_cell_that_it_has_never_seen(way):
+def test_backend_runs_a_custom_cell(way):
     weights = Weights(torch.ones(1, 1), torch.zeros(1, 1))
     obstacle = why_not(WAYS[way].backend, Counter(), weights)
     if obstacle:
@@ -330,7 +330,7 @@ def test_an_empty_batch_has_empty_outputs_of_the_right_shape(way, cell, dtype, b
     y.sum().backward()  # a learner must not stop at an empty batch
 
 
-def test_auto_takes_the_packed_way_unless_something_sees_through_it():
+def test_auto_chooses_packing_outside_of_transforms():
     plain = Options(native=False)
 
     def chosen() -> list[str]:

@@ -1,4 +1,4 @@
-"""The fused loops as operators: derivatives, meta data, vmap, and what they refuse."""
+"""The fused loops as operators: derivatives, meta data, vmap, and errors."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def test_values_of_vmap_and_gradients_through_it_equal_those_one_by_one(cell, ba
 
 @pytest.mark.parametrize("backend", ["loop", "scan"])
 @of_both_cells
-def test_marks_alone_may_differ_within_vmap(cell, backend):
+def test_vmap_over_flags_alone_is_right(cell, backend):
     problem = problems.make(cell)
     flags = torch.rand(4, 3, 7) < 0.4
 

@@ -132,7 +132,7 @@ def test_a_call_without_a_block_holds_in_all_threads():
 
 
 @pytest.mark.parametrize("mode", ["bf16", "TF32", "", 32, ("tf32",)])
-def test_a_mode_that_is_none_is_named_with_those_that_are(mode: Any):
+def test_precision_unknown_mode_raises_with_the_known_ones(mode: Any):
     message = f"mode={mode!r} is not a recurrent matmul precision; expected one of 'auto', 'fast'"
     with pytest.raises(ValueError) as error:
         ours.set_recurrent_matmul_precision(mode)
@@ -204,7 +204,7 @@ def test_threads_that_need_different_modes_of_the_library_take_turns():
 @pytest.mark.parametrize("gpu", ["Hopper"], indirect=True)
 @pytest.mark.usefixtures("gpu")
 def test_torchs_setting_is_read_where_its_old_and_new_flags_contradict():
-    """Even torch itself refuses to say, where the new flag allows what the old one forbids."""
+    """Torch itself raises where the new flag allows what the old one forbids."""
     torch.set_float32_matmul_precision("highest")
     before = _library()
     torch.backends.cuda.matmul.fp32_precision = "tf32"

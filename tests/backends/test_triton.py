@@ -1,4 +1,4 @@
-"""The Triton backend where there is no GPU: its kernels compiled, its refusals, its benchmark."""
+"""The Triton backend where there is no GPU: its kernels compiled, its errors, its benchmark."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _weights(hidden: int = 4, dtype: torch.dtype = torch.float32, **others: Any)
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_a_constructor_says_why_not_and_what_to_use_without_a_gpu(kind, monkeypatch):
+def test_triton_without_gpu_raises_with_the_remedy(kind, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError) as error:
@@ -140,7 +140,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
         (_weights(w_hr=torch.empty(3, 4)), "has no projection, got proj_size=3"),
     ],
 )
-def test_what_the_kernels_do_not_take_is_named(weights, message):
+def test_triton_unsupported_argument_raises_by_name(weights, message):
     error = why_not("triton", LSTM_CELL, weights)
     assert isinstance(error, RuntimeError)
     assert message in str(error) and "recurrent_backend='pad' or 'auto'" in str(error)
@@ -163,7 +163,7 @@ def test_an_old_gpu_is_named_with_its_capability(monkeypatch):
     assert triton.why_not(GRU_CELL, _weights(), torch.device("cuda")) is None
 
 
-def test_a_gpu_of_another_maker_is_refused(monkeypatch):
+def test_triton_on_amd_gpu_raises(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(triton, "find_spec", lambda name: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -173,7 +173,7 @@ def test_a_gpu_of_another_maker_is_refused(monkeypatch):
     assert reason and "needs an NVIDIA GPU" in reason and "recurrent_backend='pad'" in reason
 
 
-def test_data_on_a_cpu_is_refused_where_there_is_a_gpu(monkeypatch):
+def test_triton_with_cpu_data_raises(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(triton, "_why_not_machine", lambda device: None)
     module = recurrent.make("gru", recurrent_backend="triton")
@@ -215,7 +215,7 @@ class Failing:
         return (torch.ones(1) * (1 + (self.name == self.wrong)),)
 
 
-def test_who_fails_or_is_slow_is_left_out_and_the_others_go_on(monkeypatch):
+def test_benchmark_skips_contestants_that_fail_or_are_slow(monkeypatch):
     monkeypatch.setattr(gpu_contestants, "Contestant", Failing)
     monkeypatch.setattr(gpu_contestants, "NEEDS_GPU", ())
     out = bench_gpu.check("cpu", "ieee")
@@ -253,7 +253,7 @@ def test_a_quick_benchmark_ends_in_time_and_sees_all_sizes():
     assert limits.is_over and not TimeLimits(1.0).is_over
 
 
-def test_goals_are_told_from_the_figures():
+def test_benchmark_goals_follow_from_the_figures():
     fast = {OURS: 1.0, THEIRS_TRITON: 2.0, THEIRS_PAD: 1.1, THEIRS_SCAN: 9.0, CUDNN: 0.9}
     row = gpu_report.Row(CASE, "both", "ieee", fast)
     assert [reached for *_, reached in gpu_report.goals([row])] == [True, True, True]

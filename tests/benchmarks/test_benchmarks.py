@@ -28,13 +28,13 @@ from benchmarks.contestants import (
     CUT,
     GEMM,
     LOOP,
+    NATIVE,
     NO_RESETS,
     PAD,
     PAD_OWN,
     SCAN,
     TORCHRL_PAD,
     TORCHRL_SCAN,
-    VENDOR,
 )
 from benchmarks.memory import MemoryRecord
 from benchmarks.records import Results
@@ -151,7 +151,7 @@ def test_contestants_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) 
     def forgets_resets(layers: torch.nn.RNNBase, batch: contestants.Batch) -> torch.Tensor:
         return layers(batch.x)[0]
 
-    contestants.check_agreement((AUTO, PAD, SCAN, LOOP, PAD_OWN, TORCHRL_PAD, VENDOR, CUT))
+    contestants.check_agreement((AUTO, PAD, SCAN, LOOP, PAD_OWN, TORCHRL_PAD, NATIVE, CUT))
     monkeypatch.setattr(contestants, "_run_in_loop", forgets_resets)
     with pytest.raises(AssertionError, match="'nn in a loop' differs from 'auto'"):
         contestants.check_agreement((AUTO, CUT))
@@ -161,7 +161,7 @@ def test_peak_counts_what_is_held_at_once() -> None:
     case = Case("LSTM", Shape(8, 16, 32, 64), 0.1)
     B, T, I, H, _ = case.shape
     gradients = 4 * (B * T * I + 4 * H * (I + H + 2))
-    peak = memory.peak_of(VENDOR, case)
+    peak = memory.peak_of(NATIVE, case)
     # Besides the gradients at least outputs, cell states and activated gates are kept.
     assert peak > gradients + 4 * B * T * 6 * H
     assert peak < 10 * gradients
@@ -189,7 +189,7 @@ def test_all_parts_run_and_are_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # What takes seconds is made small, or left out: TorchRL's scan traces before it runs.
-    fast = (AUTO, PAD, SCAN, TORCHRL_PAD, VENDOR, CUT)
+    fast = (AUTO, PAD, SCAN, TORCHRL_PAD, NATIVE, CUT)
     monkeypatch.setattr(contestants, "ALL", fast)
     monkeypatch.setattr(bench_cpu, "quick_grid", lambda: _grid(Case("GRU", TINY, 0.1)))
     monkeypatch.setattr(contestants, "check_agreement", lambda: None)
@@ -273,7 +273,7 @@ def _record(resets: float, T: int = 64, cell: str = "LSTM", **changes: float) ->
         PAD_OWN: 1.0,
         TORCHRL_PAD: 1.0,
         TORCHRL_SCAN: 1.0,
-        VENDOR: 1.0,
+        NATIVE: 1.0,
         CUT: 1.0,
         GEMM: 1e-9,
     }
@@ -319,7 +319,7 @@ def test_a_goal_is_missed_by_its_mean_or_by_one_case() -> None:
     assert not met(0.9, 50.0)
 
 
-def test_vendor_is_compared_with_and_without_resets() -> None:
+def test_native_layers_are_compared_with_and_without_resets() -> None:
     results = _sequences(_record(0.0, nn=0.8), _record(0.1, nn=0.5))
     without = _goal(results, "resets; batches without resets")
     assert without.reached == "1.25 times; most 1.25, 1 cases"
@@ -367,7 +367,7 @@ def test_memory_may_add_the_state_entries() -> None:
     case = Case("GRU", Shape(2, 8, 4, 8), 0.1)
 
     def met(peak: int) -> bool | None:
-        record = MemoryRecord(case, {AUTO: peak, VENDOR: 1000})
+        record = MemoryRecord(case, {AUTO: peak, NATIVE: 1000})
         return _goal(Results({}, memory=[record]), "peak memory: that", "GRU").met
 
     assert met(1000 + case.state_bytes)
@@ -432,7 +432,7 @@ def test_allocator_compares_medians_of_processes() -> None:
     cases = (Case("LSTM", Shape(2, 4, 3, 5), 0.0),)
     seconds = {"default": (0.004, 0.010, 0.006), "kept": (0.001, 0.002, 0.003)}
     runs = {
-        way: [{f"0 {VENDOR}": s, f"0 {AUTO}": 2 * s} for s in found]
+        way: [{f"0 {NATIVE}": s, f"0 {AUTO}": 2 * s} for s in found]
         for way, found in seconds.items()
     }
     row = allocator.report(runs, cases).splitlines()[-1]
@@ -442,4 +442,4 @@ def test_allocator_compares_medians_of_processes() -> None:
 def test_allocator_times_both_contestants_of_every_case() -> None:
     cases = [Case(cell, Shape(2, 4, 3, 5), 0.0) for cell in ("LSTM", "GRU")]
     found = allocator.time_cases(cases, Budget(0.01, 1, 1))
-    assert found.keys() == {f"{place} {name}" for place in (0, 1) for name in (VENDOR, AUTO)}
+    assert found.keys() == {f"{place} {name}" for place in (0, 1) for name in (NATIVE, AUTO)}

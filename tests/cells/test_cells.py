@@ -1,4 +1,4 @@
-"""The plain twins of torch's recurrent classes compute what those do, and are seen through."""
+"""Pure-PyTorch recurrent classes equal torch's, and run in vmap and second derivatives."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ LENGTHS = (T, 2, 4)
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("num_layers", [1, 2])
 @of_both_stacks
-def test_a_mask_stops_the_state_where_a_sequence_ends(name, num_layers, batch_first):
+def test_mask_stops_the_state_at_the_end(name, num_layers, batch_first):
     """As torch's packed sequences do; outputs hold their last value after the end."""
     ours, theirs = _pair(name, I, H, num_layers=num_layers, batch_first=batch_first)
     x, state = _leaf(B, T, I), _state(name, num_layers, B)
@@ -164,7 +164,7 @@ def test_a_mask_stops_the_state_where_a_sequence_ends(name, num_layers, batch_fi
 
 
 @of_both_stacks
-def test_nothing_behind_the_mask_is_read_not_even_nan(name):
+def test_steps_after_the_mask_are_not_read(name):
     ours, _ = _pair(name, I, H, num_layers=2)
     x, mask = _leaf(B, T, I), torch.arange(T) < torch.tensor(LENGTHS).unsqueeze(1)
     runs = []
@@ -198,7 +198,7 @@ def test_dropout_acts_between_layers_in_training_only(name):
 
 
 @of_both_stacks
-def test_dropout_of_some_is_drawn_anew_and_rescales_the_rest(name):
+def test_dropout_differs_between_calls_and_rescales(name):
     ours, _ = _pair(name, I, H, num_layers=2, dropout=0.5)
     x = _leaf(B, T, I)
     torch.manual_seed(1)
@@ -215,7 +215,7 @@ def test_dropout_of_some_is_drawn_anew_and_rescales_the_rest(name):
 
 
 @of_both_cells
-def test_a_step_is_seen_through_by_vmap_over_data_and_parameters(name):
+def test_step_in_vmap_over_data_and_parameters_is_right(name):
     family = [getattr(rnnkeys, name)(I, H, dtype=F64) for _ in range(3)]
     parameters, _ = stack_module_state(family)
     x, state = _leaf(3, B, I), _state(name, 3, B)
@@ -231,7 +231,7 @@ def test_a_step_is_seen_through_by_vmap_over_data_and_parameters(name):
 
 
 @of_both_stacks
-def test_sequences_are_seen_through_by_vmap_over_data_and_parameters(name):
+def test_sequence_in_vmap_over_data_and_parameters_is_right(name):
     family = [getattr(rnnkeys, name)(I, H, num_layers=2, dtype=F64) for _ in range(3)]
     parameters, _ = stack_module_state(family)
     x, mask = _leaf(3, B, T, I), torch.rand(3, B, T) < 0.7
@@ -251,7 +251,7 @@ def test_sequences_have_second_derivatives(name):
     assert torch.autograd.gradgradcheck(lambda x: module(x)[0], _leaf(2, 3, 2))
 
 
-def test_cells_compute_their_equations_on_numbers_worked_out_by_hand():
+def test_cells_equal_numbers_computed_by_hand():
     """Gates of the LSTM: i, f, g, o; of the GRU: r, z, n, with r applied after the product."""
     big = 100.0  # a sigmoid of it is 1, of its negative 0
     gates = torch.tensor([[-big, big, 0.3, big]])
@@ -272,7 +272,7 @@ def test_cells_compute_their_equations_on_numbers_worked_out_by_hand():
 
 
 @of_both_cells
-def test_a_step_refuses_wrong_shapes_by_name(name):
+def test_step_wrong_shape_raises_by_name(name):
     cell = getattr(rnnkeys, name)(I, H)
 
     def state(*shape: int) -> Any:
@@ -296,7 +296,7 @@ def test_a_step_names_the_state_that_is_wrong():
 
 
 @of_both_stacks
-def test_sequences_refuse_wrong_shapes_by_name(name):
+def test_sequence_wrong_shape_raises_by_name(name):
     module = getattr(rnnkeys, name)(I, H, num_layers=2)
     x = torch.zeros(B, T, I)
 
@@ -317,6 +317,6 @@ def test_sequences_refuse_wrong_shapes_by_name(name):
 
 
 @of_both_stacks
-def test_two_directions_are_refused_with_the_reason(name):
+def test_bidirectional_raises_with_the_reason(name):
     with pytest.raises(NotImplementedError, match=f"{name}: bidirectional=True.*future"):
         getattr(rnnkeys, name)(I, H, bidirectional=True)

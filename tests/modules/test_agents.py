@@ -1,4 +1,4 @@
-"""Agents have a memory each, with shared weights or their own: none sees what another one saw."""
+"""Each agent has its own state, with shared or separate weights, and affects no other agent."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GROUP: Any = {
 
 
 def make_agents(cell: str, backend: str) -> Any:
-    """One module for a group of agents, with nested keys and marks of the group's own."""
+    """One module for a group of agents, with nested keys and the group's own is_init flags."""
     states = [("agents", name) for name in GROUP[cell]]
     return recurrent_module(
         cell,
@@ -61,7 +61,7 @@ def everything(module: Any, data: Any, cotangent: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("change", ["observation", "h", "is_init", "nan"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cell", GROUP)
-def test_what_happens_to_one_agent_reaches_no_other(cell, backend, change):
+def test_agents_do_not_affect_each_other(cell, backend, change):
     module = make_agents(cell, backend)
     data = batch(module, (2, 7), agents=(AGENTS,), shared_marks=False)
     cotangent = torch.randn(2, 7, AGENTS, 5, dtype=F64)
@@ -80,20 +80,17 @@ def test_what_happens_to_one_agent_reaches_no_other(cell, backend, change):
 
 
 @pytest.mark.parametrize("cell", GROUP)
-def test_marks_that_are_shared_start_every_agent(cell):
+def test_agents_shared_is_init_resets_all(cell):
     module = make_agents(cell, "auto")
     own = batch(module, (2, 7), agents=(AGENTS,), shared_marks=False)
-    marks = own["agents", "is_init"][:, :, :1]
+    is_init = own["agents", "is_init"][:, :, :1]
     every = own.clone()
-    every["agents", "is_init"] = marks.expand(2, 7, AGENTS, 1).clone()
+    every["agents", "is_init"] = is_init.expand(2, 7, AGENTS, 1).clone()
     shared = own.clone()
-    shared["agents", "is_init"] = marks[:, :, 0]
+    shared["agents", "is_init"] = is_init[:, :, 0]
     for key in module.out_keys:
         expected = recurrently(module, every).get(key)
         assert torch.equal(recurrently(module, shared).get(key), expected)
-
-
-# --- agents whose episodes end apart from each other ----------------------------------------------
 
 
 class OwnEnds(EnvBase):
@@ -132,7 +129,7 @@ class OwnEnds(EnvBase):
 
 
 @pytest.mark.parametrize("cell", GROUP)
-def test_agents_that_end_apart_remember_what_each_saw_in_its_own_episode(cell):
+def test_agents_with_separate_ends_depend_on_their_own_episode(cell):
     """Collected step by step and run as sequences, each agent is as if it were alone."""
     module = make_agents(cell, "auto")
     act = TensorDictModule(nn.Linear(5, 1).double(), [("agents", "embed")], [("agents", "action")])
@@ -154,8 +151,6 @@ def test_agents_that_end_apart_remember_what_each_saw_in_its_own_episode(cell):
         assert_equal(data["agents", "embed"][:, :, agent], expected, F64, "collected")
         assert_equal(sequences[:, :, agent], expected, F64, "as sequences")
 
-
-# --- QMIX -----------------------------------------------------------------------------------------
 
 with_shared_and_own_weights = pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 
@@ -200,8 +195,8 @@ def test_qmix_has_the_loss_and_gradients_of_single_steps(own, cell, float64):
 
 
 @with_shared_and_own_weights
-def test_agents_of_qmix_see_nothing_of_each_other(own, float64):
-    """What one has seen and remembers changes its values, and those of no other agent."""
+def test_qmix_agents_do_not_affect_each_other(own, float64):
+    """Inputs and states of one agent change its values, and those of no other agent."""
     setup, data = make_qmix(own, "gru")
     local = setup.networks["local"]
     changed = data.clone()

@@ -131,7 +131,7 @@ def test_sequences_equal_steps_with_every_gradient(kind, backend, agents):
 
 @in_every_backend
 @of_every_kind
-def test_nothing_before_a_start_passes_it_not_even_a_nan(kind, backend):
+def test_custom_cell_segment_start_blocks_earlier_steps_and_nan(kind, backend):
     module = KINDS[kind](recurrent_backend=backend)
     data = batch(module, marks=0.0)
     data["is_init"][:, 4] = True
@@ -153,7 +153,7 @@ def test_an_empty_batch_has_empty_outputs(kind, backend):
 
 
 @of_every_kind
-def test_what_is_collected_is_what_sequences_compute(kind):
+def test_custom_cell_sequences_equal_collected_steps(kind):
     module = KINDS[kind]()
     head = TensorDictModule(nn.Linear(5, 2), ["embed"], ["action_value"])
     see = TensorDictModule(nn.Linear(4, 3), ["observation"], ["observation_"])
@@ -177,13 +177,13 @@ def test_copies_and_pickles_read_their_own_parameters(kind):
     module = KINDS[kind]()
     data = batch(module)
     before = recurrently(module, data)["embed"]
-    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        for parameter in twin.parameters():
+    for duplicate in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        for parameter in duplicate.parameters():
             nn.init.zeros_(parameter)
-        assert not torch.equal(recurrently(twin, data)["embed"], before)
+        assert not torch.equal(recurrently(duplicate, data)["embed"], before)
         assert torch.equal(recurrently(module, data)["embed"], before)
-        twin.load_state_dict(module.state_dict(), strict=True)
-        assert torch.equal(recurrently(twin, data)["embed"], before)
+        duplicate.load_state_dict(module.state_dict(), strict=True)
+        assert torch.equal(recurrently(duplicate, data)["embed"], before)
 
 
 @of_every_kind
@@ -251,7 +251,7 @@ def test_dropout_runs_between_layers_in_training_and_never_on_states():
     assert torch.equal(recurrently(module, data)["embed"], recurrently(module, data)["embed"])
 
 
-def test_a_trial_of_a_step_module_leaves_no_trace():
+def test_step_module_trial_call_leaves_no_trace():
     class Noisy(TwoStates):
         def __init__(self) -> None:
             super().__init__()
@@ -312,7 +312,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_run_is_refused_when_it_is_made(case):
+def test_cell_module_that_cannot_run_raises_at_construction(case):
     make, error, text = BAD[case]
     sizes: Any = (3, 5) if case == "the name of another cell" else ()
     with pytest.raises(error, match=text):
@@ -329,12 +329,12 @@ def test_what_cannot_run_is_refused_when_it_is_made(case):
         ({"recurrent_recompute": "full", "recurrent_backend": "scan"}, "not for a step module"),
     ],
 )
-def test_arguments_that_do_not_fit_a_step_module_are_refused(arguments, text):
+def test_step_module_invalid_argument_raises(arguments, text):
     with pytest.raises(ValueError, match=text):
         CellModule(TwoStates(), **KEYS, **arguments)
 
 
-def test_arguments_that_do_not_fit_a_cell_are_refused():
+def test_cell_module_invalid_argument_raises():
     with pytest.raises(ValueError, match="state_sizes is for step modules"):
         CellModule(LAYER_NORM_LSTM_CELL, 3, 5, state_sizes={"h": 5}, **KEYS)
     with pytest.raises(ValueError, match="hidden_size must be passed"):
@@ -344,7 +344,7 @@ def test_arguments_that_do_not_fit_a_cell_are_refused():
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru", "lstm_ln"])
-def test_the_factory_makes_what_it_is_asked_for(kind):
+def test_recurrent_module_makes_the_named_class(kind):
     module = recurrent_module(kind, 3, 5, num_layers=2, dropout=0.1, dtype=F64, **KEYS)
     assert module.cell.name == kind
     assert module.layers.num_layers == 2 and module.layers.dropout == 0.1

@@ -99,7 +99,7 @@ def test_stored_states_of_another_dtype_are_cast(kind, in_sequences):
 
 @pytest.mark.parametrize("in_sequences", [False, True], ids=["step", "sequence"])
 @of_both_cells
-def test_an_input_of_another_dtype_is_refused_by_name(kind, in_sequences):
+def test_input_of_another_dtype_raises_by_name(kind, in_sequences):
     module = recurrent.make(kind)
     data = recurrent.batch(module, (4, 12))
     data["observation"] = data["observation"].double()

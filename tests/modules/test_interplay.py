@@ -52,9 +52,6 @@ def _assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         assert_equal(value, expected[key], torch.float32, key)
 
 
-# --- copies --------------------------------------------------------------------------------------
-
-
 def _through_torch_save(module: Any) -> Any:
     file = io.BytesIO()
     torch.save(module, file)
@@ -151,9 +148,6 @@ def test_shapes_may_be_asked_without_data(kind, recurrent, backend):
         assert {v.device.type for v in actual.values()} == {"meta"}
 
 
-# --- functional calls ----------------------------------------------------------------------------
-
-
 @in_both_kinds
 @in_both_modes
 def test_parameters_may_be_swapped_for_a_call(kind, recurrent):
@@ -198,9 +192,6 @@ def test_functional_call(kind, recurrent):
     with set_recurrent_mode(recurrent):
         out: Any = torch.func.functional_call(module, other.state_dict(), (data.clone(),))
     _assert_same(outputs(module, out), _run(other, data, recurrent))
-
-
-# --- gradients -----------------------------------------------------------------------------------
 
 
 @in_both_kinds
@@ -252,9 +243,6 @@ def test_frozen_parameters_pass_gradients_to_the_input(kind):
     assert gradient.any()
 
 
-# --- kinds of TensorDicts ------------------------------------------------------------------------
-
-
 @in_both_kinds
 @in_both_modes
 @pytest.mark.parametrize("dim", [0, 1])
@@ -276,16 +264,13 @@ def test_names_of_dimensions_stay(kind):
 
 @in_both_kinds
 @in_both_modes
-def test_a_locked_tensordict_is_refused_whole(kind, recurrent):
+def test_locked_tensordict_raises_and_is_unchanged(kind, recurrent):
     module = make(kind)
     data = batch(module).lock_()
     keys = set(data.keys(True, True))
     with set_recurrent_mode(recurrent), pytest.raises(RuntimeError, match="lock"):
         module(data)
     assert set(data.keys(True, True)) == keys
-
-
-# --- environments and collectors -----------------------------------------------------------------
 
 
 def _policy(kind: str) -> Any:

@@ -16,7 +16,7 @@ from tests.support import problems
 from tests.support.problems import CELLS, WAYS, Problem, Run, State
 
 # Two rows; segments of the first: steps 0-2, 3, 4-8. The one in the middle is a single step.
-MARKS = torch.tensor([[0, 0, 0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0, 0, 0]]).bool()
+IS_INIT = torch.tensor([[0, 0, 0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0, 0, 0]]).bool()
 SEGMENTS = {"first": (0, 0, 3), "one step": (0, 3, 4), "middle": (0, 4, 9), "last": (1, 5, 9)}
 in_every_way = pytest.mark.parametrize(
     ("way", "cell"),
@@ -45,7 +45,7 @@ class Experiment(NamedTuple):
 
 def _experiment(way: str, cell: str, segment: str) -> Experiment:
     problem = problems.for_way(
-        way, cell, MARKS, dtype=WAYS[way].dtypes(cell)[-1], batch=2, steps=9, num_layers=2
+        way, cell, IS_INIT, dtype=WAYS[way].dtypes(cell)[-1], batch=2, steps=9, num_layers=2
     )
     d_y, d_states = problem.cotangents(WAYS[way].options.state_grad)
     row, start, end = SEGMENTS[segment]
@@ -78,7 +78,7 @@ def _overwrite(where: Tensor, value: float | None, *tensors: Tensor) -> None:
 
 @one_segment
 @in_every_way
-def test_what_is_in_a_segment_changes_no_other(way, cell, name):
+def test_segments_do_not_affect_each_other(way, cell, name):
     """Bit by bit; the gradients of parameters too, where the loss does not read the segment."""
     experiment = _experiment(way, cell, name)
     problem, inside = experiment.problem, experiment.inside
@@ -96,7 +96,7 @@ def test_what_is_in_a_segment_changes_no_other(way, cell, name):
 
 @one_segment
 @in_every_way
-def test_a_loss_on_a_segment_changes_no_gradient_of_another(way, cell, name):
+def test_segment_loss_has_no_gradient_in_others(way, cell, name):
     experiment = _experiment(way, cell, name)
     clean = experiment.run(way)
     _overwrite(experiment.inside, None, experiment.d_y, *experiment.d_states)
@@ -108,7 +108,7 @@ def test_a_loss_on_a_segment_changes_no_gradient_of_another(way, cell, name):
 @not_finite
 @one_segment
 @in_every_way
-def test_what_is_not_finite_stays_in_its_segment(way, cell, name, value):
+def test_values_not_finite_stay_in_their_segment(way, cell, name, value):
     """In inputs and in the stored state that the segment starts from."""
     experiment = _experiment(way, cell, name)
     clean = experiment.run(way)
@@ -133,7 +133,7 @@ def test_an_incoming_gradient_that_is_not_finite_stays_in_its_segment(way, cell,
 
 @not_finite
 @in_every_way
-def test_a_state_stored_where_no_segment_starts_is_not_read(way, cell, value):
+def test_state_stored_inside_a_segment_is_not_read(way, cell, value):
     """Also for the parameters: a stale state must not get there by zero times NaN."""
     experiment = _experiment(way, cell, "first")
     clean = experiment.run(way)

@@ -1,4 +1,4 @@
-"""Bad input is refused: the error names it and the remedy, and the data is left as it was."""
+"""Bad input raises: the error names it and the remedy, and the data is unchanged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ in_both_kinds = pytest.mark.parametrize("kind", KINDS)
 in_both_modes = pytest.mark.parametrize("recurrent", [True, False], ids=["sequences", "step"])
 
 
-def _refuse(
+def _check_raises(
     module: Any,
     data: TensorDictBase,
     error: type[Exception],
@@ -45,47 +45,48 @@ def _refuse(
         assert torch.equal(value, before.get(key))
 
 
-# --- entries that are missing --------------------------------------------------------------------
-
-
 @in_both_kinds
 @in_both_modes
-def test_a_missing_input(kind, recurrent):
+def test_module_without_input_raises(kind, recurrent):
     module = make(kind)
     data = batch(module).exclude("observation")
-    _refuse(module, data, KeyError, "'observation'", "in_keys", "is_init", recurrent=recurrent)
+    _check_raises(
+        module, data, KeyError, "'observation'", "in_keys", "is_init", recurrent=recurrent
+    )
 
 
 @in_both_kinds
 @in_both_modes
-def test_missing_marks(kind, recurrent):
+def test_module_without_is_init_raises(kind, recurrent):
     module = make(kind)
     data = batch(module).exclude("is_init")
     remedies = ("'is_init'", "InitTracker", "get_env_transforms_from_module", "[init-key]")
-    _refuse(module, data, KeyError, *remedies, recurrent=recurrent, named=False)
+    _check_raises(module, data, KeyError, *remedies, recurrent=recurrent, named=False)
 
 
 @in_both_kinds
 @in_both_modes
-def test_marks_that_are_elsewhere(kind, recurrent):
+def test_module_with_is_init_elsewhere_raises(kind, recurrent):
     module = make(kind, init_key=("agents", "is_init"))
     data = batch(make(kind))
     expected = ("('agents', 'is_init')", "init_key='is_init'")
-    _refuse(module, data, KeyError, *expected, recurrent=recurrent, named=False)
+    _check_raises(module, data, KeyError, *expected, recurrent=recurrent, named=False)
 
 
 @in_both_modes
 @pytest.mark.parametrize("missing", ["h", "c"])
-def test_one_state_without_the_other(missing, recurrent):
+def test_lstm_with_one_state_only_raises(missing, recurrent):
     module = make("lstm")
     data = batch(module).exclude(f"recurrent_state_{missing}")
     there = "c" if missing == "h" else "h"
     words = (f"recurrent_state_{there}", f"not ['recurrent_state_{missing}']")
-    _refuse(module, data, RuntimeError, *words, "get_primers_from_module", recurrent=recurrent)
+    _check_raises(
+        module, data, RuntimeError, *words, "get_primers_from_module", recurrent=recurrent
+    )
 
 
 @in_both_kinds
-def test_memory_that_is_lost_is_warned_of_once(kind, recwarn):
+def test_module_with_lost_states_warns_once(kind, recwarn):
     module = make(kind)
     step = batch(module, (2,), states=False, marks=1.0)
     module(step.clone())
@@ -98,28 +99,25 @@ def test_memory_that_is_lost_is_warned_of_once(kind, recwarn):
     assert not recwarn.list
 
 
-# --- shapes and dtypes ---------------------------------------------------------------------------
-
-
 @in_both_kinds
 @in_both_modes
 @pytest.mark.parametrize("shape", [(2, 7, 4), (2, 7), (2, 7, 3, 1)])
-def test_an_input_of_a_wrong_shape(kind, recurrent, shape):
+def test_input_of_wrong_shape_raises(kind, recurrent, shape):
     module = make(kind)
     data = batch(module, states=False).set("observation", torch.zeros(shape))
     words = ("'observation'", str(shape), "input_size=3")
-    _refuse(module, data, RuntimeError, *words, recurrent=recurrent)
+    _check_raises(module, data, RuntimeError, *words, recurrent=recurrent)
 
 
 @in_both_kinds
 @in_both_modes
 @pytest.mark.parametrize("shape", [(2, 7, 5), (2, 7, 1, 4), (2, 7, 2, 5), (2, 7, 3, 1, 5)])
-def test_a_state_of_a_wrong_shape(kind, recurrent, shape):
+def test_state_of_wrong_shape_raises(kind, recurrent, shape):
     module = make(kind)
     key = module.state_keys[-1]
     data = batch(module).set(key, torch.zeros(shape))
     words = (repr(key), str(shape), "(2, 7, 1, 5)", "num_layers=1", "get_primers_from_module")
-    _refuse(module, data, RuntimeError, *words, recurrent=recurrent)
+    _check_raises(module, data, RuntimeError, *words, recurrent=recurrent)
 
 
 @in_both_kinds
@@ -128,7 +126,7 @@ def test_flags_of_a_wrong_number_of_agents_are_rejected(kind, recurrent):
     module = make(kind)
     data = batch(module).set("is_init", torch.zeros(2, 7, 3, 1).bool())
     words = ("'is_init'", "(2, 7, 3, 1)", "(2, 7, 1) (shared)", "InitTracker")
-    _refuse(module, data, RuntimeError, *words, recurrent=recurrent)
+    _check_raises(module, data, RuntimeError, *words, recurrent=recurrent)
 
 
 @in_both_kinds
@@ -138,7 +136,7 @@ def test_flags_without_a_last_dimension_of_one_are_rejected(kind, recurrent, sha
     module = make(kind)
     data = batch(module).set("is_init", torch.zeros(shape).bool())
     words = ("'is_init'", str(list(shape)), ".unsqueeze(-1)", "[init-shape]")
-    _refuse(module, data, ValueError, *words, recurrent=recurrent, named=False)
+    _check_raises(module, data, ValueError, *words, recurrent=recurrent, named=False)
 
 
 @in_both_kinds
@@ -149,18 +147,18 @@ def test_flags_of_another_dtype_than_bool_are_rejected(kind, recurrent, dtype):
     data = batch(module)
     data.set("is_init", data.get("is_init").to(dtype))
     words = ("'is_init'", str(dtype), ".bool()", "[init-dtype]")
-    _refuse(module, data, TypeError, *words, recurrent=recurrent, named=False)
+    _check_raises(module, data, TypeError, *words, recurrent=recurrent, named=False)
 
 
 @in_both_kinds
-def test_sequences_without_a_time_dimension(kind):
+def test_sequences_without_time_dimension_raise(kind):
     module = make(kind)
     words = ("time dimension", "batch size []", "set_recurrent_mode(False)")
-    _refuse(module, batch(module, ()), ValueError, *words, recurrent=True)
+    _check_raises(module, batch(module, ()), ValueError, *words, recurrent=True)
 
 
 @in_both_kinds
-def test_a_time_dimension_that_is_not_the_last_one(kind):
+def test_sequences_with_time_not_last_raise(kind):
     module = make(kind)
     data = batch(module)
     data.names = ["time", None]
@@ -197,7 +195,7 @@ def test_single_transitions_as_sequences_are_rejected(kind, masked):
 
 @in_both_kinds
 @in_both_modes
-def test_an_input_of_another_dtype(kind, recurrent):
+def test_input_of_float64_raises(kind, recurrent):
     module = make(kind)
     data = batch(module)
     data["observation"] = data["observation"].double()
@@ -206,8 +204,6 @@ def test_an_input_of_another_dtype(kind, recurrent):
         module(data)
     assert set(data.keys(True, True)) == set(kept.keys(True, True))
 
-
-# --- constructors --------------------------------------------------------------------------------
 
 _BAD: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "no input size": ({"input_size": None}, ValueError, ("input_size=None", "positive int")),
@@ -276,7 +272,7 @@ _BAD: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", _BAD)
-def test_arguments_of_modules(name):
+def test_module_invalid_argument_raises(name):
     arguments, error, words = _BAD[name]
     with pytest.raises(error) as caught:
         make("gru", **arguments)
@@ -295,9 +291,6 @@ def test_triton_without_a_gpu(kind):
 def test_sizes_may_be_numpys(kind):
     module = make(kind, input_size=np.int64(3), hidden_size=np.int32(5))
     assert module.layers.input_size == 3
-
-
-# --- layers that are given -----------------------------------------------------------------------
 
 
 def _layers(kind: str, **arguments: Any) -> RNNBase:
@@ -320,7 +313,7 @@ _CONTRADICTIONS: dict[str, tuple[Any, str]] = {
 
 @in_both_kinds
 @pytest.mark.parametrize("argument", _CONTRADICTIONS)
-def test_layers_that_contradict_another_argument(kind, argument):
+def test_layers_that_contradict_an_argument_raise(kind, argument):
     value, has = _CONTRADICTIONS[argument]
     with pytest.raises(ValueError) as caught:
         make(kind, **{kind: _layers(kind), argument: value})
@@ -329,12 +322,12 @@ def test_layers_that_contradict_another_argument(kind, argument):
 
 
 @in_both_kinds
-def test_layers_that_agree_with_the_other_arguments(kind):
+def test_layers_that_agree_with_arguments_are_used(kind):
     layers = _layers(kind, dropout=0.5)
     more = {"num_layers": 2, "dropout": 0.5, "bias": True, "dtype": torch.float32, "device": "cpu"}
     assert make(kind, **{kind: layers}, **more).layers is layers
-    twin = getattr(rnnkeys, kind.upper())(3, 5)
-    assert make(kind, **{kind: twin}, python_based=True).layers is twin
+    own = getattr(rnnkeys, kind.upper())(3, 5)
+    assert make(kind, **{kind: own}, python_based=True).layers is own
 
 
 def _doubled(kind: str) -> RNNBase:
@@ -360,7 +353,7 @@ def _doubled(kind: str) -> RNNBase:
         (lambda kind: _doubled(kind), ("forward", "Doubled", "CellModule")),
     ],
 )
-def test_layers_that_cannot_be_run(kind, layers, words):
+def test_layers_that_cannot_run_raise(kind, layers, words):
     with pytest.raises(ValueError) as caught:
         make(kind, **{kind: layers(kind)})
     for word in (*words, kind):
@@ -369,7 +362,7 @@ def test_layers_that_cannot_be_run(kind, layers, words):
 
 @in_both_kinds
 @pytest.mark.parametrize("way", ["assigned", "added", "swapped"])
-def test_layers_that_cannot_be_run_are_refused_whenever_they_come(kind, way):
+def test_layers_that_cannot_run_raise_when_assigned(kind, way):
     module = make(kind)
     data, other = batch(module), nn.Linear(3, 5)
     with pytest.raises(ValueError, match=f"{kind}= must be an nn.{kind.upper()}"):
@@ -382,7 +375,7 @@ def test_layers_that_cannot_be_run_are_refused_whenever_they_come(kind, way):
         module(data)
 
 
-def test_layers_of_a_cell_are_not_replaced_by_others():
+def test_layers_of_a_cell_replaced_raise():
     module = rnnkeys.CellModule(LAYER_NORM_LSTM_CELL, 3, 5, in_key="observation", out_key="y")
     with pytest.raises(ValueError, match="rnn must be layers as CellModule makes them. Got L"):
         module.rnn = nn.Linear(3, 5)
@@ -408,9 +401,6 @@ def test_hooks_on_layers_that_are_never_called(kind, recurrent, hook):
             module(batch(module))
             module(batch(module))
     assert len(w) == 1
-
-
-# --- keys that are assigned later ----------------------------------------------------------------
 
 
 @in_both_kinds

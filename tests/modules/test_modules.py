@@ -36,9 +36,7 @@ from tests.support.tolerances import assert_equal
 in_both_kinds = pytest.mark.parametrize("kind", KINDS)
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
-# --- what TorchRL's classes and functions take ---------------------------------------------------
-
-_TWINS = ("LSTM", "GRU", "LSTMCell", "GRUCell")
+_PURE_PYTORCH = ("LSTM", "GRU", "LSTMCell", "GRUCell")
 _MODULES = ("LSTMModule", "GRUModule")
 _FUNCTIONS = ("set_recurrent_mode", "recurrent_mode", "canonicalize_rnn_subset")
 _IN_UTILS = ("get_primers_from_module", "get_env_transforms_from_module")
@@ -58,7 +56,7 @@ def _theirs(name: str) -> Any:
     return getattr(torchrl.modules.utils if name in _IN_UTILS else torchrl.modules, name)
 
 
-@pytest.mark.parametrize("name", [*_TWINS, *_MODULES, *_FUNCTIONS, *_IN_UTILS])
+@pytest.mark.parametrize("name", [*_PURE_PYTORCH, *_MODULES, *_FUNCTIONS, *_IN_UTILS])
 def test_takes_the_arguments_of_torchrl_in_its_order(name):
     ours, theirs = _parameters(getattr(rnnkeys, name)), _parameters(_theirs(name))
     assert _positional(ours) == _positional(theirs)
@@ -69,7 +67,7 @@ def test_takes_the_arguments_of_torchrl_in_its_order(name):
     assert set(ours) - set(theirs) <= (_OWN_ARGUMENTS if name in _MODULES else set())
 
 
-@pytest.mark.parametrize("name", [*_TWINS, *_MODULES])
+@pytest.mark.parametrize("name", [*_PURE_PYTORCH, *_MODULES])
 def test_has_the_public_attributes_of_torchrl(name):
     arguments: dict[str, Any] = {"input_size": 3, "hidden_size": 5}
     if name in _MODULES:
@@ -109,7 +107,7 @@ def test_sizes_may_be_given_by_position(kind):
 
 @in_both_kinds
 @pytest.mark.parametrize("python_based", [False, True])
-def test_the_layers_are_torchs_class_or_its_twin(kind, python_based):
+def test_layers_are_torchs_or_the_pure_pytorch_class(kind, python_based):
     module = make(kind, python_based=python_based, num_layers=2, bias=False)
     expected = getattr(rnnkeys if python_based else nn, kind.upper())
     assert type(getattr(module, kind)) is expected
@@ -181,7 +179,7 @@ def test_dropout_follows_the_mode_of_the_layers(kind, recurrent):
 @in_both_kinds
 @pytest.mark.parametrize("recurrent", [True, False])
 @pytest.mark.parametrize("way", ["add_module", "register_module", "set_submodule"])
-def test_layers_that_replace_others_are_those_that_run(kind, recurrent, way):
+def test_layers_that_are_replaced_do_not_run(kind, recurrent, way):
     module, other = make(kind), make(kind)
     data = batch(module)
     with set_recurrent_mode(recurrent):
@@ -271,9 +269,6 @@ def test_every_matmul_precision_is_accepted(kind, precision):
     assert_equal(recurrently(module, data)["embed"], by_hand(module, data)["embed"], torch.float32)
 
 
-# --- keys ----------------------------------------------------------------------------------------
-
-
 @in_both_kinds
 def test_one_key_means_the_default_state_keys(kind):
     module, theirs = make(kind), make_theirs(kind)
@@ -337,9 +332,6 @@ def test_selected_out_keys_leave_the_state_readable(kind):
     assert "next" not in out.keys()
 
 
-# --- calls ---------------------------------------------------------------------------------------
-
-
 @in_both_kinds
 @pytest.mark.parametrize("recurrent", [True, False])
 def test_called_with_plain_tensors_it_returns_the_out_keys(kind, recurrent):
@@ -394,8 +386,6 @@ def test_sequences_with_done_and_no_flag_start_a_segment(kind, agents, shared_ma
     for key in module.out_keys:
         assert torch.equal(out.get(key), expected.get(key))
 
-
-# --- one recurrence: sequences equal steps with the state carried (any batch, any backend) -------
 
 _SHAPES = {
     "[T]": ((7,), ()),
@@ -459,7 +449,7 @@ def test_written_states_are_detached_unless_asked_for(kind, backend):
 
 @in_both_kinds
 @pytest.mark.parametrize("recurrent", [True, False])
-def test_a_stale_state_that_is_not_a_number_does_not_pass(kind, recurrent):
+def test_stored_nan_that_is_not_read_has_no_effect(kind, recurrent):
     module = make(kind)
     data = batch(module, marks=0.0)
     data["is_init"][:, 0] = True
@@ -472,9 +462,6 @@ def test_a_stale_state_that_is_not_a_number_does_not_pass(kind, recurrent):
         out = module(data[:, 0].clone())
     for value in outputs(module, out).values():
         assert value.isfinite().all()
-
-
-# --- projection ----------------------------------------------------------------------------------
 
 
 @on_every_backend
@@ -498,9 +485,6 @@ def test_a_projection_works_in_both_modes_on_every_backend(backend, python_based
     assert primers["recurrent_state_c"].shape == (2, 5)
 
 
-# --- torch's class and its twin ------------------------------------------------------------------
-
-
 @in_both_kinds
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("recurrent", [True, False])
@@ -516,7 +500,7 @@ def test_layers_change_class_and_nothing_else(kind, training, recurrent):
         out.square().sum().backward()
         return out, [p.grad.clone() for p in module.parameters()]
 
-    vendor_out, vendor_grads = run()
+    native_out, native_grads = run()
     assert module.make_python_based() is module
     assert type(module.layers) is getattr(rnnkeys, kind.upper())
     plain_out, plain_grads = run()
@@ -526,8 +510,8 @@ def test_layers_change_class_and_nothing_else(kind, training, recurrent):
     assert module.layers.training is training
     assert all(p is parameters[name] for name, p in module.named_parameters())
     for out, grads in ((plain_out, plain_grads), (back_out, back_grads)):
-        assert_equal(out, vendor_out, F64)
-        for a, b in zip(grads, vendor_grads, strict=True):
+        assert_equal(out, native_out, F64)
+        for a, b in zip(grads, native_grads, strict=True):
             assert_equal(a, b, F64)
 
 
@@ -552,7 +536,7 @@ def test_a_change_of_class_keeps_every_setting(kind, method):
 
 
 @in_both_kinds
-def test_a_twin_of_torchs_class_computes_the_same_and_has_a_second_derivative(kind):
+def test_pure_pytorch_class_equals_torchs_and_has_second_derivatives(kind):
     module = make(kind, python_based=True, dtype=F64)
     data = batch(module)
     observation = data["observation"].requires_grad_()
@@ -560,9 +544,6 @@ def test_a_twin_of_torchs_class_computes_the_same_and_has_a_second_derivative(ki
     (grad,) = torch.autograd.grad(out, observation, create_graph=True)
     grad.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
-
-
-# --- memory layout -------------------------------------------------------------------------------
 
 
 @in_both_kinds
@@ -624,9 +605,6 @@ def test_any_memory_layout_is_read(kind, backend):
         assert_equal(value, outputs(module, recurrently(module, data))[key], torch.float32)
 
 
-# --- outputs are the caller's to change ----------------------------------------------------------
-
-
 @in_both_kinds
 @on_every_backend
 @pytest.mark.parametrize("num_layers", [1, 2])
@@ -657,9 +635,6 @@ def test_the_data_that_was_read_is_left_as_it_was(kind):
         assert torch.equal(data.get(key), before.get(key))
 
 
-# --- what is no longer there ---------------------------------------------------------------------
-
-
 @in_both_kinds
 def test_removed_ways_to_set_the_mode_say_how(kind):
     module = make(kind)
@@ -667,9 +642,6 @@ def test_removed_ways_to_set_the_mode_say_how(kind):
         module.set_recurrent_mode(True)
     with pytest.raises(RuntimeError, match="recurrent_mode cannot be changed in-place"):
         module.recurrent_mode = True
-
-
-# --- autocast ------------------------------------------------------------------------------------
 
 
 @in_both_kinds
@@ -688,13 +660,10 @@ def test_autocast_computes_in_its_dtype_and_keeps_states_in_the_parameters(kind,
         assert_equal(out.get(key), expected.get(key), torch.bfloat16)
 
 
-# --- the twins -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["LSTMCell", "GRUCell"])
 @pytest.mark.parametrize("shape", [(3,), (4, 3)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_step_twins_equal_torchs(name, shape, bias):
+def test_pure_pytorch_steps_equal_torchs(name, shape, bias):
     ours, torchs = (getattr(m, name)(3, 5, bias, dtype=F64) for m in (rnnkeys, nn))
     ours.load_state_dict(torchs.state_dict())
     x = torch.randn(shape, dtype=F64)
@@ -714,7 +683,7 @@ def _flat(value: Any) -> list[Tensor]:
 @in_both_kinds
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_sequence_twins_equal_torchs(kind, batch_first, num_layers):
+def test_pure_pytorch_sequences_equal_torchs(kind, batch_first, num_layers):
     sizes = {"num_layers": num_layers, "batch_first": batch_first, "dtype": F64}
     ours, torchs = (getattr(m, kind.upper())(3, 5, **sizes) for m in (rnnkeys, nn))
     ours.load_state_dict(torchs.state_dict(), strict=True)
@@ -729,7 +698,7 @@ def test_sequence_twins_equal_torchs(kind, batch_first, num_layers):
 
 @in_both_kinds
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_sequence_twins_stop_where_a_mask_ends(kind, batch_first):
+def test_pure_pytorch_sequences_stop_where_the_mask_ends(kind, batch_first):
     ours = getattr(rnnkeys, kind.upper())(3, 5, batch_first=batch_first, dtype=F64)
     x, mask = torch.randn(2, 7, 3, dtype=F64), torch.ones(2, 7, dtype=torch.bool)
     mask[1, 4:] = False
@@ -739,13 +708,10 @@ def test_sequence_twins_stop_where_a_mask_ends(kind, batch_first):
         assert_equal(a[:, 1:], b, F64)
 
 
-def test_twins_refuse_two_directions():
+def test_pure_pytorch_bidirectional_raises():
     for name in ("LSTM", "GRU"):
         with pytest.raises(NotImplementedError, match="bidirectional=True is not supported"):
             getattr(rnnkeys, name)(3, 5, bidirectional=True)
-
-
-# --- copies --------------------------------------------------------------------------------------
 
 
 @in_both_kinds
@@ -761,9 +727,6 @@ def test_a_copy_reads_its_own_parameters(kind):
             p.zero_()
     assert torch.equal(recurrently(module, data)["embed"], before)
     assert not recurrently(duplicate, data)["embed"].any()
-
-
-# --- weights that are computed from others -------------------------------------------------------
 
 
 class _Halve(nn.Module):
@@ -808,9 +771,6 @@ def test_weights_that_hooks_compute_follow_their_parameters(kind, recurrent, way
     assert not torch.isclose(before, after).all()
     after.sum().backward()
     assert parameter.grad.any()
-
-
-# --- nothing to do -------------------------------------------------------------------------------
 
 
 @in_both_kinds

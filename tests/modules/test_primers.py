@@ -58,9 +58,6 @@ def _append(env: Any, transform: Any) -> Any:
     return wrap(env, transform)
 
 
-# --- one module ----------------------------------------------------------------------------------
-
-
 @in_both_kinds
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_primer_has_the_specs_of_torchrls(kind, num_layers):
@@ -160,9 +157,6 @@ def _path(key: Any) -> tuple[str, ...]:
     return (key,) if isinstance(key, str) else key
 
 
-# --- nested states -------------------------------------------------------------------------------
-
-
 def _nested(group: str, init_key: Any = None, num_layers: int = 2) -> Any:
     return make(
         "gru",
@@ -225,9 +219,6 @@ def test_nested_primer_in_another_environment_takes_its_shape():
     assert first.reset()["data", "h"].shape == (2, 3, 2, 5)
     other = _append(NestedCountingEnv(batch_size=(4,), nested_dim=5), primer.clone())
     assert other.reset()["data", "h"].shape == (4, 5, 2, 5)
-
-
-# --- all modules of a policy ---------------------------------------------------------------------
 
 
 def test_policy_without_state_has_no_primer():
@@ -298,9 +289,6 @@ def test_primer_that_fails_raises_if_strict_and_else_warns():
         primer: Any = get_primers_from_module(policy, strict=False)
     assert "recurrent_state" in primer.primers
     assert caught[0].filename == __file__
-
-
-# --- all that an environment needs ---------------------------------------------------------------
 
 
 def test_env_transforms_without_state_are_the_tracker_alone():

@@ -1,4 +1,4 @@
-"""Batches of windows that no one should make have a defined result, or an error that says why."""
+"""Invalid batches of windows have a defined result, or raise an error with the reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Change = Callable[[Any], None]
 
 
 @pytest.mark.parametrize("name", ["DQN double delayed TD0", "DDPG"])
-def test_what_is_masked_reaches_nothing_in_losses_of_torchrl(name):
+def test_recurrent_loss_padding_has_no_effect(name):
     case = next(one for one in cases.CASES if one.name == name)
     setup = case.make(rnnkeys, "gru")
     loss = recurrent_loss(setup.loss)

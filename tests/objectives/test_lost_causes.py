@@ -1,4 +1,4 @@
-"""Policy gradients refuse collected data from which nothing can be learned, before they do."""
+"""Policy gradients raise, before they learn, for data from which nothing can be learned."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def make_reader(name: str, agent: Agent) -> Any:
     return recurrent_loss(ESTIMATORS[name](gamma=0.9, value_network=agent.critic))
 
 
-def refuses(reader: Any, data: TensorDictBase, error: type[Exception], message: str) -> None:
-    """Check that a call raises and leaves the data as it was."""
+def check_raises(reader: Any, data: TensorDictBase, error: type[Exception], message: str) -> None:
+    """Check that a call raises and leaves the data unchanged."""
     before = data.clone()
     with pytest.raises(error, match=message):
         reader(data)
@@ -42,16 +42,16 @@ def refuses(reader: Any, data: TensorDictBase, error: type[Exception], message: 
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_nothing_to_learn_from_is_refused(name: str) -> None:
+def test_policy_gradient_without_steps_raises(name: str) -> None:
     agent = make_agent()
     reader, data = make_reader(name, agent), advantages_of(agent)
     empties: list[Any] = [data[:, :0], data[:0]]
     for empty in empties:
-        refuses(reader, empty, ValueError, r"at least one step. Got batch size .*\[no-steps\]")
+        check_raises(reader, empty, ValueError, r"at least one step. Got batch size .*\[no-steps\]")
     data[MASK] = torch.zeros(data.shape, dtype=torch.bool)
-    refuses(reader, data, ValueError, r"is False everywhere.*\[mask-empty\]")
+    check_raises(reader, data, ValueError, r"is False everywhere.*\[mask-empty\]")
     data[MASK] = torch.ones(data.shape)
-    refuses(reader, data, TypeError, r"must be bool. Got torch.float32.*\[mask-dtype\]")
+    check_raises(reader, data, TypeError, r"must be bool. Got torch.float32.*\[mask-dtype\]")
 
 
 def advantages_of(agent: Agent) -> TensorDictBase:
@@ -68,22 +68,26 @@ def advantages_of(agent: Agent) -> TensorDictBase:
         *((name, "value_target") for name in LOSSES),
     ],
 )
-def test_what_is_not_finite_is_refused_where_it_counts(name: str, key: Any, bad: float) -> None:
+def test_policy_gradient_entry_not_finite_at_valid_step_raises(
+    name: str, key: Any, bad: float
+) -> None:
     agent = make_agent()
     reader, data = make_reader(name, agent), advantages_of(agent)
     data.get(key)[1, 4] = bad
-    refuses(reader, data, ValueError, r"is not finite at 1 of 36 valid steps, first at \[1, 4\]")
+    check_raises(
+        reader, data, ValueError, r"is not finite at 1 of 36 valid steps, first at \[1, 4\]"
+    )
     flat: Any = data.clone()
     flat["is_init"][:, 0] = True
     flat = flat.reshape(-1)
-    refuses(reader, flat, ValueError, r"is not finite at 1 of 36 valid steps, first at \[16\]")
+    check_raises(reader, flat, ValueError, r"is not finite at 1 of 36 valid steps, first at \[16\]")
     data[MASK] = torch.ones(data.shape, dtype=torch.bool)
     data[MASK][1, 4] = False
     reader(data)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_advantages_that_are_worked_out_anew_may_be_anything(name: str) -> None:
+def test_policy_gradient_recomputed_advantages_are_not_checked(name: str) -> None:
     agent = make_agent()
     data = advantages_of(agent)
     data["advantage"].fill_(float("nan"))
@@ -91,10 +95,10 @@ def test_advantages_that_are_worked_out_anew_may_be_anything(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_minibatches_of_shuffled_steps_are_refused(name: str) -> None:
-    """What cuts through a sequence, as a buffer without slices would."""
+def test_policy_gradient_shuffled_steps_raise(name: str) -> None:
+    """Minibatches of single steps, as a buffer without slices returns them."""
     agent = make_agent()
     reader, data = make_reader(name, agent), advantages_of(agent)
     shuffled: Any = data.reshape(-1)[torch.randperm(data.numel())]
     for batch in (shuffled, shuffled.reshape(6, -1)):
-        refuses(reader, batch, ValueError, "Time is not contiguous in this batch")
+        check_raises(reader, batch, ValueError, "Time is not contiguous in this batch")

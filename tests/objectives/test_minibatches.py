@@ -1,4 +1,4 @@
-"""Minibatches of whole sequences: every step once, in its order, from its stored state."""
+"""Minibatches of whole sequences: every step once, in order, from its stored state."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tests.support.tolerances import assert_equal
 MASK = ("collector", "mask")
 
 
-def make_rollout(rows: int = 3, steps: int = 10, marks: float = 0.2) -> TensorDict:
-    """Numbered steps; ``h`` is where each came from."""
+def make_rollout(rows: int = 3, steps: int = 10, resets: float = 0.2) -> TensorDict:
+    """Make numbered steps; ``h`` contains the number of each."""
     number = torch.arange(rows * steps).reshape(rows, steps)
     return TensorDict(
         {
             "number": number,
-            "is_init": torch.rand(rows, steps, 1) < marks,
+            "is_init": torch.rand(rows, steps, 1) < resets,
             "h": number.float().unsqueeze(-1),
             "advantage": torch.randn(rows, steps, 1),
             "next": {"reward": torch.randn(rows, steps, 1)},
@@ -49,7 +49,7 @@ def unmasked(batch: TensorDictBase) -> torch.Tensor:
     some=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
-def test_every_step_once_and_in_order(
+def test_minibatches_contain_every_step_once_and_in_order(
     rows: int, steps: int, seq_len: int | None, by_episode: bool, some: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -76,9 +76,9 @@ def check_run(
     steps = rollout.shape[1]
     assert (run.diff() == 1).all() and (run // steps == run[0] // steps).all()
     assert seq_len is None or len(run) <= seq_len
-    marks = rollout["is_init"].flatten()
+    is_init = rollout["is_init"].flatten()
     if by_episode:
-        assert not marks[run[1:]].any()
+        assert not is_init[run[1:]].any()
     elif seq_len is not None:
         assert run[0] % steps % seq_len == 0
 
@@ -92,13 +92,13 @@ def test_minibatches_have_the_size_asked_for() -> None:
     assert all(MASK not in b for b in SequenceMinibatches(24, 6)(rollout))
 
 
-def test_episodes_are_added_until_there_are_enough_steps() -> None:
+def test_minibatches_add_episodes_up_to_the_size() -> None:
     rollout = make_rollout(4, 30)
     sizes = [int(unmasked(b).sum()) for b in SequenceMinibatches(40, by_episode=True)(rollout)]
     assert len(sizes) >= 2 and all(size >= 40 for size in sizes[:-1]) and sum(sizes) == 120
 
 
-def test_epochs_draw_anew_and_a_generator_repeats() -> None:
+def test_minibatches_differ_between_epochs_and_repeat_with_a_generator() -> None:
     def draw(seed: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)
         minibatches = SequenceMinibatches(4, 2, epochs=3, generator=generator)
@@ -111,7 +111,7 @@ def test_epochs_draw_anew_and_a_generator_repeats() -> None:
     assert all(sorted(sum(e, [])) == sorted(sum(epochs[0], [])) for e in epochs)
 
 
-def test_more_and_fewer_batch_dimensions() -> None:
+def test_minibatches_accept_any_batch_dimensions() -> None:
     rollout = make_rollout(4, 6)
     flat: Any = rollout.reshape(-1)
     assert [tuple(b.shape) for b in SequenceMinibatches(seq_len=6)(flat)] == [(4, 6)]
@@ -120,7 +120,7 @@ def test_more_and_fewer_batch_dimensions() -> None:
     assert sorted(batch["number"].flatten().tolist()) == list(range(24))
 
 
-def test_advantages_are_normalised_over_unmasked_steps() -> None:
+def test_minibatches_normalise_advantages_over_valid_steps() -> None:
     rollout = make_rollout(3, 10)
     rollout[MASK] = torch.rand(3, 10) < 0.6
     rollout["advantage"][~rollout[MASK]] = float("inf")
@@ -134,7 +134,7 @@ def test_advantages_are_normalised_over_unmasked_steps() -> None:
         assert not batch["advantage"].squeeze(-1)[~batch[MASK]].any()
 
 
-def test_a_mask_is_kept_and_what_it_hides_wholly_is_left_out() -> None:
+def test_minibatches_keep_the_mask_and_drop_sequences_of_padding() -> None:
     rollout = make_rollout(2, 8)
     rollout[MASK] = torch.ones(2, 8, dtype=torch.bool)
     rollout[MASK][0, 4:] = False
@@ -144,7 +144,7 @@ def test_a_mask_is_kept_and_what_it_hides_wholly_is_left_out() -> None:
     assert sorted(batch["number"][batch[MASK]].tolist()) == [0, 1, 2, 3, 8, 9, 10, 11, 12, 14, 15]
 
 
-def test_states_are_refreshed_between_epochs() -> None:
+def test_minibatches_refresh_states_between_epochs() -> None:
     agent = make_agent(cell="lstm")
     data = collect(agent)
     data["row"] = torch.arange(3).unsqueeze(-1).expand(3, 24)
@@ -154,9 +154,9 @@ def test_states_are_refreshed_between_epochs() -> None:
     collected, refreshed = move_after_the_first(minibatches(data), agent)
     assert collected.shape == refreshed.shape == (18, 4)
     assert (data == stored).all()
-    for memory in (agent.actor[0][0], agent.critic[0]):
-        for key in memory.state_keys:
-            now = by_hand(memory, data)["next", key]
+    for layer in (agent.actor[0][0], agent.critic[0]):
+        for key in layer.state_keys:
+            now = by_hand(layer, data)["next", key]
             starts = data["is_init"].clone()
             starts[:, 0] = True
             carried = torch.cat([data[key][:, :1], now[:, :-1]], 1)
@@ -179,7 +179,7 @@ def in_order(batch: TensorDictBase, key: Any) -> torch.Tensor:
     return value[place.flatten().argsort()].unflatten(0, (3, 24))
 
 
-def test_it_composes_with_the_loss() -> None:
+def test_minibatches_with_ppo_lower_the_objective() -> None:
     """A few epochs of PPO lower its own objective, with every option on."""
     agent = make_agent(cell="lstm")
     data = collect(agent, steps=32)
@@ -201,9 +201,6 @@ def test_it_composes_with_the_loss() -> None:
     assert sum(losses[-4:]) < sum(losses[:4]) - 0.2
 
 
-# --- bad input ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -218,19 +215,19 @@ def test_it_composes_with_the_loss() -> None:
         ({"refresh": True}, "refresh=True needs networks="),
     ],
 )
-def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+def test_minibatches_invalid_argument_raises(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SequenceMinibatches(**arguments)
 
 
-def test_refresh_needs_states_after_every_step() -> None:
+def test_minibatches_refresh_without_next_states_raises() -> None:
     theirs = torchrl.modules.GRUModule(3, 5, in_key="observation", out_key="embed")
     with pytest.raises(ValueError, match="torchrl's GRUModule writes zeros"):
         SequenceMinibatches(networks=theirs, refresh=True)
 
 
 @pytest.mark.parametrize("key", [("next", "reward"), "advantage", "value_target"])
-def test_what_is_not_finite_is_refused(key: Any) -> None:
+def test_minibatches_entry_not_finite_raises(key: Any) -> None:
     rollout = make_rollout()
     rollout["value_target"] = torch.randn(3, 10, 1)
     rollout.get(key)[1, 4] = float("nan")
@@ -241,7 +238,7 @@ def test_what_is_not_finite_is_refused(key: Any) -> None:
     assert len(list(SequenceMinibatches()(rollout))) == 1
 
 
-def test_bad_rollouts() -> None:
+def test_minibatches_invalid_rollout_raises() -> None:
     rollout = make_rollout()
     empty: Any = rollout[:, :0]
     with pytest.raises(ValueError, match=r"one step. Got batch size \[3, 0\].*\[no-steps\]"):
@@ -254,7 +251,7 @@ def test_bad_rollouts() -> None:
         SequenceMinibatches()(rollout.set(MASK, torch.zeros(3, 10, dtype=torch.bool)))
 
 
-def test_rollouts_without_order_or_states_are_refused() -> None:
+def test_minibatches_rollout_without_order_or_states_raises() -> None:
     agent = make_agent()
     data = collect(agent)
     shuffled: Any = data.reshape(-1)[torch.randperm(data.numel())]

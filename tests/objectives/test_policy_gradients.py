@@ -58,7 +58,7 @@ def expected_advantage(data: TensorDictBase, value: Tensor, after: Tensor, lmbda
 @in_every_shape
 @for_both_cells
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_values_and_advantages_are_the_single_step_ones(name: str, cell: str, shared: bool) -> None:
+def test_values_and_advantages_equal_single_steps(name: str, cell: str, shared: bool) -> None:
     agent = make_agent("discrete", cell, shared)
     data = collect(agent)
     check_every_kind_of_end(data)
@@ -75,7 +75,7 @@ def test_values_and_advantages_are_the_single_step_ones(name: str, cell: str, sh
 
 
 def check_every_kind_of_end(data: TensorDictBase) -> None:
-    """Episodes terminate and are truncated inside, come in from before and go on behind."""
+    """Episodes terminate and are truncated inside, and some continue across the batch's ends."""
     terminated, done = (data["next", key][:, :-1] for key in ("terminated", "done"))
     assert terminated.any() and (done & ~terminated).any()
     assert not data["next", "done"][:, -1].all() and not data["is_init"][:, 0].all()
@@ -89,7 +89,7 @@ def check_every_kind_of_end(data: TensorDictBase) -> None:
     ids=["discrete", "continuous"],
 )
 @pytest.mark.parametrize("seq_len", [None, 4, 7])
-def test_ratios_of_the_first_epoch_are_one(
+def test_ppo_ratios_in_the_first_epoch_are_one(
     kind: str,
     double: bool,
     cell: str,
@@ -117,8 +117,8 @@ def test_ratios_of_the_first_epoch_are_one(
     assert steps == data.numel()
 
 
-def test_log_probs_are_wrong_where_states_are_forgotten() -> None:
-    """What the checks above would see in an update from zero states."""
+def test_log_probs_from_zero_states_are_wrong() -> None:
+    """The checks above fail for an update from zero states."""
     agent = make_agent()
     data = collect(agent)
     data["actor_h"].zero_()
@@ -128,7 +128,7 @@ def test_log_probs_are_wrong_where_states_are_forgotten() -> None:
 
 
 @pytest.mark.parametrize("kind", [ClipPPOLoss, ReinforceLoss], ids=lambda k: k.__name__)
-def test_padding_changes_no_loss_and_no_gradient(kind: Any) -> None:
+def test_policy_gradient_padding_changes_no_loss_and_no_gradient(kind: Any) -> None:
     agent = make_agent()
     data = collect(agent, steps=20)
     recurrent_loss(GAE(gamma=GAMMA, lmbda=LAMBDA, value_network=agent.critic))(data)
@@ -157,7 +157,7 @@ def assert_same_loss(loss: Any, one: TensorDictBase, other: TensorDictBase) -> N
 
 
 @pytest.mark.parametrize("reader", ["GAE", "ClipPPOLoss"])
-def test_a_critic_whose_states_nobody_collected_is_refused(reader: str) -> None:
+def test_critic_without_collected_states_raises(reader: str) -> None:
     agent = make_agent()
     data = collect(agent)
     bare = data.exclude("value_h", ("next", "value_h"))
@@ -168,7 +168,7 @@ def test_a_critic_whose_states_nobody_collected_is_refused(reader: str) -> None:
     wired: Any = recurrent_loss(gae if reader == "GAE" else loss)
     with pytest.raises(KeyError, match=f"{reader} would run GRUModule from zeros.*value_h"):
         wired(bare)
-    # Rows that start with their episode need none at the root, but behind their first step.
+    # Rows that start with their episode need none at the root, but after their first step.
     bare["is_init"][:, 0] = True
     with pytest.raises(
         KeyError,
@@ -177,19 +177,19 @@ def test_a_critic_whose_states_nobody_collected_is_refused(reader: str) -> None:
         wired(bare)
 
 
-def test_one_call_for_both_views_needs_no_states_of_the_critic() -> None:
-    """Of an episode, values and targets are those of one run over all its observations."""
+def test_shifted_gae_needs_no_states_of_the_critic() -> None:
+    """Values and targets of an episode equal those of one pass over all its observations."""
     critic, steps = make_agent().critic, 6
-    memory: Any = critic[0]
-    x = torch.randn(steps + 1, memory.layers.input_size)
-    marks = torch.zeros(steps + 1, 1, dtype=torch.bool)
-    marks[0] = True
-    whole = TensorDict({memory.in_keys[0]: x, memory.init_key: marks}, [steps + 1])
+    layer: Any = critic[0]
+    x = torch.randn(steps + 1, layer.layers.input_size)
+    is_init = torch.zeros(steps + 1, 1, dtype=torch.bool)
+    is_init[0] = True
+    whole = TensorDict({layer.in_keys[0]: x, layer.init_key: is_init}, [steps + 1])
     batch: Any = whole[:-1].clone()
     ahead: Any = whole[1:].clone()
     batch["next"] = ahead.set("reward", torch.zeros(steps, 1))
     for key in ("done", "terminated", "truncated"):
-        batch["next", key] = marks[1:].clone()
+        batch["next", key] = is_init[1:].clone()
     batch["next", "done"][-1] = batch["next", "truncated"][-1] = True
     gae: Any = GAE(gamma=1.0, lmbda=0.0, value_network=critic, shifted=True)
     recurrent_loss(gae)(batch)
@@ -203,7 +203,7 @@ def test_one_call_for_both_views_needs_no_states_of_the_critic() -> None:
 @pytest.mark.filterwarnings("ignore:PPOTrainer is an experimental:UserWarning")
 @pytest.mark.filterwarnings("ignore:The '\\w+' hook stage will be replaced:FutureWarning")
 @pytest.mark.skipif(not hasattr(PPOTrainer, "from_env"), reason="needs TorchRL 0.15")
-def test_ppo_trainer_on_parts_of_trajectories_trains_a_wired_loss() -> None:
+def test_ppo_trainer_trains_a_wired_loss() -> None:
     agent = make_agent("discrete", "gru", shared=True)
     env = ShortEpisodes("discrete", (2,))
     trainer = getattr(PPOTrainer, "from_env")(  # noqa: B009

@@ -1,4 +1,4 @@
-"""What wiring a loss keeps working, what it leaves alone, and what it refuses."""
+"""Wired losses: what keeps working, what stays unchanged, and what raises."""
 
 from __future__ import annotations
 
@@ -60,11 +60,8 @@ def assert_same_losses(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
         torch.testing.assert_close(value, b[key], rtol=1e-5, atol=1e-7)
 
 
-# --- what goes on working -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_state_and_parameters_stay_what_they_were(case: Case) -> None:
+def test_wired_loss_keeps_state_dict_and_parameters(case: Case) -> None:
     loss = case.make(rnnkeys, "gru").loss
     base, state = type(loss), {k: v.clone() for k, v in loss.state_dict().items()}
     parameters = list(loss.parameters())
@@ -79,7 +76,7 @@ def test_state_and_parameters_stay_what_they_were(case: Case) -> None:
     loss.load_state_dict(plain.state_dict())
 
 
-def test_wiring_twice_is_wiring_once() -> None:
+def test_recurrent_loss_of_wired_loss_returns_it() -> None:
     loss = wired(TD3).loss
     kind, read = type(loss), list(loss.actor_network.in_keys)
     assert recurrent_loss(loss) is loss
@@ -96,7 +93,7 @@ def test_wiring_twice_is_wiring_once() -> None:
     ],
     ids=str,
 )
-def test_copies_stay_wired(case: Case, how: str) -> None:
+def test_wired_loss_copies_are_wired(case: Case, how: str) -> None:
     setup = wired(case)
     batch = batch_of(case, setup)
     other: Any = COPIES[how](setup.loss)
@@ -124,7 +121,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 # The compiler warns about tensordict and itself, and under tests that would be an error.
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_losses_equal_eager_ones() -> None:
+def test_wired_loss_compiled_equals_eager() -> None:
     setup = wired(DQN)
     batch = batch_of(DQN, setup)
     eager = losses(setup.loss, batch)
@@ -133,7 +130,7 @@ def test_compiled_losses_equal_eager_ones() -> None:
 
 
 @pytest.mark.parametrize("updater", [SoftUpdate, HardUpdate])
-def test_target_updaters(updater: Any) -> None:
+def test_wired_loss_accepts_target_updaters(updater: Any) -> None:
     loss = wired(DDPG).loss
     if updater is SoftUpdate:
         step = updater(loss, tau=0.25)
@@ -149,7 +146,7 @@ def test_target_updaters(updater: Any) -> None:
         torch.testing.assert_close(after.get(key).data, expected.get(key).data)
 
 
-def test_keys_may_be_set_before_and_after() -> None:
+def test_wired_loss_set_keys_works_before_and_after() -> None:
     setup = wired(DQN)
     batch = batch_of(DQN, setup)
     truth = losses(setup.loss, batch)
@@ -160,7 +157,7 @@ def test_keys_may_be_set_before_and_after() -> None:
     assert_same_losses(losses(setup.loss, renamed), truth)
 
 
-def test_the_estimator_may_change_afterwards() -> None:
+def test_wired_loss_accepts_another_estimator() -> None:
     first, second = cases.make_dqn, ValueEstimators.TDLambda
     torch.manual_seed(0)
     early = first(rnnkeys, "gru", True, True, second)
@@ -173,7 +170,7 @@ def test_the_estimator_may_change_afterwards() -> None:
     assert_same_losses(losses(late.loss, batch), losses(early.loss, batch))
 
 
-def test_entries_may_be_passed_one_by_one() -> None:
+def test_wired_loss_accepts_separate_entries() -> None:
     setup = wired(DQN)
     batch = batch_of(DQN, setup)
     entries = {
@@ -183,8 +180,8 @@ def test_entries_may_be_passed_one_by_one() -> None:
     assert_same_losses({"loss": setup.loss(**entries)}, losses(setup.loss, batch))
 
 
-def test_each_part_of_a_loss_is_wired() -> None:
-    """People who step actor and critic apart call ``loss_actor`` and ``loss_value``."""
+def test_wired_loss_parts_are_wired() -> None:
+    """Training loops with separate actor and critic steps call the parts of a loss."""
     setup = wired(DDPG)
     batch = batch_of(DDPG, setup)
     together = losses(setup.loss, batch)["loss_value"]
@@ -197,7 +194,7 @@ def test_each_part_of_a_loss_is_wired() -> None:
     assert not torch.allclose(wrong, together, rtol=1e-4)
 
 
-def test_the_mode_holds_inside_only() -> None:
+def test_wired_loss_restores_the_recurrent_mode() -> None:
     setup = wired(BY_NAME["GAE"])
     batch = batch_of(BY_NAME["GAE"], setup)
     assert rnnkeys.recurrent_mode() is None
@@ -209,14 +206,12 @@ def test_the_mode_holds_inside_only() -> None:
     setup.loss(batch)
 
 
-# --- what is left alone ---------------------------------------------------------------------------
-
 # What losses and estimators themselves write, wired or not.
 WRITES = {"td_error", "advantage", "value_target", "state_value", "shifted_valid", "_log_prob"}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_batch_stays_as_it_was(case: Case) -> None:
+def test_wired_loss_leaves_the_batch_unchanged(case: Case) -> None:
     setup = wired(case)
     data = "[B, T]" if CASES.index(case) % 2 else "flat"
     batch = cases.DATA[data](case, setup.policy)
@@ -227,9 +222,6 @@ def test_the_batch_stays_as_it_was(case: Case) -> None:
     for key in before.keys(True, True):
         name = key if isinstance(key, str) else key[-1]
         assert name in WRITES or torch.equal(batch.get(key), before.get(key)), key
-
-
-# --- what is refused, with the way out ------------------------------------------------------------
 
 
 def random_actor_and_critic() -> tuple[Any, Any]:
@@ -265,7 +257,7 @@ def make_attached() -> Any:
 
 
 class Bare(cases.TensorDictModule):
-    """An actor that is no sequence of modules."""
+    """An actor that is not a sequence of modules."""
 
 
 def make_bare_td3() -> Any:
@@ -274,13 +266,13 @@ def make_bare_td3() -> Any:
     return TD3Loss(actor, cases._critic(rnnkeys, "gru", "critic"), bounds=bounds)
 
 
-def make_memoryless() -> Any:
+def make_feed_forward() -> Any:
     head = cases.Mod(nn.Linear(3, 2), ["observation"], ["action_value"])
     values = cases.QValueModule(action_space="categorical")
     return DQNLoss(cases.Seq(head, values), action_space="categorical")
 
 
-REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+UNSUPPORTED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "CQL": (make_cql, ValueError, "repeats every step num_random times.*Use SACLoss or IQLLoss"),
     "discrete CQL": (make_discrete_cql, ValueError, "never uses its target network.*Use DQNLoss"),
     "SAC that skips": (make_skipping_sac, ValueError, "Leave skip_done_states=False"),
@@ -292,14 +284,18 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "states with gradients": (make_attached, ValueError, "reach the target.*state_grad=False"),
     "an actor that cannot keep": (make_bare_td3, ValueError, "critic_h.*TensorDictSequential"),
-    "no memory": (make_memoryless, ValueError, "no recurrent module inside DQNLoss.*init_key="),
+    "no recurrent layer": (
+        make_feed_forward,
+        ValueError,
+        "no recurrent module inside DQNLoss.*init_key=",
+    ),
     "no loss": (lambda: nn.Linear(1, 1), TypeError, "expects a LossModule.*Got Linear"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refuses(name: str) -> None:
-    make, error, text = REFUSED[name]
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_recurrent_loss_of_unsupported_loss_raises(name: str) -> None:
+    make, error, text = UNSUPPORTED[name]
     loss = make()
     kind = type(loss)
     with pytest.raises(error, match=text):
@@ -307,7 +303,7 @@ def test_refuses(name: str) -> None:
     assert type(loss) is kind
 
 
-def test_refuses_vtrace_as_an_estimator_that_comes_later() -> None:
+def test_wired_loss_with_vtrace_set_later_raises() -> None:
     setup = wired(BY_NAME["GAE"])
     batch = batch_of(BY_NAME["GAE"], setup)
     actor, value = cases._random_actor(rnnkeys, "gru"), setup.networks["value"]
@@ -318,7 +314,7 @@ def test_refuses_vtrace_as_an_estimator_that_comes_later() -> None:
 
 
 @pytest.mark.parametrize("name", ["QMIX", "TD3+BC"])
-def test_refuses_a_mask_that_a_loss_ignores(name: str) -> None:
+def test_wired_loss_that_ignores_the_mask_raises(name: str) -> None:
     case = BY_NAME[name]
     setup = wired(case)
     batch = batch_of(case, setup)
@@ -328,8 +324,8 @@ def test_refuses_a_mask_that_a_loss_ignores(name: str) -> None:
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_iql_learns_nothing_from_masked_steps(named: bool) -> None:
-    """Of which its critic's loss is told by an entry that it would cut away."""
+def test_iql_padding_has_no_effect(named: bool) -> None:
+    """The critic's loss gets the mask from an entry that IQL would drop."""
     case = BY_NAME["IQL"]
     setup = wired(case)
     batch: Any = batch_of(case, setup)
@@ -345,7 +341,7 @@ def test_iql_learns_nothing_from_masked_steps(named: bool) -> None:
     assert torch.equal(*losses)
 
 
-def test_refuses_slices_that_sac_would_cut_for_its_critics() -> None:
+def test_sac_slices_cut_for_its_critics_raise() -> None:
     case = BY_NAME["SAC with value"]
     setup = wired(case)
     nets = setup.networks
@@ -364,7 +360,7 @@ def test_refuses_slices_that_sac_would_cut_for_its_critics() -> None:
     loss(batch)
 
 
-def test_refuses_multi_step_transitions() -> None:
+def test_wired_loss_multi_step_transitions_raise() -> None:
     setup = wired(DQN)
     data = cases.collect(DQN, setup.policy, 40)
     several = MultiStepTransform(n_steps=3, gamma=0.9)._inv_call(data)
@@ -374,7 +370,7 @@ def test_refuses_multi_step_transitions() -> None:
 
 
 @pytest.mark.parametrize("options", [{"value_chunk_size": 4}, {"num_chunks": 2}])
-def test_refuses_chunks_of_time(options: dict[str, int]) -> None:
+def test_wired_estimator_chunks_of_time_raise(options: dict[str, int]) -> None:
     case = BY_NAME["GAE"]
     setup = cases.make_bare_estimator(rnnkeys, "gru", GAE, lmbda=0.8, **options)
     recurrent_loss(setup.loss)
@@ -382,14 +378,14 @@ def test_refuses_chunks_of_time(options: dict[str, int]) -> None:
         setup.loss(batch_of(case, setup))
 
 
-def test_refuses_states_that_one_view_has_and_the_other_has_not() -> None:
+def test_wired_loss_states_in_one_half_only_raise() -> None:
     setup = wired(DDPG)
     batch = batch_of(DDPG, setup).exclude(("next", "critic_h"))
     with pytest.raises(KeyError, match=r"'critic_h' is in the batch and .*'next'.*Store"):
         setup.loss(batch)
 
 
-def test_refuses_transitions_that_are_no_sequence() -> None:
+def test_wired_loss_transitions_out_of_order_raise() -> None:
     setup = wired(DQN)
     batch = batch_of(DQN, setup)
     shuffled = batch[torch.randperm(len(batch))]
@@ -397,7 +393,7 @@ def test_refuses_transitions_that_are_no_sequence() -> None:
         setup.loss(shuffled)
 
 
-def test_an_init_key_that_is_not_there() -> None:
+def test_wired_loss_without_init_key_entry_raises() -> None:
     setup = DQN.make(rnnkeys, "gru")
     loss = recurrent_loss(setup.loss, init_key=("agents", "fresh"))
     with pytest.raises(KeyError, match=r"The init key \('agents', 'fresh'\)"):

@@ -94,8 +94,8 @@ def test_next_values_in_float64(case: Case, float64: None) -> None:
     check_next_values(case, setup, data_of("flat", case, setup))
 
 
-def test_flat_data_has_slices_cut_everywhere() -> None:
-    """Starts, insides and ends of episodes, both kinds of ends, and episodes of one step."""
+def test_flat_data_contains_every_kind_of_cut() -> None:
+    """Slices contain starts, insides and both kinds of ends, and episodes of one step."""
     case = BY_NAME["DQN double delayed TD0"]
     policy = case.make(rnnkeys, "gru").policy
     # Not every draw has all of it; together a few have.
@@ -113,11 +113,8 @@ def test_flat_data_has_slices_cut_everywhere() -> None:
     assert (starts & ends & first).any()
 
 
-# --- leaks ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_no_slice_changes_the_target_of_another(case: Case) -> None:
+def test_targets_do_not_depend_on_other_slices(case: Case) -> None:
     setup = wired(case, cell_of(case, "flat"))
     check_no_leak(setup.loss, data_of("flat", case, setup))
 
@@ -134,7 +131,7 @@ def check_no_leak(loss: Any, batch: TensorDictBase) -> None:
 
 
 @pytest.mark.parametrize("name", ["DQN delayed TDLambda", "GAE", "TD1Estimator"])
-def test_returns_stop_at_slices_that_nobody_truncated(name: str) -> None:
+def test_returns_end_at_slices_without_done(name: str) -> None:
     case = BY_NAME[name]
     setup = wired(case, "gru")
     data = cases.collect(case, setup.policy, 80)
@@ -147,7 +144,7 @@ def test_returns_stop_at_slices_that_nobody_truncated(name: str) -> None:
     check_no_leak(setup.loss, batch)
 
 
-def test_the_oracle_sees_torchrl_leak() -> None:
+def test_leak_check_without_wiring_fails() -> None:
     """The same check, on the same data, fails without the wiring."""
     case = BY_NAME["DDPG"]
     setup = case.make(rnnkeys, "gru")
@@ -155,11 +152,8 @@ def test_the_oracle_sees_torchrl_leak() -> None:
         check_next_values(case, setup, data_of("flat", case, setup))
 
 
-# --- other ways data can come ---------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["DQN double delayed TD0", "DDPG"])
-def test_prioritized_slices_are_marked_although_their_sampler_marks_none(name: str) -> None:
+def test_prioritized_slices_without_flags_are_flagged(name: str) -> None:
     case = BY_NAME[name]
     setup = wired(case, "lstm")
     data = cases.collect(case, setup.policy, 80)
@@ -178,7 +172,7 @@ if "output_layout" in inspect.signature(SliceSampler).parameters:
 
 @pytest.mark.parametrize("layout", PADDED)
 @pytest.mark.parametrize("name", ["DQN double delayed TD0", "DDPG", "SAC", "GAE"])
-def test_padding_is_masked_and_changes_nothing(name: str, layout: str) -> None:
+def test_next_values_with_padding_are_unchanged(name: str, layout: str) -> None:
     case = BY_NAME[name]
     setup = wired(case, "gru")
     data = cases.collect(case, setup.policy, 80)
@@ -209,8 +203,8 @@ def _slices(**options: Any) -> SliceSampler:
 
 
 @pytest.mark.parametrize("name", ["DQN double delayed TD0", "DDPG", "SAC", "discrete SAC"])
-def test_marks_alone_make_it_right(name: str) -> None:
-    """The tracker on a sampled batch, and no wiring: enough where no state is cut away."""
+def test_next_values_with_flags_alone_are_right(name: str) -> None:
+    """Flags in ``next``, without wiring, suffice for losses that drop no state."""
     case = BY_NAME[name]
     setup = case.make(rnnkeys, "gru")
     batch = set_next_is_init(data_of("flat", case, setup))
@@ -218,7 +212,7 @@ def test_marks_alone_make_it_right(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["TD0Estimator", "TD1Estimator", "TDLambdaEstimator", "GAE"])
-def test_estimators_need_no_wiring_but_the_mode(name: str) -> None:
+def test_estimators_in_recurrent_mode_are_right_without_wiring(name: str) -> None:
     case = BY_NAME[name]
     setup = case.make(rnnkeys, "gru")
     batch = data_of("flat", case, setup).exclude("state_value")
@@ -227,7 +221,7 @@ def test_estimators_need_no_wiring_but_the_mode(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [A2CLoss, ClipPPOLoss, ReinforceLoss], ids=lambda k: k.__name__)
-def test_losses_that_work_out_their_advantages(kind: Any) -> None:
+def test_losses_that_compute_advantages_have_the_oracles_targets(kind: Any) -> None:
     setup = make_policy_loss(kind)
     case = dataclasses.replace(BY_NAME["GAE"], expect=expect_critic)
     recurrent_loss(setup.loss)
@@ -251,9 +245,6 @@ def expect_critic(setup: Setup, batch: TensorDictBase, starts: Tensor) -> Tensor
     return oracle.with_params(setup.networks["value"], params, view, starts).get("state_value")
 
 
-# --- beyond next values ---------------------------------------------------------------------------
-
-
 def test_c51_learns_the_projected_distribution(float64: None) -> None:
     case = BY_NAME["C51"]
     setup = wired(case, "lstm")
@@ -273,7 +264,7 @@ def test_c51_learns_the_projected_distribution(float64: None) -> None:
 
 
 @pytest.mark.parametrize("name", ["TD3", "TD3+BC"])
-def test_the_critic_keeps_its_state_in_the_actor_loss_too(name: str) -> None:
+def test_actor_loss_keeps_states_of_the_critic(name: str) -> None:
     case = BY_NAME[name]
     setup = wired(case, "lstm")
     batch = data_of("flat", case, setup)
@@ -286,7 +277,7 @@ def test_the_critic_keeps_its_state_in_the_actor_loss_too(name: str) -> None:
     assert_equal(value, truth.squeeze(-1) if name == "TD3" else truth[0].squeeze(-1), torch.float32)
 
 
-def test_sac_keeps_all_states_in_its_value_loss() -> None:
+def test_sac_value_loss_keeps_all_states() -> None:
     case = BY_NAME["SAC with value"]
     setup = wired(case, "gru")
     batch = data_of("flat", case, setup)
@@ -306,8 +297,8 @@ def test_sac_keeps_all_states_in_its_value_loss() -> None:
 
 
 @pytest.mark.parametrize("kind", [GAE, TDLambdaEstimator, TD1Estimator])
-def test_padding_changes_no_target(kind: Any, float64: None) -> None:
-    """Where a slice ends that is merely cut, so that nothing says it is over but the mask."""
+def test_targets_with_padding_are_unchanged(kind: Any, float64: None) -> None:
+    """The last slice is cut without done, so only the mask shows its end."""
     options = {} if kind is TD1Estimator else {"lmbda": 0.8}
     setup = cases.make_bare_estimator(rnnkeys, "gru", kind, **options)
     recurrent_loss(setup.loss)
@@ -328,7 +319,7 @@ def test_padding_changes_no_target(kind: Any, float64: None) -> None:
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_gradient_is_the_semi_gradient(double: bool, cell: str, float64: None) -> None:
+def test_loss_gradient_is_the_semi_gradient(double: bool, cell: str, float64: None) -> None:
     """No gradient reaches the target, and the one of the values is that of step-by-step code."""
     setup = cases.make_dqn(rnnkeys, cell, double, True, ValueEstimators.TD0)
     loss = recurrent_loss(setup.loss)
@@ -353,20 +344,20 @@ def test_gradient_is_the_semi_gradient(double: bool, cell: str, float64: None) -
             assert_equal(mine, true, torch.float64, "gradient")
 
 
-def test_two_batch_dimensions_before_time() -> None:
+def test_next_values_with_two_batch_dimensions_are_right() -> None:
     case = BY_NAME["DDPG"]
     setup = wired(case, "gru")
     batch = cases.windows(case, setup.policy).reshape(2, -1, 4)
     check_next_values(case, setup, batch)
 
 
-def test_several_init_keys_nested_and_renamed() -> None:
-    """Actor and critic each with marks of their own, neither named as TorchRL names them."""
+def test_next_values_with_several_init_keys_are_right() -> None:
+    """Actor and critic each have their own is_init flags, under other names than TorchRL's."""
     case = BY_NAME["DDPG"]
-    setup = rename_marks(cases.make_ddpg, {"actor": ("marks", "a"), "critic": "fresh"})
+    setup = rename_flags(cases.make_ddpg, {"actor": ("flags", "a"), "critic": "first"})
     recurrent_loss(setup.loss)
     batch = data_of("flat", case, setup)
-    for key in (("marks", "a"), "fresh"):
+    for key in (("flags", "a"), "first"):
         batch.set(key, batch.get("is_init"))
         batch.set(("next", *([key] if isinstance(key, str) else key)), batch["next", "is_init"])
     truth = expected(case, setup, batch)
@@ -376,7 +367,7 @@ def test_several_init_keys_nested_and_renamed() -> None:
     assert_equal(seen.next_value, truth, torch.float32)
 
 
-def rename_marks(make: Any, keys: dict[str, Any]) -> Setup:
+def rename_flags(make: Any, keys: dict[str, Any]) -> Setup:
     class Renaming:
         @staticmethod
         def GRUModule(**kwargs: Any) -> Any:
@@ -389,7 +380,7 @@ def rename_marks(make: Any, keys: dict[str, Any]) -> Setup:
     return setup
 
 
-def test_the_table_of_targets(tmp_path: Path) -> None:
+def test_table_of_targets_shows_errors_of_torchrl_only(tmp_path: Path) -> None:
     page = tmp_path / "targets.md"
     targets.main(["--seeds", "1", "--only", "DDPG TDLambda", "--output", str(page)])
     [row] = [line for line in page.read_text().splitlines() if line.startswith("| DDPG")]
@@ -400,7 +391,7 @@ def test_the_table_of_targets(tmp_path: Path) -> None:
     assert ours[2::3] == ["0", "0"]
 
 
-def test_every_loss_and_estimator_is_covered() -> None:
+def test_cases_cover_every_loss_and_estimator() -> None:
     covered = {type(case.make(rnnkeys, "gru").loss) for case in CASES}
     assert {DQNLoss, DistributionalDQNLoss, GAE, TDLambdaEstimator} <= covered
     assert len(covered) >= 14

@@ -111,7 +111,7 @@ def loop_starts_rows_from_zeros(
 
 @seen_by(
     "tests/modules/test_leaks.py::"
-    "test_what_is_not_finite_stays_in_its_segment[loop-gru-one step-nan]",
+    "test_values_not_finite_stay_in_their_segment[loop-gru-one step-nan]",
     target=LOOP + "select",
 )
 def loop_multiplies_by_zero(original: Any, where: Tensor, chosen: Any, other: Any):
@@ -221,7 +221,7 @@ def triton_drops_resets(
 
 
 @seen_by(
-    "tests/modules/test_modules.py::test_a_stale_state_that_is_not_a_number_does_not_pass[False-gru]",
+    "tests/modules/test_modules.py::test_stored_nan_that_is_not_read_has_no_effect[False-gru]",
     target=ENTRIES + "fold_step",
 )
 def step_keeps_the_old_state(original: Any, spec: Any, data: Any, *rest: Any):
@@ -278,7 +278,7 @@ def done_starts_no_segment(original: Any, tensordict: Any, init_key: Any):
 
 
 @seen_by(
-    "tests/objectives/test_targets.py::test_returns_stop_at_slices_that_nobody_truncated[GAE]",
+    "tests/objectives/test_targets.py::test_returns_end_at_slices_without_done[GAE]",
     target=WIRING + "Wired._end_returns",
 )
 def returns_not_cut(original: Any, *args: Any):
@@ -286,7 +286,7 @@ def returns_not_cut(original: Any, *args: Any):
 
 
 @seen_by(
-    "tests/objectives/test_targets.py::test_the_critic_keeps_its_state_in_the_actor_loss_too[TD3]",
+    "tests/objectives/test_targets.py::test_actor_loss_keeps_states_of_the_critic[TD3]",
     target=LOSS_INPUTS + "keep_dropped_keys",
 )
 def critic_state_cut(original: Any, loss: Any):
@@ -294,7 +294,7 @@ def critic_state_cut(original: Any, loss: Any):
 
 
 @seen_by(
-    "tests/objectives/test_bad_batches.py::test_what_is_masked_reaches_nothing_in_losses_of_torchrl[DDPG]",
+    "tests/objectives/test_bad_batches.py::test_recurrent_loss_padding_has_no_effect[DDPG]",
     target=MASKS + "zero_masked",
 )
 def recurrent_loss_reads_padding(original: Any, batch: Any, mask: Tensor, **options: Any):
@@ -345,7 +345,7 @@ def sequences_cut_early(original: Any, *args: Any):
 
 
 @seen_by(
-    "tests/objectives/test_minibatches.py::test_advantages_are_normalised_over_unmasked_steps",
+    "tests/objectives/test_minibatches.py::test_minibatches_normalise_advantages_over_valid_steps",
     target=VALID_STEPS + "standardize",
 )
 def advantages_over_padding(

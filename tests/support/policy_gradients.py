@@ -1,4 +1,4 @@
-"""Actors and critics with memory, and what they collected, for the tests of policy gradients."""
+"""Recurrent actors and critics, and data that they collected, for the tests of policy gradients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Agent(NamedTuple):
 
 
 def make_agent(kind: str = "discrete", cell: str = "gru", shared: bool = False) -> Agent:
-    """Make networks with one memory or with two; ``kind`` is that of the actions."""
+    """Make networks with one recurrent layer or two; ``kind`` is that of the actions."""
     body = cases.recurrent(rnnkeys, cell)
     outputs = ACTIONS if kind == "discrete" else 4
     head = Mod(cases._net(HIDDEN, 8, outputs), ["actor_embed"], ["raw"])
@@ -44,9 +44,9 @@ def make_agent(kind: str = "discrete", cell: str = "gru", shared: bool = False) 
         keys, options["distribution_class"] = ["loc", "scale"], TanhNormal
     actor: Any = ProbabilisticActor(Seq(body, head, rename), in_keys=keys, **options)
     name = "actor" if shared else "value"
-    memory = body if shared else cases.recurrent(rnnkeys, cell, name=name)
+    recurrent = body if shared else cases.recurrent(rnnkeys, cell, name=name)
     value = Mod(cases._net(HIDDEN, 8, 1), [f"{name}_embed"], ["state_value"])
-    return Agent(kind, actor, Seq(memory, value))
+    return Agent(kind, actor, Seq(recurrent, value))
 
 
 def collect(agent: Agent, steps: int = 24, envs: int = 3) -> TensorDictBase:

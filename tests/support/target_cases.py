@@ -176,7 +176,7 @@ def _q_network(library: Any, cell: str) -> Any:
 
 
 def _critic(library: Any, cell: str, name: str, width: int = 1, action: int = 2) -> Any:
-    """Q(o, a): memory of observations, then a head that sees the action too."""
+    """Q(o, a): a recurrent layer over observations, then a head that reads the action too."""
     embed = f"{name}_embed"
     head = Mod(_Concat(_net(HIDDEN + action, 8, width)), [embed, "action"], ["state_action_value"])
     return Seq(recurrent(library, cell, name=name), head)
@@ -226,9 +226,6 @@ def _finish(loss: Any, policy: Any, **networks: Any) -> Setup:
     if updater is not None:
         updater.step()
     return Setup(loss, policy, networks)
-
-
-# --- values of actions: DQN, its double form, C51 -------------------------------------------------
 
 
 def make_dqn(library: Any, cell: str, double: bool, delay: bool, estimator: Any) -> Setup:
@@ -287,9 +284,6 @@ def next_distribution(setup: Setup, batch: TensorDictBase, starts: Tensor) -> Te
 def expect_c51(setup: Setup, batch: TensorDictBase, starts: Tensor) -> Tensor:
     probs = next_distribution(setup, batch, starts)
     return (probs * torch.linspace(-2, 2, ATOMS)).sum(-1, keepdim=True)
-
-
-# --- actors and critics: DDPG, TD3, SAC -----------------------------------------------------------
 
 
 def _actor_and_critic(library: Any, cell: str, shared: bool) -> tuple[Any, Any]:
@@ -423,9 +417,6 @@ def expect_discrete_sac(setup: Setup, batch: TensorDictBase, starts: Tensor) -> 
     return (log_prob.exp() * (values - loss._alpha * log_prob)).sum(-1, keepdim=True)
 
 
-# --- agents ---------------------------------------------------------------------------------------
-
-
 def _agents(library: Any, cell: str, own: bool) -> list[Any]:
     """Agents that share the weights of one layer, or each with a layer, and keys, of its own."""
     if not own:
@@ -483,9 +474,6 @@ def expect_qmix(setup: Setup, batch: TensorDictBase, starts: Tensor) -> Tensor:
     return mixed.get("chosen_action_value")
 
 
-# --- value estimators -----------------------------------------------------------------------------
-
-
 def make_estimator(library: Any, cell: str, kind: Any, **options: Any) -> Setup:
     value = _value(library, cell)
     policy = copy.deepcopy(Seq(_actor(library, cell), value))
@@ -511,7 +499,7 @@ def expect_shifted(setup: Setup, batch: TensorDictBase, starts: Tensor) -> Tenso
     """In one shifted call the next state is the one after the step, from the root's own run."""
     value = setup.networks["value"]
     view = oracle.next_view(batch, oracle.run(value, batch, starts))
-    # A next observation that had to be put in between is marked like its root.
+    # A next observation that is inserted is flagged like its root.
     done, terminated = (batch.get(("next", k)).squeeze(-1) for k in ("done", "terminated"))
     put_in = done & ~terminated
     put_in[..., -1] = True
@@ -585,9 +573,6 @@ CASES = [
 ]
 
 
-# --- data -----------------------------------------------------------------------------------------
-
-
 def collect(case: Case, policy: Any, frames: int, batch: tuple[int, ...] = ()) -> TensorDictBase:
     """Collect with a real collector; its second batch starts in the midst of episodes."""
     with warnings.catch_warnings():
@@ -622,7 +607,7 @@ def sampled(data: TensorDictBase, steps: int, sampler: Any) -> TensorDictBase:
 
 
 def _starts_inside_an_episode(batch: TensorDictBase) -> bool:
-    """Whether some slice starts where a stored state must be read; else nobody would miss it."""
+    """Whether some slice starts inside an episode, where a stored state must be read."""
     starts = oracle.starts_of(batch)
     return bool((starts & (batch.get("step_count").reshape(starts.shape) > 0)).any())
 

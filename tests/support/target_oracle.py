@@ -1,7 +1,7 @@
 """Next values worked out one step at a time, from the equations: the oracle of the target tests.
 
 Nothing of the package is used. A recurrent layer's weights are read off the module, whoever made
-it, and each step is computed by itself; layers without memory are run as they are.
+it, and each step is computed by itself; feed-forward layers are run as they are.
 """
 
 from __future__ import annotations
@@ -92,12 +92,12 @@ def run(network: nn.Module, view: TensorDictBase, starts: Tensor) -> TensorDictB
 
 def _run_recurrent(module: Any, view: TensorDictBase, starts: Tensor) -> None:
     layers = module.lstm if hasattr(module, "lstm") else module.gru
-    # In keys: the input, a state for each one that is written, and the marks, whatever their name.
+    # In keys: the input, a state for each one that is written, and the is_init flags, by any name.
     input_key, *state_keys = module.in_keys[: len(module.out_keys)]
     x, stored = view.get(input_key), tuple(view.get(key) for key in state_keys)
     lead = view.batch_size
     agents = x.ndim - 1 - len(lead)
-    # Time is brought behind agents, and everything before it is a row.
+    # Time is moved after agents, and everything before it is a row.
     time = len(lead) - 1
 
     def fold(entry: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def ensemble(network: Any, params: Any, view: TensorDictBase, starts: Tensor, ke
 
 
 def starts_of(batch: TensorDictBase, init_key: Any = "is_init") -> Tensor:
-    """Return bool ``[*, T]``: marked, or behind a ``done``, or first in its row."""
+    """Return bool ``[*, T]``: flagged, or after a ``done``, or first in its row."""
     lead = batch.batch_size
     starts = batch.get(init_key).reshape(*lead, -1).any(-1).clone()
     starts[..., 0] = True
@@ -134,7 +134,7 @@ def starts_of(batch: TensorDictBase, init_key: Any = "is_init") -> Tensor:
 
 
 def next_view(batch: TensorDictBase, states: TensorDictBase | None = None) -> TensorDictBase:
-    """Return the next view; its states are the stored ones, or those in ``states``."""
+    """Return the next tensordict; its states are the stored ones, or those in ``states``."""
     view = batch.get("next").copy()
     if states is not None:
         view.update(states.get("next"))

@@ -74,7 +74,7 @@ def _watch_atoms(seen: Seen) -> Callable[..., None]:
 
     def hook(module: nn.Module, args: Any, out: TensorDictBase) -> None:
         calls.append(out.copy())
-        if len(calls) == 3:  # root, online on the next view, target on the next view
+        if len(calls) == 3:  # root, online on next, target on next
             action = calls[1].get("action").reshape(-1, 1, 1)
             probs = out.get("action_value").exp()
             chosen = probs.gather(-1, action.expand(*probs.shape[:-1], 1)).squeeze(-1)
