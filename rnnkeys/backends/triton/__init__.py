@@ -1,8 +1,7 @@
-"""``"triton"``: one fused CUDA kernel per layer runs all time, resets and stored states inside.
+"""``"triton"``: one fused CUDA kernel per layer runs all time steps, with resets to stored states.
 
-Nothing here imports Triton before the first call. With ``TRITON_INTERPRET=1`` in the environment
-the kernels run on the CPU in Triton's interpreter, slowly: that is how they are tested without a
-GPU.
+Triton is imported on the first call. With ``TRITON_INTERPRET=1`` in the environment the kernels run
+slowly on the CPU, in Triton's interpreter, so that tests need no GPU.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from .config import MAX_HIDDEN
 from .ordering import order_segments as order_segments
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ELSEWHERE = "Use recurrent_backend='pad' or 'auto'"
+_INSTEAD = "Use recurrent_backend='pad' or 'auto'"
 
 
 class Modes(Protocol):
-    """What this backend reads of a call's options."""
+    """The options of a call that this backend reads."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -40,7 +39,7 @@ class Modes(Protocol):
 
     @property
     def precision(self) -> str:
-        """Recurrent matmul precision, as the user gave it."""
+        """Recurrent matmul precision, as passed by the user."""
         ...
 
 
@@ -50,19 +49,19 @@ def why_not(
     device: torch.device | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> str | None:
-    """Say why the kernels cannot run a layer, or return None.
+    """Return the reason why the kernels cannot run a layer, or None if they can.
 
-    Parameters on a CPU are no reason on a machine with a GPU: a module may move there before it is
-    called.
+    On a machine with a GPU, parameters on the CPU are allowed: the module can move to the GPU
+    before the first call.
 
     Args:
-        cell: the equation.
-        weights: of the layer, for sizes and dtype.
-        device: of the inputs; by default of the parameters.
+        cell: the cell.
+        weights: the layer's weights, for sizes and dtype.
+        device: device of the inputs; by default that of the parameters.
         compute_dtype: ``recurrent_compute_dtype``.
 
     Returns:
-        The reason and the backend that would do.
+        The reason and the backends to use instead, or None.
 
     Examples:
         >>> from rnnkeys.cells import GRU_CELL, Weights
@@ -76,28 +75,28 @@ def why_not(
 
 def _why_not_layer(cell: Cell, weights: Any, compute_dtype: torch.dtype) -> str | None:
     if cell.name not in ("lstm", "gru"):
-        return f"recurrent_backend='triton' runs LSTM and GRU, got {cell.name!r}. {_ELSEWHERE}."
+        return f"recurrent_backend='triton' runs LSTM and GRU, got {cell.name!r}. {_INSTEAD}."
     dtype, hidden = weights.w_hh.dtype, weights.w_hh.shape[1]
     if weights.w_hr is not None:
         return (
             "recurrent_backend='triton' has no projection, got "
-            f"proj_size={weights.w_hr.shape[0]}. {_ELSEWHERE}."
+            f"proj_size={weights.w_hr.shape[0]}. {_INSTEAD}."
         )
     if dtype not in _DTYPES:
         return (
             "recurrent_backend='triton' takes parameters in float32, bfloat16 or float16, got "
-            f"{_name(dtype)}. {_ELSEWHERE}."
+            f"{_name(dtype)}. {_INSTEAD}."
         )
     if compute_dtype not in _DTYPES:
         return (
             "recurrent_backend='triton' computes in float32, bfloat16 or float16, got "
-            f"recurrent_compute_dtype={_name(compute_dtype)}. {_ELSEWHERE} with parameters of that "
+            f"recurrent_compute_dtype={_name(compute_dtype)}. {_INSTEAD} with parameters of that "
             "dtype."
         )
     if hidden > MAX_HIDDEN:
         return (
             f"recurrent_backend='triton' takes hidden_size up to {MAX_HIDDEN}, got {hidden}. "
-            f"{_ELSEWHERE}."
+            f"{_INSTEAD}."
         )
     return None
 
@@ -106,23 +105,23 @@ def _why_not_machine(device: torch.device | None) -> str | None:
     if find_spec("triton") is None:
         return (
             "recurrent_backend='triton' needs the triton package, which is not installed "
-            f"(pip install 'rnnkeys[triton]'). {_ELSEWHERE}."
+            f"(pip install 'rnnkeys[triton]'). {_INSTEAD}."
         )
     if _interpreted():
         return None
     if not torch.cuda.is_available():
-        return f"recurrent_backend='triton' needs a CUDA device, and there is none. {_ELSEWHERE}."
+        return f"recurrent_backend='triton' needs a CUDA device, and there is none. {_INSTEAD}."
     if torch.version.hip is not None:
         return (
             "recurrent_backend='triton' needs an NVIDIA GPU, got one of AMD (ROCm "
-            f"{torch.version.hip}). {_ELSEWHERE}."
+            f"{torch.version.hip}). {_INSTEAD}."
         )
     index = device if device is not None and device.type == "cuda" else None
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         return (
             "recurrent_backend='triton' needs a GPU of compute capability 8.0 or higher, got "
-            f"{major}.{minor}. {_ELSEWHERE}."
+            f"{major}.{minor}. {_INSTEAD}."
         )
     return None
 
@@ -138,17 +137,18 @@ def unroll(
 ) -> tuple[Tensor, State]:
     """Run one layer over a batch.
 
-    Never waits for the GPU. Parameters in bfloat16 or float16 are multiplied as they are; float32
-    parameters are cast to ``options.compute_dtype``, while states stay in float32.
+    The host never waits for the GPU. Parameters in bfloat16 or float16 keep their dtype in
+    products; float32 parameters are cast to ``options.compute_dtype``, and states stay float32.
 
     Args:
         cell: LSTM or GRU.
-        weights: of the layer.
+        weights: the layer's weights.
         x: ``[B, T, I]``, any strides.
         reset_state: per state name ``[B, T, H]``, any strides, read at t=0 and where ``is_init``.
         is_init: bool ``[B, T]``.
-        options: how to run; any object with the attributes of :class:`Modes`.
-        order: what :func:`order_segments` returns for ``is_init``, so that layers share it.
+        options: any object with the attributes of :class:`Modes`.
+        order: result of :func:`order_segments` for ``is_init``, which layers can share; computed
+            here by default.
 
     Returns:
         Outputs ``[B, T, H]`` and, per state name, the states after every step, ``[B, T, H]``, in
@@ -156,7 +156,7 @@ def unroll(
 
     Raises:
         TypeError: if ``is_init`` is not bool.
-        ValueError: if a tensor is on another device than ``x`` or is not of its shape.
+        ValueError: if a tensor is not on the device of ``x`` or has a wrong shape.
         RuntimeError: if the kernels cannot run this layer here.
     """
     _check(cell, weights, x, reset_state, is_init, options)
@@ -212,7 +212,7 @@ def _check(
 
 
 def _check_transforms() -> None:
-    """Raise inside ``torch.func.grad`` and its kin; vmap and outer autograd are fine."""
+    """Raise inside ``torch.func.grad``, ``vjp``, ``jvp`` and ``jacrev``; vmap is supported."""
     if is_compiling():
         return
     for transform in get_interpreter_stack() or ():

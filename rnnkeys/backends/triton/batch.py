@@ -1,4 +1,4 @@
-"""``"triton"``: a batch as it is, for kernels with resets inside."""
+"""``"triton"``: an unpacked batch, whose resets the kernels apply."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import Modes, order_segments, unroll
 
 
 class TritonBatch(Batch):
-    """A batch for the kernels.
+    """A batch ``[B, T]`` that the Triton kernels read in place.
 
     Args:
         cell: the equations.

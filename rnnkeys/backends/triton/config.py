@@ -1,45 +1,45 @@
-"""Which form of a kernel runs, and how large its tiles are: a pure function of the problem.
+"""Choice of a kernel's form and tile sizes: a pure function of the problem.
 
-The rules come from what the compiler reports for Hopper (registers, spills and shared memory of
-every shape that can be chosen, see ``scripts/triton_resources.py``) and from arithmetic on
-weights and bandwidth. No GPU has timed them yet: ``benchmarks/bench_gpu.py`` is there to correct
-them.
+The rules follow from the compiler's reports for Hopper (registers, spills and shared memory of
+every possible shape, see ``scripts/triton_resources.py``) and from arithmetic on weights and
+bandwidth. They have not been timed on a GPU yet; ``benchmarks/bench_gpu.py`` can do that.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-# Beyond this the offsets into W_hh no longer fit the kernels' 32-bit arithmetic.
+# Above this size offsets into W_hh overflow the kernels' 32-bit arithmetic.
 MAX_HIDDEN = 16384
 _MIN_DOT = 16
 _WARPS = 8
-# Columns up to which a program holds all of them.
+# Largest number of columns of which one program holds all.
 _ALONE = 64
-# Columns of a program, by the bytes of a column up to which they fit a Hopper GPU.
+# Columns per program -> largest number of bytes per column that fits a Hopper GPU.
 _COLUMNS = {
     "forward": {32: 512, 16: 2048, 8: 4096},
     "backward": {32: 512, 16: 1024, 8: 2048},
 }
-# Without tensor cores, where groups of four rows leave more room.
+# The same without tensor cores: groups of four rows leave more room.
 _COLUMNS_OF_SCALARS = {
     "forward": {16: 2048, 8: 4096},
     "backward": {16: 1024, 8: 4096},
 }
 _SHARED_MEMORY = 232448
-# Steps of an episode, for want of a look at the marks: larger groups pay where there are many.
+# Assumed steps per segment (reading `is_init` would wait for the GPU): larger groups of rows are
+# faster if there are many segments.
 _EXPECTED_LENGTH = 128
-# Times that all groups that run at once are run, beyond which a launch per step is as fast.
+# Number of rounds of concurrent groups above which one launch per step is as fast.
 _MOST_SWEEPS = 4
 
 
 @dataclass(frozen=True)
 class Device:
-    """What the choice needs to know of a GPU; the defaults are an H100's.
+    """Properties of a GPU that the choice depends on; the defaults are an H100's.
 
     Attributes:
         processors: streaming multiprocessors.
-        shared_memory: bytes that one program may use.
+        shared_memory: maximum bytes per program.
     """
 
     processors: int = 132
@@ -47,7 +47,7 @@ class Device:
 
     @property
     def is_large(self) -> bool:
-        """Whether it has a Hopper GPU's memory on the chip."""
+        """Whether the shared memory is at least that of a Hopper GPU."""
         return self.shared_memory >= _SHARED_MEMORY
 
 
@@ -56,14 +56,14 @@ class Config:
     """How a kernel is launched.
 
     Attributes:
-        resident: weights stay on the chip; otherwise there is one launch per step.
+        resident: whether weights stay on the chip; otherwise each step is a launch.
         block_b: rows per program.
         block_n: columns per program.
-        block_k: inner dimension per program, all of it (a power of two) if resident.
-        num_warps: of 32 threads, per program.
+        block_k: inner dimension per program; if resident all of it, rounded to a power of two.
+        num_warps: warps of 32 threads per program.
         split: programs that share the columns of a row, if resident.
         chunks: parts of the inner dimension that different warps multiply, if resident.
-        stages: depth of the software pipeline that loads ahead, if not resident.
+        stages: depth of the software pipeline of loads, if not resident.
     """
 
     resident: bool
@@ -76,8 +76,8 @@ class Config:
     stages: int = 1
 
     def lanes(self, device: Device) -> int:
-        """How many groups of rows run at once, if resident."""
-        # Programs that wait for others must all run at once; two others fit a processor.
+        """Return the number of groups of rows that run at once, if resident."""
+        # Programs that wait for each other must all run at once; otherwise two fit a processor.
         return device.processors // self.split if self.split > 1 else 2 * device.processors
 
 
@@ -92,18 +92,19 @@ def choose_config(
 ) -> Config:
     """Choose a launch.
 
-    Weights stay on the chip wherever they fit: up to 64 columns in every program, which then waits
-    for no other; above, spread over up to all processors, where a step costs a meeting (about a
-    microsecond and a half) in place of a launch or of a pass over the weights. What does not fit,
-    and batches so large that one launch per step is well filled, run stepwise.
+    Weights stay on the chip if they fit. Up to 64 columns, every program holds all of them and
+    does not wait for other programs. Above, the columns are divided among up to all processors,
+    and each step costs a synchronization (about 1.5 microseconds) instead of a launch or a pass
+    over the weights. Larger weights, and batches large enough to fill the GPU in one step, use one
+    launch per step.
 
     Args:
-        direction: ``"forward"`` or ``"backward"``, which needs more room.
+        direction: ``"forward"`` or ``"backward"``, which needs more memory.
         batch: rows ``B``.
         steps: ``T``.
         hidden: columns ``H``.
         itemsize: bytes of an operand of the recurrent product, 4 or 2.
-        precision: resolved mode; matters with ``itemsize`` 4 only.
+        precision: resolved mode; used with ``itemsize`` 4 only.
         device: an H100 by default.
 
     Returns:
@@ -127,7 +128,7 @@ def _resident(
     direction: str, batch: int, steps: int, hidden: int, itemsize: int, mode: str, device: Device
 ) -> Config | None:
     block_h = max(_power_of_two(hidden), _MIN_DOT)
-    # What the compiler keeps of a column of one gate: tf32x3's high and low parts are kept apart.
+    # Bytes that the compiler keeps per column of a gate: tf32x3 has a high and a low part.
     kept = block_h * itemsize * (2 if mode == "tf32x3" else 1)
     column = kept if device.is_large else 2 * kept
     alone = block_h <= (_ALONE if itemsize == 2 or device.is_large else _ALONE // 2)
@@ -157,7 +158,7 @@ def _resident(
 
 
 def _rows(direction: str, block_h: int, column: int, mode: str) -> tuple[int, ...]:
-    """Sizes of groups of rows that fit, if programs share columns."""
+    """Return the sizes of groups of rows that fit, if programs share columns."""
     if mode == "ieee":
         return (4, 16) if column <= 2048 else (4,)
     small = block_h <= 512 if direction == "forward" else column <= 1024
@@ -165,9 +166,9 @@ def _rows(direction: str, block_h: int, column: int, mode: str) -> tuple[int, ..
 
 
 def _shared_bytes(direction: str, block_b: int, block_n: int, column: int) -> int:
-    """Return at least what a program that shares columns takes of shared memory, on Hopper.
+    """Return a lower bound of a program's shared memory on Hopper, if programs share columns.
 
-    Its weights, the operand that it multiplies by them, and what the product starts from.
+    It holds the weights, the other operand of the product, and the accumulator's initial value.
     """
     weights = 4 * block_n * column
     if direction == "backward":
@@ -177,7 +178,7 @@ def _shared_bytes(direction: str, block_b: int, block_n: int, column: int) -> in
 
 def _stepwise(batch: int, hidden: int, mode: str, device: Device) -> Config:
     scalar, split = mode == "ieee", mode == "tf32x3"
-    # Tensor cores before Hopper's take operands from registers, which 64 rows of float32 exceed.
+    # Before Hopper, tensor cores read operands from registers, which 64 rows of float32 exceed.
     few = scalar or split or (mode == "tf32" and not device.is_large)
     block_b = min(max(_power_of_two(batch), 4 if scalar else 16), 32 if few else 64)
     if -(-batch // block_b) * -(-hidden // 64) >= device.processors:

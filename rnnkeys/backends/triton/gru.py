@@ -1,8 +1,8 @@
 """Triton kernels of the GRU's recurrence; forms, layout and rules are those of :mod:`.lstm`.
 
 ``gates [B, T, 4H]`` holds in its first three quarters the projected inputs r, z, n, with ``b_ih``
-and the r and z parts of ``b_hh``. ``bias_n [H]`` is the n part, which stands inside the reset gate.
-The backward pass needs the activated r, z, n, and ``h_n = W_hn h + bias_n``, the last quarter.
+and the r and z parts of ``b_hh``. ``bias_n [H]`` is the n part, which the reset gate multiplies.
+The backward pass reads the activated r, z, n, and ``h_n = W_hn h + bias_n``, the last quarter.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .pieces import (
     is_last,
     load,
     load_four,
-    meet,
     product,
     rows_of_program,
     side_by_side,
     store,
     store_four,
+    synchronize,
     tanh,
     weight,
     weights_of_columns,
@@ -33,7 +33,7 @@ from .pieces import (
 
 
 @triton.jit
-def _advance(a_r, a_z, x_n, h_n, h_tm1):
+def _step_forward(a_r, a_z, x_n, h_n, h_tm1):
     """Return the activated gates and ``h`` from the gates' arguments."""
     r = tl.sigmoid(a_r)
     z = tl.sigmoid(a_z)
@@ -42,7 +42,7 @@ def _advance(a_r, a_z, x_n, h_n, h_tm1):
 
 
 @triton.jit
-def _retreat(r, z, n, h_n, h_tm1, dh):
+def _step_backward(r, z, n, h_n, h_tm1, dh):
     """Return gradients of n, r, z before activation, of ``h_n``, and of ``h_tm1`` through z."""
     d_n = dh * (1 - z) * (1 - n * n)
     d_r = d_n * h_n * r * (1 - r)
@@ -51,8 +51,8 @@ def _retreat(r, z, n, h_n, h_tm1, dh):
 
 
 @triton.jit
-def _start(x, bias_n, H, n_wide, quarter, live):
-    """Load what the products are added to: of r, z, ``h_n`` and, unmultiplied, n."""
+def _load_addends(x, bias_n, H, n_wide, quarter, live):
+    """Load the addends of the products of r, z and ``h_n``; n has no product."""
     is_bias = quarter == 2
     gate = tl.where(quarter == 3, 2, quarter)
     x_t = load(x + gate * H + n_wide, live & ~is_bias)
@@ -88,19 +88,19 @@ def forward(
         at, length, reset_at = at[:, None], length[:, None], reset_at[:, None]
         h = load(reset_h + reset_at + n, (length > 0) & (n < H))
         x = gates + at * (4 * H)
-        # Loaded a step ahead: nobody has to wait for it.
-        x_t = _start(x, bias_n, H, n_wide, quarter, (length > 0) & (n_wide < H))
+        # Loaded one step ahead, to hide the latency.
+        x_t = _load_addends(x, bias_n, H, n_wide, quarter, (length > 0) & (n_wide < H))
         for t in range(longest):
-            going = (length > t + 1) & (n_wide < H)
-            x_next = _start(x + (t + 1) * (4 * H), bias_n, H, n_wide, quarter, going)
+            live_next = (length > t + 1) & (n_wide < H)
+            x_next = _load_addends(x + (t + 1) * (4 * H), bias_n, H, n_wide, quarter, live_next)
             a = product(operand.to(w.dtype), w, x_t, PRECISION)
             a_r, a_z, h_n, x_n = four(a, BLOCK_B, BLOCK_N)
-            r, z, new, h = _advance(a_r, a_z, x_n, h_n, h)
+            r, z, new, h = _step_forward(a_r, a_z, x_n, h_n, h)
             live = (length > t) & (n < H)
             store(h_out + (at + t) * H + n, h, live)
             if SPLIT > 1:
                 arrivals += SPLIT
-                meet(tickets + lane, arrivals)
+                synchronize(tickets + lane, arrivals)
                 h_at = tl.trans(at + t)[:, :, None] * H + k[:, None, :]
                 live_k = (tl.trans(length)[:, :, None] > t + 1) & (k[:, None, :] < H)
                 operand = load(h_out + h_at, live_k)
@@ -118,11 +118,11 @@ def backward(
     WANT_RESET: tl.constexpr, SPLIT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walk back from the last step; writes ``d_gates [B, T, 4H]`` in the order n, r, z, ``h_n``.
+    """Run all steps backward and write ``d_gates [B, T, 4H]`` in the order n, r, z, ``h_n``.
 
-    The first three are the gradients of the input's gates, the last three those of the state's, so
-    that both are one strided view. Where a segment starts, ``d_reset_h`` gets what reaches
-    ``reset_h`` through z; the rest follows from the gates' gradients outside.
+    The first three are the gradients of the input projection, the last three those of the recurrent
+    product, so that each is one strided view. Where a segment starts, ``d_reset_h`` receives the
+    gradient of ``reset_h`` through z; the rest is computed outside, from the gates' gradients.
     """
     lane = tl.program_id(0)
     segments = tl.load(order + N + N)
@@ -139,7 +139,7 @@ def backward(
             order, N, segments, group, T, reset_b, reset_t, BLOCK_B
         )
         at, length, reset_at = at[:, None], length[:, None], reset_at[:, None]
-        fresh = load(reset_h + reset_at + n, (length > 0) & (n < H))
+        initial = load(reset_h + reset_at + n, (length > 0) & (n < H))
         through_gates = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
         through_z = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
         for s in range(longest):
@@ -147,13 +147,13 @@ def backward(
             live = (length > t) & (n < H)
             here = (at + t) * H + n
             r, z, new, h_n = load_four(act + (at + t) * (4 * H) + n, H, live)
-            h_tm1 = tl.where(t > 0, load(h_out + here - H, live & (t > 0)), fresh)
+            h_tm1 = tl.where(t > 0, load(h_out + here - H, live & (t > 0)), initial)
             dh = through_gates + through_z + load(grad_h + here, live)
-            d_n, d_r, d_z, d_hn, through_z = _retreat(r, z, new, h_n, h_tm1, dh)
+            d_n, d_r, d_z, d_hn, through_z = _step_backward(r, z, new, h_n, h_tm1, dh)
             store_four(d_gates + (at + t) * (4 * H) + n, H, d_n, d_r, d_z, d_hn, live)
             if SPLIT > 1:
                 arrivals += SPLIT
-                meet(tickets + lane, arrivals)
+                synchronize(tickets + lane, arrivals)
                 d_at = tl.trans(at + t)[:, :, None] * (4 * H) + (q // BLOCK_K * H + k)[:, None, :]
                 live_k = (tl.trans(length)[:, :, None] > t) & (k[:, None, :] < H)
                 d = load(d_gates + d_at, live_k)
@@ -185,9 +185,9 @@ def forward_step(
         k = block + tl.arange(0, BLOCK_K)
         at = step[:, None] * H + k[None, :]
         live_k = live_b & (k < H)[None, :]
-        h_fresh = tl.load(reset_h + reset_at + k[None, :], mask=live_k & first, other=0.0)
-        h_going = tl.load(h_out + at - H, mask=live_k & ~first, other=0.0)
-        operand = tl.where(first, h_fresh, h_going).to(w_hh.dtype.element_ty)
+        h_initial = tl.load(reset_h + reset_at + k[None, :], mask=live_k & first, other=0.0)
+        h_before = tl.load(h_out + at - H, mask=live_k & ~first, other=0.0)
+        operand = tl.where(first, h_initial, h_before).to(w_hh.dtype.element_ty)
         w_r = weight(w_hh, 0, n, k[:, None], H)
         w_z = weight(w_hh, 1, n, k[:, None], H)
         w_n = weight(w_hh, 2, n, k[:, None], H)
@@ -196,14 +196,14 @@ def forward_step(
         h_n = tl.dot(operand, w_n, h_n, input_precision=PRECISION)
     live = live_b & (n < H)
     here = step[:, None] * H + n
-    fresh = load(reset_h + reset_at + n, live & first)
-    going = load(h_out + here - H, live & ~first)
-    h_tm1 = tl.where(first, fresh, going)
+    initial = load(reset_h + reset_at + n, live & first)
+    before = load(h_out + here - H, live & ~first)
+    h_tm1 = tl.where(first, initial, before)
     x = gates + step[:, None] * (4 * H) + n
     a_r += load(x, live)
     a_z += load(x + H, live)
     h_n += load(bias_n + n, n < H)
-    r, z, new, h = _advance(a_r, a_z, load(x + 2 * H, live), h_n, h_tm1)
+    r, z, new, h = _step_forward(a_r, a_z, load(x + 2 * H, live), h_n, h_tm1)
     store(h_out + here, h, live)
     if KEEP:
         store_four(x, H, r, z, new, h_n, live)
@@ -216,7 +216,7 @@ def backward_step(
     WANT_RESET: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walk back over step ``t``; ``carry [B, H]`` brings what reaches ``h`` through z."""
+    """Run step ``t`` backward; ``carry [B, H]`` holds the gradient of ``h`` through z."""
     b = rows_of_program(BLOCK_B)
     live_b = (b < B)[:, None]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -228,10 +228,10 @@ def backward_step(
     for block in tl.range(0, H, BLOCK_K, num_stages=STAGES):
         k = block + tl.arange(0, BLOCK_K)
         d = d_gates + (step[:, None] + 1) * (4 * H) + k[None, :]
-        going = live_b & ~last & (k < H)[None, :]
-        d_r = tl.load(d + H, mask=going, other=0.0)
-        d_z = tl.load(d + 2 * H, mask=going, other=0.0)
-        d_hn = tl.load(d + 3 * H, mask=going, other=0.0)
+        continues = live_b & ~last & (k < H)[None, :]
+        d_r = tl.load(d + H, mask=continues, other=0.0)
+        d_z = tl.load(d + 2 * H, mask=continues, other=0.0)
+        d_hn = tl.load(d + 3 * H, mask=continues, other=0.0)
         w_r = weight(w_hh, 0, k[:, None], n, H)
         w_z = weight(w_hh, 1, k[:, None], n, H)
         w_n = weight(w_hh, 2, k[:, None], n, H)
@@ -240,14 +240,14 @@ def backward_step(
         dh = tl.dot(d_hn, w_n, dh, input_precision=PRECISION)
     live = live_b & (n < H)
     here = step[:, None] * H + n
-    fresh = load(reset_h + reset_at + n, live & first)
-    kept = load(h_out + here - H, live & ~first)
-    h_tm1 = tl.where(first, fresh, kept)
+    initial = load(reset_h + reset_at + n, live & first)
+    before = load(h_out + here - H, live & ~first)
+    h_tm1 = tl.where(first, initial, before)
     past = carry + b[:, None] * H + n
     dh += load(grad_h + here, live) + load(past, live & ~last)
     at = step[:, None] * (4 * H) + n
     r, z, new, h_n = load_four(act + at, H, live)
-    d_n, d_r, d_z, d_hn, dh = _retreat(r, z, new, h_n, h_tm1, dh)
+    d_n, d_r, d_z, d_hn, dh = _step_backward(r, z, new, h_n, h_tm1, dh)
     store_four(d_gates + at, H, d_n, d_r, d_z, d_hn, live)
     if WANT_RESET:
         store(d_reset_h + here, dh, live & first)

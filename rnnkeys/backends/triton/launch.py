@@ -1,6 +1,6 @@
-"""Launching the kernels: the only place that imports Triton.
+"""Kernel launches; only this module and the kernels import Triton.
 
-Both functions work in place on buffers that :mod:`.ops` allocates, and never wait for the device.
+Both functions write into buffers that :mod:`.ops` allocates, and never wait for the device.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .config import Config, Device, choose_config
 _KERNELS: dict[str, Any] = {"lstm": lstm, "gru": gru}
 
 
-class Marks(NamedTuple):
-    """Where segments start.
+class Flags(NamedTuple):
+    """The ``is_init`` flags of a batch and the order of its segments.
 
     Attributes:
-        is_init: bool ``[B, T]``, dense.
+        is_init: bool ``[B, T]``, contiguous.
         order: from :func:`rnnkeys.backends.triton.ordering.order_segments`.
     """
 
@@ -34,7 +34,7 @@ def forward(
     gates: Tensor,
     states: tuple[Tensor, ...],
     resets: tuple[Tensor, ...],
-    marks: Marks,
+    flags: Flags,
     w_hh: Tensor,
     bias_n: Tensor | None,
     keep: bool,
@@ -47,16 +47,16 @@ def forward(
         gates: ``[B, T, 4H]``, projected inputs; with ``keep``, activations replace them.
         states: written, one ``[B, T, H]`` per state name.
         resets: read where segments start, as ``states``; any strides.
-        marks: where segments start.
+        flags: ``is_init`` flags and order of the segments.
         w_hh: ``[G*H, H]``, in the dtype of ``gates``.
         bias_n: GRU's ``[H]``; None for an LSTM.
-        keep: whether the backward pass will need the activations.
+        keep: whether to keep the activations for the backward pass.
         precision: of the products.
     """
     resets, strides = _rows(resets)
     extra = () if bias_n is None else (bias_n,)
     before, after = (gates, *states, *resets), (w_hh, *extra)
-    _launch(cell, "forward", before, marks, after, strides, w_hh, precision, KEEP=keep)
+    _launch(cell, "forward", before, flags, after, strides, w_hh, precision, KEEP=keep)
 
 
 def backward(
@@ -65,42 +65,42 @@ def backward(
     act: Tensor,
     state: Tensor,
     reset: Tensor,
-    marks: Marks,
+    flags: Flags,
     w_hh: Tensor,
     d_gates: Tensor,
     d_reset: Tensor | None,
     precision: str,
 ) -> None:
-    """Walk the recurrence back.
+    """Run the backward pass of the recurrence.
 
     Args:
         cell: ``"lstm"`` or ``"gru"``.
         grads: of ``h`` and ``c``, each ``[B, T, H]``; the second is None for zero and for a GRU.
         act: activations ``[B, T, 4H]``.
         state: ``c`` of an LSTM, ``h`` of a GRU, after every step.
-        reset: what replaces ``state`` where a segment starts; any strides.
-        marks: where segments start.
+        reset: initial values of ``state``, read where a segment starts; any strides.
+        flags: ``is_init`` flags and order of the segments.
         w_hh: ``[G*H, H]``, in the dtype of ``act``.
         d_gates: written, ``[B, T, 4H]``.
         d_reset: written where a segment starts, or None.
         precision: of the products.
     """
     grad_h, grad_c = grads
-    flags: dict[str, bool] = {"WANT_RESET": d_reset is not None}
+    switches: dict[str, bool] = {"WANT_RESET": d_reset is not None}
     first: tuple[Tensor, ...] = (grad_h,)
     if cell == "lstm":
-        flags["HAS_DC"] = grad_c is not None
+        switches["HAS_DC"] = grad_c is not None
         first = (grad_h, grad_h if grad_c is None else grad_c)
     (reset,), strides = _rows((reset,))
     before = (*first, act, state, reset)
     after = (w_hh, d_gates, state if d_reset is None else d_reset)
-    _launch(cell, "backward", before, marks, after, strides, w_hh, precision, **flags)
+    _launch(cell, "backward", before, flags, after, strides, w_hh, precision, **switches)
 
 
 def _rows(resets: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
-    """Return tensors whose last dimension is dense, and their other strides, the same for all.
+    """Return tensors with a contiguous last dimension, and their common other strides.
 
-    One layer's slice of a stack's states, or zeros that were expanded, need no copy.
+    One layer's slice of stacked states, or expanded zeros, are not copied.
     """
     strides = {r.stride() for r in resets}
     if len(strides) > 1 or resets[0].stride(2) != 1:
@@ -112,21 +112,21 @@ def _launch(
     cell: str,
     direction: str,
     before: tuple[Tensor, ...],
-    marks: Marks,
+    flags: Flags,
     after: tuple[Tensor, ...],
     strides: tuple[int, int],
     w_hh: Tensor,
     precision: str,
-    **flags: bool,
+    **switches: bool,
 ) -> None:
-    batch, steps = marks.is_init.shape
+    batch, steps = flags.is_init.shape
     if not (batch and steps):
         return
     hidden, device = w_hh.shape[1], _device(w_hh)
     itemsize = w_hh.element_size()
     config = choose_config(direction, batch, steps, hidden, itemsize, precision, device)
     options: dict[str, Any] = {
-        **flags, "BLOCK_B": config.block_b, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        **switches, "BLOCK_B": config.block_b, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "PRECISION": precision, "num_warps": config.num_warps,
     }  # fmt: skip
     kernels = _KERNELS[cell]
@@ -134,10 +134,10 @@ def _launch(
         if config.resident:
             kernel = getattr(kernels, direction)
             sizes = (batch * steps, steps, hidden, *strides)
-            _launch_resident(kernel, (*before, marks.order, *after), sizes, config, device, options)
+            _launch_resident(kernel, (*before, flags.order, *after), sizes, config, device, options)
         else:
             kernel = getattr(kernels, f"{direction}_step")
-            tensors = (*before, marks.is_init, *after)
+            tensors = (*before, flags.is_init, *after)
             if direction == "backward":
                 carry = torch.empty(batch, hidden, dtype=torch.float32, device=w_hh.device)
                 tensors = (*tensors, carry)
@@ -153,7 +153,7 @@ def _launch_resident(
     device: Device,
     options: dict[str, Any],
 ) -> None:
-    """One launch for all time; programs that share rows have to run at once."""
+    """Launch once for all time steps; programs that share rows must run at the same time."""
     groups = -(-sizes[0] // config.block_b)
     lanes = min(groups, max(1, config.lanes(device)))
     tickets = torch.zeros(lanes, dtype=torch.int32, device=tensors[0].device)
@@ -171,7 +171,7 @@ def _launch_steps(
     options: dict[str, Any],
     back: bool,
 ) -> None:
-    """One launch per step, whose end is the barrier."""
+    """Launch once per step; the end of a launch is the barrier."""
     batch, steps, hidden = sizes[:3]
     grid = (-(-batch // config.block_b), -(-hidden // config.block_n))
     launch = kernel[grid]
@@ -180,13 +180,13 @@ def _launch_steps(
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Make ``device`` current: Triton launches on the current one."""
+    """Make ``device`` current, because Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _device(tensor: Tensor) -> Device:
     if not tensor.is_cuda:
-        # The interpreter runs programs one after the other: none can wait for another.
+        # The interpreter runs programs one after the other, so they cannot wait for each other.
         return Device(processors=1)
     properties = torch.cuda.get_device_properties(tensor.device)
     return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)

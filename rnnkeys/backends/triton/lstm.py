@@ -1,18 +1,18 @@
-"""Triton kernels of the LSTM's recurrence; the projections around it are made in :mod:`.products`.
+"""Triton kernels of the LSTM's recurrence; :mod:`.products` computes the projections around it.
 
-Every tensor is contiguous and batch-major. ``gates [B, T, 4H]`` holds the projected inputs with
-both biases, in the order i, f, g, o. There are two forms; :mod:`.config` chooses:
+Tensors are contiguous and batch-major. ``gates [B, T, 4H]`` holds the projected inputs with both
+biases, in the order i, f, g, o. :mod:`.config` chooses one of two forms:
 
-- *resident* (:func:`forward`, :func:`backward`): the rows of the product are segments, longest
-  first, wherever in the batch they lie, so that short episodes run side by side and no step looks
-  for a reset. A program keeps its columns of the recurrent weights on the chip for all segments and
-  all time. With ``SPLIT`` several programs share the columns of a group of rows, exchange ``h``
-  through memory and meet after every step; all of them have to run at once.
+- *resident* (:func:`forward`, :func:`backward`): each row of the product is one segment,
+  longest first, from anywhere in the batch, so that short episodes run in parallel and no step
+  checks for a reset. A program keeps its columns of the recurrent weights on the chip for all
+  segments and time steps. With ``SPLIT`` several programs divide the columns of a group of rows,
+  exchange ``h`` through memory and synchronize after every step; all of them must run at once.
 - *stepwise* (:func:`forward_step`, :func:`backward_step`): one launch per step over all rows of the
-  batch and all columns; weights stream through the caches, and the end of a launch is the barrier.
+  batch and all columns. Each launch reads the weights again; its end is the barrier.
 
-The equations are those of :mod:`rnnkeys.cells`. Loads of stored states are masked to the rows they
-are for: what is stale is not even read. Arithmetic is float32; the operands of products have the
+The equations are those of :mod:`rnnkeys.cells`. Stored states are loaded only for the rows that
+start a segment; others are never read. Arithmetic is float32; the operands of products have the
 dtype of the weights.
 """
 
@@ -30,12 +30,12 @@ from .pieces import (
     is_last,
     load,
     load_four,
-    meet,
     product,
     rows_of_program,
     side_by_side,
     store,
     store_four,
+    synchronize,
     tanh,
     weight,
     weights_of_columns,
@@ -44,7 +44,7 @@ from .pieces import (
 
 
 @triton.jit
-def _advance(a_i, a_f, a_g, a_o, c_tm1):
+def _step_forward(a_i, a_f, a_g, a_o, c_tm1):
     """Return the activated gates, ``h`` and ``c`` from the gates' arguments."""
     i = tl.sigmoid(a_i)
     f = tl.sigmoid(a_f)
@@ -55,7 +55,7 @@ def _advance(a_i, a_f, a_g, a_o, c_tm1):
 
 
 @triton.jit
-def _retreat(i, f, g, o, c_tm1, c, dh, dc):
+def _step_backward(i, f, g, o, c_tm1, c, dh, dc):
     """Return gradients of the gates' arguments and of ``c_tm1`` from those of ``h`` and ``c``."""
     tanh_c = tanh(c)
     dc += dh * o * (1 - tanh_c * tanh_c)
@@ -94,19 +94,19 @@ def forward(
         at, length, reset_at = at[:, None], length[:, None], reset_at[:, None]
         c = load(reset_c + reset_at + n, (length > 0) & (n < H))
         x = gates + (wide // BLOCK_N) * H + n_wide
-        # Loaded a step ahead: nobody has to wait for it.
+        # Loaded one step ahead, to hide the latency.
         x_t = load(x + at * (4 * H), (length > 0) & (n_wide < H))
         for t in range(longest):
             x_next = load(x + (at + t + 1) * (4 * H), (length > t + 1) & (n_wide < H))
             a = product(operand.to(w.dtype), w, x_t, PRECISION)
             a_i, a_f, a_g, a_o = four(a, BLOCK_B, BLOCK_N)
-            i, f, g, o, h, c = _advance(a_i, a_f, a_g, a_o, c)
+            i, f, g, o, h, c = _step_forward(a_i, a_f, a_g, a_o, c)
             live = (length > t) & (n < H)
             here = (at + t) * H + n
             store(h_out + here, h, live)
             if SPLIT > 1:
                 arrivals += SPLIT
-                meet(tickets + lane, arrivals)
+                synchronize(tickets + lane, arrivals)
                 h_at = tl.trans(at + t)[:, :, None] * H + k[:, None, :]
                 live_k = (tl.trans(length)[:, :, None] > t + 1) & (k[:, None, :] < H)
                 operand = load(h_out + h_at, live_k)
@@ -125,10 +125,10 @@ def backward(
     HAS_DC: tl.constexpr, WANT_RESET: tl.constexpr, SPLIT: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walk back from the last step; writes the gradients of the gates' arguments.
+    """Run all steps backward and write the gradients of the gates' arguments.
 
-    The gradient of ``reset_c`` is written where a segment starts; that of ``reset_h`` follows from
-    the gates' outside.
+    The gradient of ``reset_c`` is written where a segment starts; that of ``reset_h`` is computed
+    outside, from the gates' gradients.
     """
     lane = tl.program_id(0)
     segments = tl.load(order + N + N)
@@ -145,7 +145,7 @@ def backward(
             order, N, segments, group, T, reset_b, reset_t, BLOCK_B
         )
         at, length, reset_at = at[:, None], length[:, None], reset_at[:, None]
-        fresh = load(reset_c + reset_at + n, (length > 0) & (n < H))
+        initial = load(reset_c + reset_at + n, (length > 0) & (n < H))
         c = load(c_out + (at + longest - 1) * H + n, (length == longest) & (n < H))
         dh = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
         dc = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
@@ -154,18 +154,18 @@ def backward(
             live = (length > t) & (n < H)
             here = (at + t) * H + n
             i, f, g, o = load_four(act + (at + t) * (4 * H) + n, H, live)
-            # Rows that end a step earlier read the c of that step here.
+            # Rows whose last step is t - 1 read its c here.
             before = load(c_out + here - H, (length >= t) & (n < H) & (t > 0))
-            c_tm1 = tl.where(t > 0, before, fresh)
+            c_tm1 = tl.where(t > 0, before, initial)
             dh += load(grad_h + here, live)
             if HAS_DC:
                 dc += load(grad_c + here, live)
-            d_i, d_f, d_g, d_o, dc = _retreat(i, f, g, o, c_tm1, c, dh, dc)
+            d_i, d_f, d_g, d_o, dc = _step_backward(i, f, g, o, c_tm1, c, dh, dc)
             c = before
             store_four(d_gates + (at + t) * (4 * H) + n, H, d_i, d_f, d_g, d_o, live)
             if SPLIT > 1:
                 arrivals += SPLIT
-                meet(tickets + lane, arrivals)
+                synchronize(tickets + lane, arrivals)
                 d_at = tl.trans(at + t)[:, :, None] * (4 * H) + (q // BLOCK_K * H + k)[:, None, :]
                 live_k = (tl.trans(length)[:, :, None] > t) & (k[:, None, :] < H)
                 d = load(d_gates + d_at, live_k)
@@ -197,9 +197,9 @@ def forward_step(
         k = block + tl.arange(0, BLOCK_K)
         at = step[:, None] * H + k[None, :]
         live_k = live_b & (k < H)[None, :]
-        h_fresh = tl.load(reset_h + reset_at + k[None, :], mask=live_k & first, other=0.0)
-        h_going = tl.load(h_out + at - H, mask=live_k & ~first, other=0.0)
-        operand = tl.where(first, h_fresh, h_going).to(w_hh.dtype.element_ty)
+        h_initial = tl.load(reset_h + reset_at + k[None, :], mask=live_k & first, other=0.0)
+        h_before = tl.load(h_out + at - H, mask=live_k & ~first, other=0.0)
+        operand = tl.where(first, h_initial, h_before).to(w_hh.dtype.element_ty)
         w_i = weight(w_hh, 0, n, k[:, None], H)
         w_f = weight(w_hh, 1, n, k[:, None], H)
         w_g = weight(w_hh, 2, n, k[:, None], H)
@@ -210,12 +210,12 @@ def forward_step(
         a_o = tl.dot(operand, w_o, a_o, input_precision=PRECISION)
     live = live_b & (n < H)
     here = step[:, None] * H + n
-    c_fresh = load(reset_c + reset_at + n, live & first)
-    c_going = load(c_out + here - H, live & ~first)
+    c_initial = load(reset_c + reset_at + n, live & first)
+    c_before = load(c_out + here - H, live & ~first)
     x = gates + step[:, None] * (4 * H) + n
     x_i, x_f, x_g, x_o = load_four(x, H, live)
-    c_tm1 = tl.where(first, c_fresh, c_going)
-    i, f, g, o, h, c = _advance(a_i + x_i, a_f + x_f, a_g + x_g, a_o + x_o, c_tm1)
+    c_tm1 = tl.where(first, c_initial, c_before)
+    i, f, g, o, h, c = _step_forward(a_i + x_i, a_f + x_f, a_g + x_g, a_o + x_o, c_tm1)
     store(h_out + here, h, live)
     store(c_out + here, c, live)
     if KEEP:
@@ -229,7 +229,7 @@ def backward_step(
     HAS_DC: tl.constexpr, WANT_RESET: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walk back over step ``t``; ``carry [B, H]`` brings the gradient of ``c``."""
+    """Run step ``t`` backward; ``carry [B, H]`` holds the gradient of ``c``."""
     b = rows_of_program(BLOCK_B)
     live_b = (b < B)[:, None]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -241,11 +241,11 @@ def backward_step(
     for block in tl.range(0, H, BLOCK_K, num_stages=STAGES):
         k = block + tl.arange(0, BLOCK_K)
         d = d_gates + (step[:, None] + 1) * (4 * H) + k[None, :]
-        going = live_b & ~last & (k < H)[None, :]
-        d_i = tl.load(d, mask=going, other=0.0)
-        d_f = tl.load(d + H, mask=going, other=0.0)
-        d_g = tl.load(d + 2 * H, mask=going, other=0.0)
-        d_o = tl.load(d + 3 * H, mask=going, other=0.0)
+        continues = live_b & ~last & (k < H)[None, :]
+        d_i = tl.load(d, mask=continues, other=0.0)
+        d_f = tl.load(d + H, mask=continues, other=0.0)
+        d_g = tl.load(d + 2 * H, mask=continues, other=0.0)
+        d_o = tl.load(d + 3 * H, mask=continues, other=0.0)
         w_i = weight(w_hh, 0, k[:, None], n, H)
         w_f = weight(w_hh, 1, k[:, None], n, H)
         w_g = weight(w_hh, 2, k[:, None], n, H)
@@ -256,9 +256,9 @@ def backward_step(
         dh = tl.dot(d_o, w_o, dh, input_precision=PRECISION)
     live = live_b & (n < H)
     here = step[:, None] * H + n
-    c_fresh = load(reset_c + reset_at + n, live & first)
-    c_going = load(c_out + here - H, live & ~first)
-    c_tm1 = tl.where(first, c_fresh, c_going)
+    c_initial = load(reset_c + reset_at + n, live & first)
+    c_before = load(c_out + here - H, live & ~first)
+    c_tm1 = tl.where(first, c_initial, c_before)
     dh += load(grad_h + here, live)
     past = carry + b[:, None] * H + n
     dc = load(past, live & ~last)
@@ -266,7 +266,7 @@ def backward_step(
         dc += load(grad_c + here, live)
     c = load(c_out + here, live)
     i, f, g, o = load_four(act + step[:, None] * (4 * H) + n, H, live)
-    d_i, d_f, d_g, d_o, dc = _retreat(i, f, g, o, c_tm1, c, dh, dc)
+    d_i, d_f, d_g, d_o, dc = _step_backward(i, f, g, o, c_tm1, c, dh, dc)
     store_four(d_gates + step[:, None] * (4 * H) + n, H, d_i, d_f, d_g, d_o, live)
     if WANT_RESET:
         store(d_reset_c + here, dc, live & first)

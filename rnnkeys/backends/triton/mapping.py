@@ -1,4 +1,4 @@
-"""Vmap rule of the operators: more rows of the batch where that is possible, else one call each."""
+"""Vmap rule of the operators: fold the mapped dimension into the batch, or loop over it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Rule = Callable[..., tuple[tuple[Tensor, ...], tuple[int, ...]]]
 def map_rows(
     op: Callable[..., tuple[Tensor, ...]],
     parameters: Sequence[int],
-    marks: int,
+    is_init: int,
     per_element: int | None = None,
 ) -> Rule:
     """Make a rule that folds the mapped dimension into the batch.
 
-    It calls the operator once per element where the parameters differ between elements (an ensemble
-    of critics), or where it returns gradients of parameters, which a fold would add up.
+    The rule calls the operator once per element if the parameters differ between elements (an
+    ensemble of critics), or if it returns gradients of parameters, which a fold would sum.
 
     Args:
-        op: takes and returns tensors with the batch first, parameters aside.
+        op: takes and returns tensors with the batch first, except for parameters.
         parameters: positions of its parameters.
-        marks: position of ``is_init``, which the order of its segments follows.
-        per_element: position of the flag that asks for the gradients of parameters.
+        is_init: position of ``is_init``; the order of segments is at the next position.
+        per_element: position of the flag that requests gradients of parameters.
     """
     one_by_one = map_by_loop(op)
 
@@ -42,7 +42,7 @@ def map_rows(
             _fold(a, d, size) if isinstance(a, Tensor) and i not in parameters else a
             for i, (a, d) in enumerate(zip(args, in_dims, strict=True))
         ]
-        folded[marks + 1] = order_segments(folded[marks])
+        folded[is_init + 1] = order_segments(folded[is_init])
         outputs = tuple(_unfold(out, size) for out in op(*folded))
         return outputs, (0,) * len(outputs)
 
@@ -55,6 +55,6 @@ def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def _unfold(tensor: Tensor, size: int) -> Tensor:
-    if tensor.dim() == 1:  # what was not asked for: empty
+    if tensor.dim() == 1:  # empty: a result that is not wanted
         return torch.stack([tensor] * size)
     return tensor.unflatten(0, (size, tensor.shape[0] // size))

@@ -1,7 +1,7 @@
-"""The Triton recurrence as custom operators: one for a layer over all time, one for its gradient.
+"""The Triton recurrence as custom operators: one runs a layer, one its gradient.
 
-A compiled graph holds one node for each, whatever the number of steps. The precision is an argument
-of both, so that a backward pass has its forward's, on any thread.
+A compiled graph has one node for each, for any number of steps. Both take the precision as an
+argument, so that a backward pass uses the precision of its forward pass, on any thread.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def layer(
     c = h.new_empty(0) if reset_c is None else torch.empty_like(h)
     states, resets = ((h,), (reset_h,)) if reset_c is None else ((h, c), (reset_h, reset_c))
     w = w_hh.to(dtype).contiguous()
-    marks = launch.Marks(is_init.contiguous(), order)
-    launch.forward(cell, gates, states, resets, marks, w, p.inner_bias, keep, p.precision)
+    flags = launch.Flags(is_init.contiguous(), order)
+    launch.forward(cell, gates, states, resets, flags, w, p.inner_bias, keep, p.precision)
     return h, c, gates if keep else gates.new_empty(0)
 
 
@@ -79,7 +79,7 @@ def layer_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of ``x``, the four parameters and the two resets.
 
-    What was not wanted is empty.
+    Gradients that are not wanted are empty.
     """
     from . import launch
 
@@ -88,14 +88,14 @@ def layer_backward(
     state, reset = (h, reset_h) if reset_c is None else (c, reset_c)
     direct = torch.zeros_like(h) if want_reset else None
     with library_matmuls(p.precision), _no_autocast(x):
-        h_tm1 = products.entering(p, h) if want_weights or not kept else h
+        h_tm1 = products.gather_entering_states(p, h) if want_weights or not kept else h
         if not kept:
-            act = products.activations(p, h_tm1)
+            act = products.recompute_activations(p, h_tm1)
         d_gates = torch.empty_like(act)
         grads = (grad_h.contiguous(), None if grad_c is None else grad_c.contiguous())
         grads, scale = products.scale_into_range(p, grads)
-        marks = launch.Marks(is_init.contiguous(), order)
-        launch.backward(cell, grads, act, state, reset, marks, w, d_gates, direct, p.precision)
+        flags = launch.Flags(is_init.contiguous(), order)
+        launch.backward(cell, grads, act, state, reset, flags, w, d_gates, direct, p.precision)
         d_x = products.input_grad(p, d_gates) if want_x else h.new_empty(0)
         d_weights = [h.new_empty(0) for _ in range(4)]
         if want_weights:
@@ -103,12 +103,12 @@ def layer_backward(
         d_resets = (h.new_empty(0), h.new_empty(0))
         if direct is not None:
             d_resets = products.reset_grads(p, d_gates, direct)
-        found = products.scale_back((d_x, *d_weights, *d_resets), scale)
-    return cast(Any, found)
+        results = products.scale_back((d_x, *d_weights, *d_resets), scale)
+    return cast(Any, results)
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:
-    """Products here have the dtype they were given; the caller has asked autocast already."""
+    """Turn autocast off: the caller has applied it already, so products keep their dtypes."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -172,7 +172,7 @@ layer.register_autograd(_grad, setup_context=_setup)
 layer_backward.register_autograd(
     _no_second_derivative, setup_context=lambda ctx, inputs, output: None
 )
-layer.register_vmap(map_rows(layer, parameters=range(2, 6), marks=8))
+layer.register_vmap(map_rows(layer, parameters=range(2, 6), is_init=8))
 layer_backward.register_vmap(
-    map_rows(layer_backward, parameters=range(4, 8), marks=10, per_element=19)
+    map_rows(layer_backward, parameters=range(4, 8), is_init=10, per_element=19)
 )

@@ -10,8 +10,8 @@ import triton.language as tl
 def tanh(x):
     """Hyperbolic tangent, to 4e-7 relative.
 
-    The language has none and the interpreter no libdevice. Near zero, where the difference of two
-    numbers near 1 would lose all digits, a Taylor polynomial.
+    Triton's language has no tanh, and its interpreter no libdevice. Near zero, where a difference
+    of two numbers near 1 would lose all digits, this uses a Taylor polynomial.
     """
     x2 = x * x
     tail = -1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))
@@ -77,8 +77,8 @@ def in_chunks(tile, CHUNKS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.con
 def product(a, w, start, PRECISION: tl.constexpr):
     """Return ``start + a w`` of ``a [CHUNKS, M, K]`` and ``w [CHUNKS, K, N]``.
 
-    Each warp has a chunk of the inner dimension: chains of dependent instructions are short, and no
-    warp repeats what another does.
+    Each warp multiplies a chunk of the inner dimension, which shortens chains of dependent
+    instructions and avoids repeated work.
     """
     if a.shape[0] == 1:
         a_2 = a.reshape(a.shape[1], a.shape[2])
@@ -99,7 +99,7 @@ def weights_of_columns(
     w, GATES: tl.constexpr, first_n, H, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Load the weights that lead to ``BLOCK_N`` columns of all gates, from ``w [G*H, H]``.
+    """Load the weights of ``BLOCK_N`` output columns of all gates, from ``w [G*H, H]``.
 
     Returns:
         ``[CHUNKS, BLOCK_K // CHUNKS, 4 * BLOCK_N]``, gate after gate, zero beyond ``H`` and beyond
@@ -117,7 +117,7 @@ def weights_of_rows(
     w, SKIP: tl.constexpr, first_n, H, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Load the weights that lead back from four quarters to ``BLOCK_N`` columns.
+    """Load the weights that map gradients of four quarters back to ``BLOCK_N`` columns.
 
     Returns:
         ``[CHUNKS, 4 * BLOCK_K // CHUNKS, BLOCK_N]``, quarter after quarter, zero beyond ``H``. The
@@ -139,12 +139,12 @@ def weight(w, gate: tl.constexpr, row, column, H):
 
 @triton.jit
 def group_of(order, N, segments, group, T, reset_b, reset_t, BLOCK_B: tl.constexpr):
-    """Read which segments a group of ``BLOCK_B`` rows holds.
+    """Read the segments of a group of ``BLOCK_B`` rows.
 
-    ``order [2 N + 1]`` names the segments' first steps, then their lengths, then their number.
+    ``order [2 N + 1]`` holds the segments' first steps, then their lengths, then their number.
 
     Returns:
-        The flat position of each segment's first step, its length (0 for a row without segment),
+        The flat position of each segment's first step, its length (0 for an unused row),
         the offset of its stored state, and the length of the longest.
     """
     row = group * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -155,11 +155,11 @@ def group_of(order, N, segments, group, T, reset_b, reset_t, BLOCK_B: tl.constex
 
 
 @triton.jit
-def meet(ticket, target):
-    """Wait until all programs that share ``ticket`` have come here, ``target`` arrivals in all.
+def synchronize(ticket, target):
+    """Wait until ``ticket``, shared by several programs, has counted ``target`` arrivals.
 
-    What each of them wrote before is seen by all of them after: the barrier collects a program's
-    threads, the release and the acquire carry their writes across the GPU.
+    Afterwards each program sees what the others wrote before: the barrier synchronizes a program's
+    threads, and release and acquire make their writes visible across the GPU.
     """
     tl.debug_barrier()
     tl.atomic_add(ticket, 1, sem="release", scope="gpu")
@@ -170,17 +170,17 @@ def meet(ticket, target):
 
 @triton.jit
 def rows_of_program(BLOCK_B: tl.constexpr):
-    """Rows of a program, in 64 bits: offsets into large batches exceed 32."""
+    """Return the rows of a program, as int64: offsets into large batches exceed 32 bits."""
     return (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
 
 
 @triton.jit
 def is_first(is_init, step, t, mask):
-    """Whether a segment starts at time ``t``; ``step`` is the flat position ``b * T + t``."""
+    """Return whether a segment starts at time ``t``, flat position ``step = b * T + t``."""
     return (tl.load(is_init + step, mask=mask, other=0) != 0) | (t == 0)
 
 
 @triton.jit
 def is_last(is_init, step, t, T, mask):
-    """Whether a segment ends at time ``t``: nothing flows back into it from ``t + 1``."""
+    """Return whether a segment ends at time ``t``: it gets no gradient from ``t + 1``."""
     return (tl.load(is_init + step + 1, mask=mask & (t + 1 < T), other=1) != 0) | (t + 1 == T)

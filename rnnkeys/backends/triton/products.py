@@ -1,7 +1,7 @@
-"""The products around the recurrence, each one large call of the vendor library for all time.
+"""The matrix products around the recurrence, each one large cuBLAS call for all time steps.
 
-Input projection, gradients of inputs, parameters and reset states, and, if activations were not
-kept, their recomputation: with the outputs known, all gates follow without a loop.
+They are the input projection, the gradients of inputs, parameters and reset states and, if
+activations were not kept, their recomputation: the outputs determine all gates without a loop.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Problem(NamedTuple):
-    """What both directions read: a layer's inputs, parameters, resets and modes."""
+    """A layer's inputs, parameters, reset states and modes, which both passes read."""
 
     cell: str
     x: Tensor
@@ -43,7 +43,7 @@ class Problem(NamedTuple):
 
 
 def _outer_bias(p: Problem) -> Tensor | None:
-    """Biases that are added outside of the recurrence, ``[G*H]``."""
+    """Return the biases that are added outside the recurrence, ``[G*H]``."""
     if p.b_ih is None or p.b_hh is None:
         return None
     if p.cell == "lstm":
@@ -65,21 +65,21 @@ def project(p: Problem) -> Tensor:
     return gates
 
 
-def entering(p: Problem, h: Tensor) -> Tensor:
-    """``h`` before every step, ``[B*T, H]`` in the dtype of products."""
+def gather_entering_states(p: Problem, h: Tensor) -> Tensor:
+    """Return ``h`` before every step, ``[B*T, H]`` in the dtype of products."""
     before = torch.nn.functional.pad(h, (0, 0, 1, -1))
     return torch.where(_first(p), p.reset_h, before).flatten(0, 1).to(p.dtype)
 
 
 def _first(p: Problem) -> Tensor:
-    """Where segments start, ``[B, T, 1]``."""
+    """Return the flags of segment starts, ``[B, T, 1]``."""
     first = p.is_init.clone()
     first[:, :1] = True
     return first.unsqueeze(-1)
 
 
-def activations(p: Problem, h_tm1: Tensor) -> Tensor:
-    """Compute what the forward kernel would have kept, from ``h`` before every step."""
+def recompute_activations(p: Problem, h_tm1: Tensor) -> Tensor:
+    """Compute the activations that were not kept, from ``h`` before every step."""
     gates, size = project(p), p.hidden
     rows, w_hh = gates.flatten(0, 1), p.w_hh.to(p.dtype)
     if p.cell == "lstm":
@@ -97,7 +97,7 @@ def activations(p: Problem, h_tm1: Tensor) -> Tensor:
 
 
 def input_grad(p: Problem, d_gates: Tensor) -> Tensor:
-    """Gradient of ``x`` from ``d_gates [B, T, 4H]``."""
+    """Compute the gradient of ``x`` from ``d_gates [B, T, 4H]``."""
     of_x, _ = _sides(p, d_gates)
     w = p.w_ih.to(p.dtype)
     if p.cell == "gru":
@@ -106,7 +106,7 @@ def input_grad(p: Problem, d_gates: Tensor) -> Tensor:
 
 
 def weight_grads(p: Problem, d_gates: Tensor, h_tm1: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of ``w_ih``, ``w_hh``, ``b_ih``, ``b_hh``; those of absent biases are empty."""
+    """Compute gradients of ``w_ih``, ``w_hh``, ``b_ih``, ``b_hh``; empty for absent biases."""
     of_x, of_h = _sides(p, d_gates)
     d_w_ih = of_x.t() @ p.x.flatten(0, 1).to(p.dtype)
     d_w_hh = of_h.t() @ h_tm1
@@ -121,10 +121,10 @@ def weight_grads(p: Problem, d_gates: Tensor, h_tm1: Tensor) -> tuple[Tensor, ..
 
 
 def reset_grads(p: Problem, d_gates: Tensor, direct: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of ``reset_h`` and ``reset_c`` (empty for a GRU).
+    """Compute the gradients of ``reset_h`` and ``reset_c`` (empty for a GRU).
 
-    ``direct`` is what the kernel wrote where segments start: all of ``c``'s gradient, or what
-    reaches ``h`` of a GRU through z.
+    ``direct`` is written by the kernel where segments start: the gradient of an LSTM's ``c``, or of
+    a GRU's ``h`` through z.
     """
     _, of_h = _sides(p, d_gates)
     through_gates = (of_h @ p.w_hh.to(p.dtype)).view(direct.shape).to(direct.dtype)
@@ -137,14 +137,15 @@ def reset_grads(p: Problem, d_gates: Tensor, direct: Tensor) -> tuple[Tensor, Te
 def scale_into_range(
     p: Problem, grads: tuple[Tensor, Tensor | None]
 ) -> tuple[tuple[Tensor, Tensor | None], Tensor | None]:
-    """Scale incoming gradients so that float16 holds what follows from them.
+    """Scale incoming gradients so that float16 can hold the gradients computed from them.
 
-    float16 knows nothing between 6e-8 and zero, nor above 65504: gradients of a mean over a large
-    batch would vanish, and sums over many steps overflow. All that follows is linear in them.
+    float16 has no positive numbers below 6e-8 and none above 65504: gradients of a mean over a
+    large batch would underflow, and sums over many steps overflow. The backward pass is linear in
+    the incoming gradients, so the scale can be divided out at its end.
 
     Returns:
-        The gradients and a power of two, on the device, that :func:`scale_back` takes out again.
-        In the other dtypes the gradients as they are, and None.
+        The scaled gradients and the scale, a power of two on the device, for :func:`scale_back`.
+        In other dtypes the unchanged gradients and None.
     """
     if p.dtype != torch.float16:
         return grads, None
@@ -159,16 +160,16 @@ def scale_into_range(
 
 
 def scale_back(grads: tuple[Tensor, ...], scale: Tensor | None) -> tuple[Tensor, ...]:
-    """Undo :func:`scale_into_range` in the gradients that followed."""
+    """Divide computed gradients by the scale of :func:`scale_into_range`."""
     if scale is None:
         return grads
     return tuple((g.float() / scale).to(g.dtype) for g in grads)
 
 
 def _sides(p: Problem, d_gates: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the input's gates and of the state's, rows ``[B*T, G*H]``.
+    """Return gradients of the input projection and of the recurrent product, each ``[B*T, G*H]``.
 
-    A GRU's come in the order n, r, z for the input and r, z, n for the state.
+    The gate order of a GRU is n, r, z for the first and r, z, n for the second.
     """
     rows = d_gates.flatten(0, 1)
     if p.cell == "lstm":
