@@ -12,7 +12,7 @@ from ..checks import Problem, find_multi_step_problems
 from ..keys import MASK_KEY, MULTI_STEP_KEY, TRAJECTORY_KEY, next_key
 from ..modules.network import RecurrentLayer
 from ..sequences import find_segment_starts, find_sequence_problems
-from ..sequences.continuity import find_continuity_problems
+from ..sequences.continuity import find_continuity_problems, find_zero_state_problems
 from ..sequences.segment_starts import any_agent
 
 LONGER_RETURNS = "loss.make_value_estimator(ValueEstimators.TDLambda, gamma=..., lmbda=...)"
@@ -39,6 +39,8 @@ def find_data_problems(batch: TensorDictBase, layers: list[RecurrentLayer]) -> I
     if not problems:
         for layer in layers:
             yield from _find_state_problems(batch, layer)
+        for key, init_key in pairs:
+            yield from find_zero_state_problems(batch, init_key, key, everywhere=True)
 
 
 def _find_time(

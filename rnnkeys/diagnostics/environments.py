@@ -14,6 +14,7 @@ from ..checks import Problem
 from ..mode import set_recurrent_mode
 from ..modules.network import RecurrentLayer, RecurrentNetwork
 from ..sequences import find_sequence_problems
+from ..sequences.continuity import find_zero_state_problems
 from ..sequences.segment_starts import follow_done
 from ..sequences.states import expand_flags
 from .report import Report
@@ -119,16 +120,17 @@ def _find_rollout_problems(network: RecurrentNetwork, rollout: TensorDictBase) -
     if problems:
         return
     # States are compared bit by bit with what was written, so that dropout changes nothing.
-    found = find_sequence_problems(rollout, network.init_keys, network.pairs, read_values=True)
-    for problem in found:
-        if problem.check in ("continuity", "zero-state"):
-            yield Problem(
-                "state-lost",
-                f"The states {list(network.state_keys)} of a rollout are not those that its steps "
-                f"write: the environment drops or resets them on the way. {problem.message}",
-                PRIMERS + ", last of all transforms, and nothing else that writes these keys",
-            )
-            return
+    sequences = find_sequence_problems(rollout, network.init_keys, network.pairs, read_values=True)
+    found = [problem for problem in sequences if problem.check == "continuity"]
+    for key, init_key in network.pairs:
+        found += find_zero_state_problems(rollout, init_key, key, everywhere=True)
+    if found:
+        yield Problem(
+            "state-lost",
+            f"The states {list(network.state_keys)} of a rollout are not those that its steps "
+            f"write: the environment drops or resets them on the way. {found[0].message}",
+            PRIMERS + ", last of all transforms, and nothing else that writes these keys",
+        )
 
 
 def _find_flag_problems(network: RecurrentNetwork, rollout: TensorDictBase) -> Iterator[Problem]:

@@ -14,7 +14,7 @@ class Report:
     """All problems of a wiring; empty, and so falsy, if there are none.
 
     Attributes:
-        findings: problems in the order of the wiring: policy, environment, batch, loss, runs.
+        problems: in the order of the wiring: policy, environment, batch, loss, runs.
         measured: numbers by name. ``"single_step_difference"`` is the largest relative difference
             between single steps and sequences; ``"staleness"`` is that of the stored states.
         looked_at: what was given: ``"policy"``, ``"env"``, ``"batch"``, ``"loss"``.
@@ -27,7 +27,7 @@ class Report:
         Nothing is wrong with the policy.
     """
 
-    findings: list[Problem] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)
     looked_at: list[str] = field(default_factory=list)
 
@@ -40,9 +40,9 @@ class Report:
         Returns:
             Whether there was none.
         """
-        problems = list(problems)
-        self.findings += [one for one in dict.fromkeys(problems) if one not in self.findings]
-        return not problems
+        found = list(dict.fromkeys(problems))
+        self.problems += [one for one in found if one not in self.problems]
+        return not found
 
     def checks(self) -> list[str]:
         """Return the names of the checks that found a problem.
@@ -54,33 +54,33 @@ class Report:
             >>> report.checks()
             ['mode']
         """
-        return [finding.check for finding in self.findings]
+        return [one.check for one in self.problems]
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data, which ``json`` writes.
 
         Examples:
             >>> Report(measured={"staleness": 0.5}).as_dict()
-            {'findings': [], 'measured': {'staleness': 0.5}, 'looked_at': []}
+            {'problems': [], 'measured': {'staleness': 0.5}, 'looked_at': []}
         """
-        findings = [
+        problems = [
             {"check": one.check, "message": one.message, "remedy": one.remedy}
-            for one in self.findings
+            for one in self.problems
         ]
         measured, looked_at = dict(self.measured), list(self.looked_at)
-        return {"findings": findings, "measured": measured, "looked_at": looked_at}
+        return {"problems": problems, "measured": measured, "looked_at": looked_at}
 
     def __len__(self) -> int:
-        return len(self.findings)
+        return len(self.problems)
 
     def __iter__(self) -> Iterator[Problem]:
-        return iter(self.findings)
+        return iter(self.problems)
 
     def __str__(self) -> str:
         things = ", ".join(f"the {name}" for name in self.looked_at)
         number = len(self)
         lines = [f"{number} wrong with {things}:" if number else f"Nothing is wrong with {things}."]
-        for place, one in enumerate(self.findings, 1):
+        for place, one in enumerate(self.problems, 1):
             lines += [f"{place}. {one.check}: {one.message}", f"    remedy: {one.remedy}"]
         lines += [f"{name.replace('_', ' ')}: {value:.3g}" for name, value in self.measured.items()]
         return "\n".join(lines)

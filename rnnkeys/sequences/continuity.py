@@ -377,17 +377,23 @@ def _is_kept(batch: TensorDictBase, state_key: NestedKey, like: Tensor) -> Tenso
 
 
 def find_zero_state_problems(
-    batch: TensorDictBase, init_key: NestedKey, state_key: NestedKey
+    batch: TensorDictBase,
+    init_key: NestedKey,
+    state_key: NestedKey,
+    *,
+    everywhere: bool = False,
 ) -> Iterator[Problem]:
     """Yield a problem (a warning) if states are zero at some steps inside episodes, not at all.
 
     Recurrent layers write other states. Zeros are there where something else acted, such as random
-    actions during a warm-up. A batch whose states are zero throughout proves nothing.
+    actions during a warm-up. A batch whose states are zero throughout proves nothing by itself.
 
     Args:
         batch: sequences ``[*, T]`` whose flags are valid.
         init_key: key of the flags.
         state_key: key of a recurrent state that they reset.
+        everywhere: whether states that are zero throughout are a problem too, because a policy is
+            known to have collected the batch.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -409,7 +415,7 @@ def find_zero_state_problems(
     if not zero.any():
         return
     zero &= ~(arrives.flatten(carried.ndim).any(-1) | leaves.flatten(carried.ndim).any(-1))
-    if zero.any() and (arrives.any() or leaves.any() or after.any()):
+    if zero.any() and (everywhere or arrives.any() or leaves.any() or after.any()):
         yield Problem(
             "zero-state",
             f"The state {state_key!r} is zero at {int(zero.sum())} of {int(carried.sum())} steps "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDictBase, UnbatchedTensor
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -99,6 +99,8 @@ def zero_masked(
         return batch
 
     def fill(entry: Tensor) -> Tensor:
+        if isinstance(entry, UnbatchedTensor):
+            return entry  # it has no steps
         if not (entry.is_floating_point() or (integers and entry.dtype.is_signed)):
             return entry
         padding = ~mask.reshape(*mask.shape, *[1] * (entry.ndim - mask.ndim))

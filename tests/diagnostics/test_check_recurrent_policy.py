@@ -391,9 +391,9 @@ def test_check_finds_one_mistake(name: str) -> None:
     make, check, remedy = FAULTS[name]
     report = make().check()
     assert report.checks() == [check], str(report)
-    [finding] = report
-    assert re.search(remedy, finding.remedy), finding.remedy
-    assert finding.message in str(report) and finding.remedy in str(report)
+    [problem] = report
+    assert re.search(remedy, problem.remedy), problem.remedy
+    assert problem.message in str(report) and problem.remedy in str(report)
 
 
 def test_check_mode_in_force_is_found() -> None:
@@ -491,9 +491,9 @@ def test_check_critic_with_own_keys_need_not_collect() -> None:
 def test_check_critic_with_the_actors_keys_is_found() -> None:
     report = make_sac(own_keys=False).check()
     assert report.checks() == ["shared-key"], str(report)
-    [finding] = report
-    assert "'actor_h'" in finding.message and "parameters of their own" in finding.message
-    assert re.search("state keys of its own: in_keys=", finding.remedy)
+    [problem] = report
+    assert "'actor_h'" in problem.message and "parameters of their own" in problem.message
+    assert re.search("state keys of its own: in_keys=", problem.remedy)
 
 
 @pytest.mark.parametrize("name", ["DQN double delayed TD0", "TD3", "SAC", "DDPG", "QMIX"])
@@ -560,6 +560,7 @@ def test_check_random_warm_up_is_found() -> None:
     assert "init_random_frames" in next(iter(report)).remedy
 
 
+@pytest.mark.filterwarnings("ignore:An environment runs inside set_recurrent_mode:UserWarning")
 def test_check_batch_collected_in_recurrent_mode_is_found() -> None:
     policy = right().policy
     wrap: Any = TransformedEnv
