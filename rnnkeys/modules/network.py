@@ -272,17 +272,3 @@ def _find_unbatched(network: nn.Module) -> list[str]:
         elif isinstance(module, _UNBATCHED) and id(module) not in wrapped:
             found[type(module).__name__] = None
     return list(found)
-
-
-# The former names, until their callers use RecurrentNetwork.
-Recurrent = RecurrentLayer
-
-
-def find_recurrent(module: nn.Module) -> list[RecurrentLayer]:
-    """Return the recurrent modules inside; use :class:`RecurrentNetwork`."""
-    return list(RecurrentNetwork(module).layers)
-
-
-def find_outputs(module: nn.Module) -> set[Any]:
-    """Return every key that a network inside writes; use :class:`RecurrentNetwork`."""
-    return set(RecurrentNetwork(module).output_keys)

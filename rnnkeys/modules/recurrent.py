@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.compiler import is_compiling
@@ -24,6 +24,7 @@ from ..mode import as_mode, recurrent_mode
 from ..precision import validate_recurrent_matmul_precision
 from . import entries, key_arguments
 from .arguments import check_choice, check_floating_dtype
+from .dispatch import dispatch_tensors
 from .dtypes import as_dtype, choose_dtype, no_autocast
 from .primers import StatePrimer
 from .stacks import read_layers
@@ -309,11 +310,8 @@ class RecurrentModule(TensorDictModuleBase, ABC):
         device = None if parameter.is_meta else parameter.device
         return StatePrimer(shapes, dtype=parameter.dtype, device=device)
 
-    # tensordict types dispatch as a class, which it is not once it has decorated.
-    @dispatch  # pyright: ignore[reportArgumentType]
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, tensordict: TensorDictBase
-    ) -> TensorDictBase:
+    @dispatch_tensors
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Run one time step, or whole sequences in recurrent mode.
 
         Args:

@@ -357,6 +357,30 @@ def test_called_with_plain_tensors_of_nested_keys(kind):
 
 
 @in_both_kinds
+@pytest.mark.parametrize("recurrent", [True, False])
+@pytest.mark.parametrize("agents", [(), (1,), (3,)])
+def test_call_with_tensors_of_one_feature_takes_it_for_a_feature(kind, recurrent, agents):
+    module = make(kind, input_size=1, hidden_size=1)
+    data = batch(module, agents=agents)
+    with set_recurrent_mode(recurrent):
+        out = module(*(data.get(key) for key in module.in_keys))
+        expected = module(data.clone())
+    for value, key in zip(out, module.out_keys, strict=True):
+        assert torch.equal(value, expected.get(key))
+
+
+@in_both_kinds
+def test_call_with_unknown_or_too_many_tensors_is_rejected(kind):
+    module = make(kind)
+    tensors = [batch(module).get(key) for key in module.in_keys]
+    for arguments, names in ((tensors + tensors[:1], {}), (tensors, {"state": tensors[0]})):
+        with pytest.raises(TypeError, match="'observation', 'recurrent_state"):
+            module(*arguments, **names)
+    with pytest.raises(TypeError, match="each once"):
+        module(*tensors, observation=tensors[0])
+
+
+@in_both_kinds
 def test_a_missing_state_counts_as_zeros(kind):
     module = make(kind)
     data = batch(module)
