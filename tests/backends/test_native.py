@@ -217,11 +217,9 @@ def test_linear_equals_float64_for_any_strides(monkeypatch, transposed, rows):
 
 def test_linear_copies_a_weight_with_gaps_between_rows(monkeypatch):
     """Such a weight would take oneDNN a thousand times as long."""
-    seen, wide, without_gaps = [], torch.randn(66, 256), products._without_gaps
+    seen, wide, without_gaps = [], torch.randn(66, 256), products._make_dense
     monkeypatch.setattr(products, "_LARGE", 0)
-    monkeypatch.setattr(
-        products, "_without_gaps", lambda w: seen.append(without_gaps(w)) or seen[-1]
-    )
+    monkeypatch.setattr(products, "_make_dense", lambda w: seen.append(without_gaps(w)) or seen[-1])
     x = torch.randn(384, 66)
     for weight in (wide[:, :128].t(), wide[:, :128].t().contiguous(), wide.t()):
         assert_equal(products.linear(x, weight), x @ weight.t(), F32)
