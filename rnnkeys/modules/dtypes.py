@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 
 
-def choose_dtype(x: Tensor, parameter: Tensor) -> torch.dtype:
+def is_autocast(x: Tensor) -> bool:
+    """Return whether autocast is on for the device of a tensor."""
+    # torch raises for tensors on the meta device.
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """Switch autocast off for the device of a tensor: operands are cast once, states are kept."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def choose_dtype(x: Tensor, parameter_dtype: torch.dtype, autocast: bool) -> torch.dtype:
     """Return the dtype to compute in: autocast's if it is on, else that of the parameters.
 
     Raises:
         RuntimeError: if the input has another dtype than the parameters.
     """
-    if _is_autocast(x) and parameter.dtype != torch.float64:
+    if autocast and parameter_dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
-    if x.dtype != parameter.dtype:
+    if x.dtype != parameter_dtype:
         raise RuntimeError(
-            f"The input has dtype {x.dtype} and the parameters {parameter.dtype}; expected the "
+            f"The input has dtype {x.dtype} and the parameters {parameter_dtype}; expected the "
             "same. Cast the observation (torchrl's DoubleToFloat or DTypeCastTransform), or give "
             "the module dtype=."
         )
-    return parameter.dtype
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Switch autocast off: operands are cast once, and states are kept in that dtype."""
-    if _is_autocast(x):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
-
-
-def _is_autocast(x: Tensor) -> bool:
-    # torch raises for tensors on the meta device.
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return parameter_dtype
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -170,18 +170,18 @@ def fold_step(
     spec: EntrySpec, data: Entries, dtype: torch.dtype
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Flatten one time step: ``x [N, I]``, and states ``[N, L, H]``, zeros where ``is_init``."""
-    x = as_dtype(data.x.reshape(-1, data.x.shape[-1]), dtype)
+    x = as_dtype(data.x if data.x.ndim == 2 else data.x.reshape(-1, data.x.shape[-1]), dtype)
     if data.states is None:
         return x, tuple([x.new_zeros(x.shape[0], spec.num_layers, n) for n in spec.state_sizes])
     # A select: a NaN in a stale state does not pass.
     starts = data.is_init.reshape(-1, 1, 1)
-    states = [s.reshape(-1, *s.shape[-2:]).masked_fill(starts, 0) for s in data.states]
-    return x, tuple([as_dtype(s, dtype) for s in states])
+    flat = [s if s.ndim == 3 else s.reshape(-1, *s.shape[-2:]) for s in data.states]
+    return x, tuple([as_dtype(s.masked_fill(starts, 0), dtype) for s in flat])
 
 
 def unfold_step(entry: Tensor, shape: torch.Size) -> Tensor:
     """Restore ``[*lead, *agents, ...]`` from ``[N, ...]``."""
-    return entry.view(*shape, *entry.shape[1:])
+    return entry if len(shape) == 1 else entry.view(*shape, *entry.shape[1:])
 
 
 def fold_sequences(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +26,7 @@ from ..precision import validate_recurrent_matmul_precision
 from . import entries, key_arguments
 from .arguments import check_choice, check_floating_dtype
 from .dispatch import dispatch_tensors
-from .dtypes import as_dtype, choose_dtype, no_autocast
+from .dtypes import as_dtype, choose_dtype, is_autocast, no_autocast
 from .primers import StatePrimer
 from .stacks import read_layers
 
@@ -342,7 +343,7 @@ class RecurrentModule(TensorDictModuleBase, ABC):
             tensordict.set(key, entry)
         return tensordict
 
-    def _run_sequences(self, tensordict: TensorDictBase) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _run_sequences(self, tensordict: TensorDictBase) -> tuple[Tensor, list[Tensor]]:
         lead = tensordict.batch_size
         if not lead:
             raise ValueError(
@@ -354,12 +355,14 @@ class RecurrentModule(TensorDictModuleBase, ABC):
         spec = self._entry_spec()
         data = entries.read(spec, tensordict, sequences=True)
         entries.check_continuity(spec, tensordict)
-        dtype = choose_dtype(data.x, self._layers.sample)
+        own_dtype = self._layers.sample.dtype
+        autocast = is_autocast(data.x)
+        dtype = choose_dtype(data.x, own_dtype, autocast)
         x, states, is_init = entries.fold_sequences(spec, data, lead, dtype)
-        with no_autocast(x):
+        with no_autocast(x) if autocast else nullcontext():
             y, after = unroll_layers(
                 self.cell,
-                self._weights(dtype),
+                self._weights(own_dtype, dtype),
                 x,
                 states,
                 is_init,
@@ -368,44 +371,46 @@ class RecurrentModule(TensorDictModuleBase, ABC):
                 self.recurrent_backend if has_data(x) else "scan",
             )
         shape = data.shape
-        states = tuple([entries.unfold_sequences(s, lead, shape) for s in after])
-        return entries.unfold_sequences(y, lead, shape), self._as_stored(states)
+        # Stored in the dtype of the parameters, in which the primer makes them.
+        states = [entries.unfold_sequences(s, lead, shape) for s in after]
+        return entries.unfold_sequences(y, lead, shape), [as_dtype(s, own_dtype) for s in states]
 
-    def _run_step(self, tensordict: TensorDictBase) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _run_step(self, tensordict: TensorDictBase) -> tuple[Tensor, list[Tensor]]:
         spec = self._entry_spec()
         data = entries.read(spec, tensordict, sequences=False)
         if data.states is None:
             self._warn_of_missing_state(data.is_init)
-        dtype = choose_dtype(data.x, self._layers.sample)
+        layers = self._layers
+        own_dtype = layers.sample.dtype
+        autocast = is_autocast(data.x)
+        dtype = choose_dtype(data.x, own_dtype, autocast)
         x, states = entries.fold_step(spec, data, dtype)
         native = not (self._python_based or is_compiling() or in_transform())
-        with no_autocast(x):
-            y, after = run_step(
-                self.cell, self._weights(dtype), x, states, self._layers.dropout, native
-            )
+        weights = self._weights(own_dtype, dtype)
+        with no_autocast(x) if autocast else nullcontext():
+            y, after = run_step(layers.cell, weights, x, states, layers.dropout, native)
         shape = data.shape
-        states = tuple([entries.unfold_step(s, shape) for s in after])
-        return entries.unfold_step(y, shape), self._as_stored(states)
+        states = [as_dtype(entries.unfold_step(s, shape), own_dtype) for s in after]
+        return entries.unfold_step(y, shape), states
 
     def _entry_spec(self) -> entries.EntrySpec:
-        layers = self._layers
+        layers, keys = self._layers, self.in_keys
+        number = 1 + len(layers.cell.state_names)
         return entries.EntrySpec(
             type(self).__name__,
-            self.in_keys[0],
-            self.state_keys,
-            self.init_key,
+            keys[0],
+            tuple(keys[1:number]),
+            keys[number] if len(keys) > number else self._init_key,
             layers.input_size,
             layers.num_layers,
             layers.state_sizes,
         )
 
-    def _as_stored(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Cast states to the parameters' dtype, in which the primer makes them."""
-        dtype = self._layers.sample.dtype
-        return tuple([as_dtype(s, dtype) for s in states])
-
-    def _weights(self, dtype: torch.dtype) -> list[Any]:
-        return [self._layers.weights(i, dtype) for i in range(self._layers.num_layers)]
+    def _weights(self, own_dtype: torch.dtype, dtype: torch.dtype) -> list[Any]:
+        """Return the weights of every layer, cast where they have another dtype."""
+        layers = self._layers
+        cast = None if dtype == own_dtype else dtype
+        return [layers.weights(i, cast) for i in range(layers.num_layers)]
 
     def _options(self) -> Options:
         return Options(
