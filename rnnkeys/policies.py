@@ -235,7 +235,9 @@ class _FrameEncoder(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         if not input.is_floating_point():
-            input = input.to(next(self.parameters()).dtype) / 255
+            # By its attribute: a functional call empties the list of parameters.
+            weight: Any = self[1].weight
+            input = input.to(weight.dtype) / 255
         return super().forward(input)
 
 

@@ -343,7 +343,8 @@ class Trainer:
         with torch.no_grad():
             self.advantage(rollout)
         keys = [key for key in self.loss.in_keys if isinstance(key, str)]
-        keys += ["is_init", "advantage", "value_target", "state_value", ("next", "reward")]
+        keys += ["is_init", "advantage", "value_target", "state_value"]
+        keys += [("next", "reward"), ("next", "terminated")]
         for batch in self.minibatches(rollout.select(*keys, strict=False)):
             terms = self.loss(batch)
             if args.target_kl is not None and terms["kl_approx"] > 1.5 * args.target_kl:

@@ -151,6 +151,12 @@ def find_continuity_problems(
             return
 
 
+def _are_single_steps(batch: TensorDictBase) -> bool:
+    """Return whether every episode terminates after one step, as those of a bandit do."""
+    terminated = batch.get(("next", "terminated"), None)
+    return terminated is not None and bool(terminated.all())
+
+
 def find_length_problems(batch: TensorDictBase, init_key: NestedKey) -> Iterator[Problem]:
     """Yield a problem (a warning) if every segment of a batch has one step.
 
@@ -167,6 +173,8 @@ def find_length_problems(batch: TensorDictBase, init_key: NestedKey) -> Iterator
     """
     time = batch.ndim - 1
     if batch.shape[time] < 2:
+        return
+    if _are_single_steps(batch):
         return
     inside = _valid(batch, ~find_segment_starts(batch, init_key))
     if not inside.narrow(time, 1, batch.shape[time] - 1).any():

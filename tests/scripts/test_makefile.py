@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,7 +29,10 @@ def _make(folder: Path, python: str) -> subprocess.CompletedProcess[str]:
     (folder / ".venv").mkdir()
     (folder / ".venv" / "kept").touch()
     command = ["make", "env", f"PYTHON={python}"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    # The tests may themselves run below make, which passes its own settings on.
+    settings = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES")
+    env = {name: value for name, value in os.environ.items() if name not in settings}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, env=env)
 
 
 def _assert_rejected(done: subprocess.CompletedProcess[str], folder: Path, *words: str) -> None:

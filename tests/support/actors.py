@@ -257,10 +257,13 @@ def start_learner(kind: str, ending: str) -> tuple[subprocess.Popen[str], list[i
 
 
 _LEARNER = """
+import signal
 import time
 from rnnkeys.collectors import {kind}
 from tests.support.actors import make_parts, make_policy, process_of
 if __name__ == "__main__":
+    # A shell starts background jobs with SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     actors = {kind}(*make_parts(make_policy()), num_actors=1, frames_per_batch=16)
     actors.next()
     print(process_of(actors, 0), flush=True)
