@@ -215,10 +215,13 @@ def test_sequence_problems_of_a_bad_entry_name_the_check(change: Any, check: str
 
 def test_segments_of_one_step_are_a_warning() -> None:
     batch = with_states(2, 6, torch.ones(2, 6, dtype=torch.bool))
+    batch["next", "terminated"] = torch.zeros(2, 6, 1, dtype=torch.bool)  # as samplers cut slices
     [problem] = find_sequence_problems(batch, ["is_init"], STATES)
     assert problem.check == "segment-length" and problem.error is UserWarning
     one: Any = batch[:, :1]
     assert not names(one)
+    batch["next", "terminated"] = torch.ones(2, 6, 1, dtype=torch.bool)  # episodes of one step
+    assert not names(batch)
 
 
 def test_zero_states_throughout_are_no_problem() -> None:
