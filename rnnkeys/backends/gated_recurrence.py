@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cells.linear import candidate
+from ..cells.linear import candidate, mix_coefficients
 from . import linear_recurrence
 from .linear_recurrence import Resets, find_resets
 
@@ -37,16 +37,6 @@ class _Chunk(NamedTuple):
         return x[self.first : self.until]
 
 
-def coefficients(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``a`` and ``b = (1 - a) * g(v)``, in plain torch operations.
-
-    Examples:
-        >>> coefficients(torch.zeros(1), torch.ones(1))
-        (tensor([0.5000]), tensor([0.7500]))
-    """
-    return torch.sigmoid(-u), torch.sigmoid(u) * candidate(v)
-
-
 def forward(p: Tensor, start: Tensor, reset: Tensor) -> Tensor:
     """Run time; not seen by autograd.
 
@@ -60,7 +50,7 @@ def forward(p: Tensor, start: Tensor, reset: Tensor) -> Tensor:
     """
     u, v = p.chunk(2, -1)
     if linear_recurrence.prefers_blocks(start):
-        return linear_recurrence.scan(*coefficients(u, v), start, reset)
+        return linear_recurrence.scan(*mix_coefficients(u, v), start, reset)
     resets = find_resets(reset)
     out = torch.empty_like(start, memory_format=torch.contiguous_format)
     state = start[0]
@@ -71,7 +61,7 @@ def forward(p: Tensor, start: Tensor, reset: Tensor) -> Tensor:
         for a_t, b_t, h_t in steps:
             state = torch.addcmul(b_t, a_t, state, out=h_t)
     if linear_recurrence.is_leaking(out, resets.before):
-        return linear_recurrence.scan(*coefficients(u, v), start, reset)
+        return linear_recurrence.scan(*mix_coefficients(u, v), start, reset)
     return out
 
 
@@ -86,19 +76,15 @@ def backward(
         \nabla v_t = d_t (1 - a_t) g'(v_t)
     """
     resets = find_resets(reset)
-    d_h = (
-        _whole_backward(grad, p, h, start, reset)
-        if linear_recurrence.prefers_blocks(start)
-        else None
-    )
+    d_h = _whole_backward(grad, p, reset) if linear_recurrence.prefers_blocks(start) else None
     d_p, d_start, is_leaking = _backward_in_chunks(grad, d_h, p, h, start, resets, wants_start)
     if is_leaking:
-        d_h = _whole_backward(grad, p, h, start, reset)
+        d_h = _whole_backward(grad, p, reset)
         d_p, d_start, _ = _backward_in_chunks(grad, d_h, p, h, start, resets, wants_start)
     return d_p, d_start
 
 
-def _whole_backward(grad: Tensor, p: Tensor, h: Tensor, start: Tensor, reset: Tensor) -> Tensor:
+def _whole_backward(grad: Tensor, p: Tensor, reset: Tensor) -> Tensor:
     return linear_recurrence.backward_states(torch.sigmoid(-p.chunk(2, -1)[0]), grad, reset)
 
 

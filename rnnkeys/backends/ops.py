@@ -305,7 +305,12 @@ lstm.register_autograd(_lstm_grad, setup_context=_lstm_setup)
 gru.register_autograd(_gru_grad, setup_context=_gru_setup)
 
 
-def _no_second_derivative(ctx, *grads):
+def raise_second_derivative(ctx, *grads):
+    """Raise: hand-written backward passes are differentiated once, those of scans too.
+
+    Raises:
+        RuntimeError: always, with the remedy.
+    """
     raise RuntimeError(
         "The hand-written recurrent kernels have no second derivative (a gradient made with "
         "create_graph=True was differentiated again). Build the module with "
@@ -314,7 +319,7 @@ def _no_second_derivative(ctx, *grads):
 
 
 for _op in (lstm_backward, gru_backward):
-    _op.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+    _op.register_autograd(raise_second_derivative, setup_context=lambda ctx, inputs, output: None)
 
 
 def map_by_loop(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from .._compat import in_derivative
+from ..cells.linear import mix_coefficients
 from . import gated_recurrence
 from . import linear_recurrence as plain
+from .ops import raise_second_derivative
 
 
 @torch.library.custom_op("rnnkeys::linear_scan", mutates_args=())
@@ -91,14 +93,6 @@ def _grad_gated(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return d_p, d_start if wants_start else None, None
 
 
-def _raise_second_derivative(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        "The hand-written scan has no second derivative (a gradient made with create_graph=True "
-        "was differentiated again). Build the module with recurrent_backend='loop', which any "
-        "order of autograd sees through."
-    )
-
-
 def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
     """Fold a mapped dimension into the rows: ``[T, N, ...]`` to ``[T, size * N, ...]``."""
     moved = x.movedim(dim, 1) if dim is not None else x.unsqueeze(1).expand(-1, size, *x.shape[1:])
@@ -158,7 +152,7 @@ def _map_gated_backward(
 scan.register_autograd(_grad_scan, setup_context=_keep_scan)
 gated.register_autograd(_grad_gated, setup_context=_keep_gated)
 for _op in (scan_backward, gated_backward):
-    _op.register_autograd(_raise_second_derivative, setup_context=lambda ctx, inputs, output: None)
+    _op.register_autograd(raise_second_derivative, setup_context=lambda ctx, inputs, output: None)
 scan.register_vmap(_map_scan)
 scan_backward.register_vmap(_map_scan_backward)
 gated.register_vmap(_map_gated)
@@ -216,7 +210,7 @@ def run(a: Tensor, b: Tensor, start: Tensor, reset: Tensor) -> Tensor:
 def run_gated(p: Tensor, start: Tensor, reset: Tensor) -> Tensor:
     """Run ``gated_recurrence.forward`` with gradients: as one operator where its rules allow."""
     if in_derivative():
-        return plain.scan_by_select(*gated_recurrence.coefficients(*p.chunk(2, -1)), start, reset)
+        return plain.scan_by_select(*mix_coefficients(*p.chunk(2, -1)), start, reset)
     return gated(p, start, reset)
 
 

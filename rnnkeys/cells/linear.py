@@ -82,6 +82,16 @@ def candidate(v: Tensor) -> Tensor:
     return v.clamp(min=0) + v.clamp(max=0).sigmoid()
 
 
+def mix_coefficients(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``a`` and ``b = (1 - a) * g(v)``, in plain torch operations.
+
+    Examples:
+        >>> mix_coefficients(torch.zeros(1), torch.ones(1))
+        (tensor([0.5000]), tensor([0.7500]))
+    """
+    return torch.sigmoid(-u), torch.sigmoid(u) * candidate(v)
+
+
 class ConvexCell(LinearCell):
     r"""A linear cell that mixes its state and a candidate.
 
@@ -96,8 +106,7 @@ class ConvexCell(LinearCell):
 
     def coefficients(self, weights: Parameters, input_t: Tensor) -> tuple[Tensor, Tensor]:
         """See the base."""
-        u, v = self.gates(input_t).chunk(2, -1)
-        return torch.sigmoid(-u), torch.sigmoid(u) * candidate(v)
+        return mix_coefficients(*self.gates(input_t).chunk(2, -1))
 
     def project_input(self, weights: Parameters, x: Tensor) -> Tensor:
         """Project inputs ``x [..., I]`` to all gates."""
