@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -319,7 +319,10 @@ def _find_value_state_problems(loss: Any, batch: TensorDictBase, layer: Layer) -
 
 
 def find_value_problems(
-    loss: Any, batch: TensorDictBase, mask: Tensor | None, starts: Tensor
+    loss: Any,
+    batch: TensorDictBase,
+    mask: Tensor | None,
+    find_starts: Callable[[TensorDictBase], Tensor],
 ) -> Iterator[Problem]:
     """Yield problems of a batch for a loss that only values show. Reads values.
 
@@ -327,12 +330,12 @@ def find_value_problems(
         loss: a TorchRL loss or value estimator.
         batch: sequences ``[*, T]``, not empty.
         mask: bool ``[*, T]``, False at padding.
-        starts: bool ``[*, T]``, True where a segment starts.
+        find_starts: returns bool ``[*, T]`` of a batch, True where a segment starts.
     """
     if isinstance(loss, ON_POLICY):
         yield from find_finite_problems(batch, _numbers_read(loss), mask)
     if isinstance(loss, SACLoss) and getattr(loss, "value_network", None) is not None:
-        yield from _find_part_problems(loss, batch, starts)
+        yield from _find_part_problems(loss, batch, find_starts(batch))
 
 
 def _numbers_read(loss: Any) -> list[NestedKey]:

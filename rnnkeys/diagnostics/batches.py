@@ -12,8 +12,10 @@ from ..checks import Problem, find_multi_step_problems
 from ..keys import MASK_KEY, MULTI_STEP_KEY, TRAJECTORY_KEY, next_key
 from ..modules.network import RecurrentLayer
 from ..sequences import find_segment_starts, find_sequence_problems
-from ..sequences.continuity import find_continuity_problems, find_zero_state_problems
+from ..sequences.continuity import find_continuity_problems
 from ..sequences.segment_starts import any_agent
+from ..sequences.segments import Segments
+from ..sequences.stored_states import find_zero_state_problems
 
 LONGER_RETURNS = "loss.make_value_estimator(ValueEstimators.TDLambda, gamma=..., lmbda=...)"
 
@@ -40,7 +42,7 @@ def find_data_problems(batch: TensorDictBase, layers: list[RecurrentLayer]) -> I
         for layer in layers:
             yield from _find_state_problems(batch, layer)
         for key, init_key in pairs:
-            yield from find_zero_state_problems(batch, init_key, key, everywhere=True)
+            yield from find_zero_state_problems(Segments(batch, init_key), key, everywhere=True)
 
 
 def _find_time(

@@ -14,9 +14,10 @@ from ..checks import Problem
 from ..mode import set_recurrent_mode
 from ..modules.network import RecurrentLayer, RecurrentNetwork
 from ..sequences import find_sequence_problems
-from ..sequences.continuity import find_zero_state_problems
 from ..sequences.segment_starts import follow_done
+from ..sequences.segments import Segments
 from ..sequences.states import expand_flags
+from ..sequences.stored_states import find_zero_state_problems
 from .report import Report
 
 _APPEND = "env = env.append_transform({}(policy))"
@@ -123,7 +124,7 @@ def _find_rollout_problems(network: RecurrentNetwork, rollout: TensorDictBase) -
     sequences = find_sequence_problems(rollout, network.init_keys, network.pairs, read_values=True)
     found = [problem for problem in sequences if problem.check == "continuity"]
     for key, init_key in network.pairs:
-        found += find_zero_state_problems(rollout, init_key, key, everywhere=True)
+        found += find_zero_state_problems(Segments(rollout, init_key), key, everywhere=True)
     if found:
         yield Problem(
             "state-lost",

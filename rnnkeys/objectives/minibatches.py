@@ -17,6 +17,7 @@ from ..checks import (
     can_read_values,
     find_finite_problems,
     raise_first,
+    value_checks_enabled,
 )
 from ..checks.losses import find_start_problems, find_written_state_problems
 from ..keys import MASK_KEY, next_key
@@ -31,6 +32,7 @@ from ..sequences import (
     read_mask,
     shift_states,
 )
+from ..sequences.checked import set_checked
 from ..sequences.segment_starts import any_agent
 from .valid_steps import expand_mask, standardize
 
@@ -59,7 +61,8 @@ class SequenceMinibatches:
         by_episode: cut where episodes start, so that a sequence holds one episode, or a part of
             one, no longer than ``seq_len``.
         networks: module or modules that run on the minibatches: the actor and the critic, or both
-            in sequence. The call then checks their states.
+            in sequence. The call then checks their states once for all epochs; otherwise a wired
+            loss checks them in every minibatch.
         refresh: run ``networks`` over the whole rollout after each epoch but the last, and store
             the states of the current weights. Otherwise sequences start from the collected states.
         normalize_advantage: bring the advantages of each minibatch to mean 0 and standard
@@ -203,6 +206,9 @@ class SequenceMinibatches:
             flag_padding(batch, self.init_key, chosen.length)
         if self.normalize_advantage:
             self._normalize(batch, mask)
+        # Without networks it is not known which entries are states, so the loss checks them.
+        if self.networks and value_checks_enabled():
+            set_checked(batch, [key for network in self.networks for key in network.state_keys])
         return batch
 
     def _normalize(self, batch: TensorDictBase, mask: Tensor) -> None:

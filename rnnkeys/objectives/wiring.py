@@ -39,6 +39,7 @@ from ..keys import MASK_KEY, as_keys, as_tuple, next_key
 from ..mode import set_recurrent_mode
 from ..modules.network import RecurrentLayer, RecurrentNetwork, explain_encoder_errors
 from ..sequences import find_sequence_problems, read_mask, zero_masked
+from ..sequences.checked import is_checked
 from ..sequences.segment_starts import any_agent, find_segment_starts, match_agents, set_next_flags
 from .loss_inputs import find_dropped_keys, keep_masks
 
@@ -173,19 +174,27 @@ class Wired:
         wiring = self._wiring
         loss: Any = self
         reads_values = self._reads_values(batch)
+        states = [key for key, _ in wiring.state_keys]
         name = str(self.wired_class.__name__)
         raise_first(find_estimator_problems(loss))
         raise_first(find_batch_problems(loss, batch, wiring.layers))
         raise_first(
             find_sequence_problems(
-                batch, wiring.init_keys, wiring.state_keys, reader=name, read_values=reads_values
+                batch,
+                wiring.init_keys,
+                wiring.state_keys,
+                reader=name,
+                read_values=reads_values and not is_checked(batch, states),
             )
         )
         if reads_values:
-            flags = [find_segment_starts(batch, key) for key in wiring.init_keys]
-            starts = torch.stack([any_agent(one, batch.ndim) for one in flags]).any(0)
-            raise_first(find_value_problems(loss, batch, read_mask(batch), starts))
+            raise_first(find_value_problems(loss, batch, read_mask(batch), self._find_starts))
             wiring.checked = True
+
+    def _find_starts(self, batch: TensorDictBase) -> Tensor:
+        """Return bool ``[*, T]``, True where a segment starts by any flags."""
+        flags = [find_segment_starts(batch, key) for key in self._wiring.init_keys]
+        return torch.stack([any_agent(one, batch.ndim) for one in flags]).any(0)
 
     def _reads_values(self, batch: TensorDictBase) -> bool:
         """Whether to read values: always in CPU memory, elsewhere at the first call alone."""

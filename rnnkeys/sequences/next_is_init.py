@@ -7,7 +7,7 @@ from tensordict.utils import NestedKey
 
 from ..checks import raise_first
 from ..keys import as_keys
-from .continuity import find_sequence_problems
+from .check_sequences import find_sequence_problems
 from .segment_starts import set_next_flags
 
 

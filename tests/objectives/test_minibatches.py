@@ -14,7 +14,10 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
+from rnnkeys.checks import set_value_checks
+from rnnkeys.modules import RecurrentNetwork
 from rnnkeys.objectives import SequenceMinibatches, recurrent_loss
+from rnnkeys.sequences.checked import is_checked
 from tests.support.policy_gradients import Agent, collect, make_agent, move
 from tests.support.recurrent import by_hand
 from tests.support.tolerances import assert_equal
@@ -262,3 +265,17 @@ def test_minibatches_rollout_without_order_or_states_raises() -> None:
         match=r"from zeros.*value_h.*\[state-missing\]",
     ):
         SequenceMinibatches(networks=agent.both)(data.exclude("value_h"))
+
+
+def test_minibatches_of_known_networks_are_checked_once() -> None:
+    """The rollout is checked, so a wired loss does not read the states of its minibatches again."""
+    agent = make_agent()
+    data = collect(agent)
+    states = RecurrentNetwork(agent.both).state_keys
+    for networks, checked in ((agent.both, True), (agent.both[0], False), (None, False)):
+        [batch] = SequenceMinibatches(networks=networks)(data)
+        assert is_checked(batch, states) == checked
+        assert not is_checked(batch.clone(), states)
+    with set_value_checks(False):
+        [batch] = SequenceMinibatches(networks=agent.both)(data)
+    assert not is_checked(batch, states)

@@ -1,0 +1,130 @@
+"""The one check of a batch as sequences, which every reader of batches runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from tensordict import TensorDictBase, unravel_key
+from tensordict.utils import NestedKey
+
+from ..checks import (
+    Problem,
+    can_read_values,
+    find_empty_mask_problems,
+    find_init_problems,
+    find_mask_problems,
+    find_step_problems,
+)
+from .continuity import find_breaks
+from .masks import read_mask
+from .segment_starts import find_group_done_problems
+from .segments import Segments
+from .stored_states import (
+    find_episode_state_problems,
+    find_zero_state_problems,
+    states_are_right,
+)
+
+
+def find_sequence_problems(
+    batch: TensorDictBase,
+    init_keys: Iterable[NestedKey],
+    state_keys: Iterable[tuple[NestedKey, NestedKey]] = (),
+    *,
+    reader: str = "a recurrent network",
+    read_values: bool | None = None,
+) -> Iterator[Problem]:
+    """Yield the problems of a batch as sequences: the one check that every reader of batches runs.
+
+    Keys, dtypes and shapes come first. If they are right, values follow: a mask without a valid
+    step, time that is not contiguous, and states stored at the first step of an episode that are
+    not zero.
+
+    Args:
+        batch: sequences ``[*, T]``.
+        init_keys: keys of the ``is_init`` flags.
+        state_keys: pairs ``(state key, init key)`` of recurrent states, stored at the root and in
+            ``next``; missing ones are left out.
+        reader: who reads the batch, for the messages.
+        read_values: whether to read values; by default where no device has to be waited for (see
+            ``rnnkeys.checks.set_value_checks``).
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> flags = torch.zeros(4, 1, dtype=torch.bool)
+        >>> ids = torch.tensor([7, 7, 3, 3])
+        >>> batch = TensorDict({"is_init": flags, "collector": {"traj_ids": ids}}, [4])
+        >>> [problem.check for problem in find_sequence_problems(batch, ["is_init"])]
+        ['continuity']
+    """
+    init_keys = list(dict.fromkeys(map(unravel_key, init_keys)))
+    problems = [*_find_entry_problems(batch, init_keys, reader)]
+    yield from problems
+    if problems:
+        return
+    flags = batch.get(init_keys[0]) if init_keys else None
+    if not (can_read_values(flags) if read_values is None else read_values):
+        return
+    mask = read_mask(batch, reader)
+    if mask is not None and not mask.any():
+        yield from find_empty_mask_problems(mask, reader)
+        return
+    if batch.shape[-1] < 2:
+        return
+    pairs = [(unravel_key(state), unravel_key(init)) for state, init in state_keys]
+    for key in init_keys:
+        segments = Segments(batch, key)
+        stored = [state for state, init in pairs if init == key]
+        # Most batches are right, and one look at all states together shows it.
+        are_right = states_are_right(segments, stored)
+        states = [] if are_right else stored
+        yield from find_breaks(segments, states, known=are_right)
+        yield from find_length_problems(segments)
+        for state in states:
+            yield from find_episode_state_problems(segments, state)
+            yield from find_zero_state_problems(segments, state)
+
+
+def _find_entry_problems(
+    batch: TensorDictBase, init_keys: Iterable[NestedKey], reader: str
+) -> Iterator[Problem]:
+    problems = [*find_step_problems(batch, reader)]
+    yield from problems
+    if problems:
+        return
+    for key in init_keys:
+        yield from find_init_problems(batch, key)
+        yield from find_group_done_problems(batch, key)
+    yield from find_mask_problems(batch, reader)
+
+
+def find_length_problems(segments: Segments) -> Iterator[Problem]:
+    """Yield a problem (a warning) if every segment of a batch has one step.
+
+    Args:
+        segments: of a batch ``[*, T]`` of at least two steps.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> batch = TensorDict(is_init=torch.ones(4, 1, dtype=torch.bool), batch_size=[4])
+        >>> [problem.check for problem in find_length_problems(Segments(batch, "is_init"))]
+        ['segment-length']
+    """
+    if segments.carried.any() or _are_single_steps(segments.batch):
+        return
+    yield Problem(
+        "segment-length",
+        f"Every step of this batch {list(segments.batch.batch_size)} starts a segment, so that "
+        "the recurrent layers learn nothing about time.",
+        "Sample longer slices. A replay buffer needs time in the last dimension of what is "
+        "stored, and SliceSampler an end_key or traj_key that marks real ends.",
+        UserWarning,
+    )
+
+
+def _are_single_steps(batch: TensorDictBase) -> bool:
+    """Return whether every episode terminates after one step, as those of a bandit do."""
+    terminated = batch.get(("next", "terminated"), None)
+    return terminated is not None and bool(terminated.all())
