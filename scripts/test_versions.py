@@ -6,6 +6,7 @@ lane takes up to 7 GB of disk, and up to 4 GB of downloads. Results are kept in
 
     python -m scripts.test_versions                         # all lanes, one after the other
     python -m scripts.test_versions --lanes nightly         # one of them
+    python -m scripts.test_versions --lanes nightly --keep  # again in the environment that it left
     python -m scripts.test_versions -- tests/cells -x       # with other arguments for pytest
 """
 
@@ -51,10 +52,15 @@ class Lane(NamedTuple):
 
 # The nightly builds are distributions of another name, which the packaging tests look for in vain.
 NIGHTLY = {"torchrl": "torchrl-nightly", "tensordict": "tensordict-nightly"}
+# torch 2.11 refuses newer setuptools, and the interpreter of its triton, 3.6, newer NumPy.
+OLDEST = {
+    "torch": "torch==2.11.*",
+    "triton": "triton",
+    "setuptools": "setuptools<82",
+    "numpy": "numpy==2.3.*",
+}
 LANES = {
-    "torch 2.11": Lane(
-        {"torch": "torch==2.11.*", "triton": "triton", "setuptools": "setuptools<82"}
-    ),
+    "torch 2.11": Lane(OLDEST),
     "pinned": Lane({}),
     "torch 2.14": Lane({"torch": "torch==2.14.*", "triton": "triton"}),
     "newest torch": Lane({"torch": "torch", "triton": "triton"}),
@@ -140,6 +146,7 @@ def run(lane: Lane, python: Path, arguments: Sequence[str]) -> dict[str, Any]:
     (CACHE / "versions.log").write_text(done.stdout + done.stderr, encoding="utf-8")
     return {
         "versions": _versions(python),
+        "commit": _commit(),
         **read_counts(done.stdout),
         "minutes": round((time.monotonic() - began) / 60, 1),
     }
@@ -170,28 +177,50 @@ def _versions(python: Path) -> dict[str, str]:
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
 
 
-def check_lane(name: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Build a lane, run its tests and remove it; return the result, or why there is none."""
+def _commit() -> str:
+    """Return the commit that is checked out, or nothing outside a repository."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def check_lane(name: str, arguments: Sequence[str], keep: bool = False) -> dict[str, Any]:
+    """Build a lane, run its tests and remove it.
+
+    Args:
+        name: one of ``LANES``.
+        arguments: arguments of pytest.
+        keep: use the environment that is there, if it was built whole, and do not remove it.
+
+    Returns:
+        The result, or the reason why there is none under ``"not run"``.
+    """
     folder = CACHE / "versions" / name.replace(" ", "-")
-    shutil.rmtree(folder, ignore_errors=True)
+    built = folder / "built"
+    python = folder / "bin" / "python"
     try:
-        return run(LANES[name], build(LANES[name], folder), arguments)
+        if not (keep and built.exists()):
+            shutil.rmtree(folder, ignore_errors=True)
+            python = build(LANES[name], folder)
+            built.touch()
+        return run(LANES[name], python, arguments)
     except RuntimeError as error:
         return {"not run": str(error)}
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def render(results: dict[str, dict[str, Any]]) -> str:
     """Return the results as a Markdown page."""
-    head = ["lane", "Python", *SHOWN, "passed", "failed", "skipped", "minutes"]
+    head = ["lane", "Python", *SHOWN, "passed", "failed", "skipped", "minutes", "commit"]
     lines = ["# Versions", "", "The test suite with other versions, from `make test-versions`.", ""]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, result in results.items():
         if "not run" in result:
             continue
         versions = [result["versions"].get(one, "") for one in ("python", *SHOWN)]
-        counts = [str(result[one]) for one in ("passed", "failed", "skipped", "minutes")]
+        counts = [str(result[one]) for one in head[-5:]]
         lines.append(f"| {' | '.join([name, *versions, *counts])} |")
     for name, result in results.items():
         if "not run" in result:
@@ -206,13 +235,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run the tests with other versions.")
     parser.add_argument("--lanes", nargs="*", choices=LANES, default=[*LANES], metavar="LANE")
     parser.add_argument("--jobs", default="2", help="processes of pytest (default: 2)")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the environments and use them again"
+    )
     parser.add_argument("pytest", nargs="*", help="other arguments for pytest")
     options = parser.parse_args(arguments)
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     failed = 0
     for name in options.lanes:
         print(f"{name}: building the environment", flush=True)
-        result = check_lane(name, ["-n", options.jobs, *options.pytest])
+        result = check_lane(name, ["-n", options.jobs, *options.pytest], options.keep)
         failed += result.get("failed", 0)
         print(f"{name}: {json.dumps(result)}", flush=True)
         results[name] = result

@@ -68,10 +68,28 @@ def test_check_lane_that_cannot_be_built_gives_the_reason(monkeypatch, tmp_path:
     assert not list((tmp_path / "versions").glob("*"))
 
 
+def test_check_lane_that_keeps_its_environment_builds_once(monkeypatch, tmp_path: Path):
+    built = []
+
+    def build(lane: Lane, folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        built.append(folder)
+        return folder / "bin" / "python"
+
+    monkeypatch.setattr(script, "CACHE", tmp_path)
+    monkeypatch.setattr(script, "build", build)
+    monkeypatch.setattr(script, "run", lambda lane, python, arguments: {"python": str(python)})
+    first = script.check_lane("pinned", [], keep=True)
+    assert script.check_lane("pinned", [], keep=True) == first
+    assert len(built) == 1 and built[0].exists()
+    script.check_lane("pinned", [])
+    assert len(built) == 2 and not built[0].exists()
+
+
 def test_render_shows_versions_counts_failures_and_lanes_not_run():
     versions = {"python": "3.11.7", "torch": "2.14.1"}
-    result = {**script.read_counts(OUTPUT), "versions": versions, "minutes": 1.1}
+    result = {**script.read_counts(OUTPUT), "versions": versions, "minutes": 1.1, "commit": "abc"}
     page = script.render({"torch 2.14": result, "python 3.14": {"not run": "it is absent"}})
-    assert "| torch 2.14 | 3.11.7 | 2.14.1 |  |  |  |  | 3 | 2 | 2 | 1.1 |" in page
+    assert "| torch 2.14 | 3.11.7 | 2.14.1 |  |  |  |  | 3 | 2 | 2 | 1.1 | abc |" in page
     assert "- `tests/c.py::test_d`" in page
     assert "Not run, python 3.14: it is absent" in page

@@ -1,0 +1,34 @@
+"""The watch of memory over long use runs, and shows what is kept for ever."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks import soak
+
+
+def keep_a_tensor_per_call(draw: random.Random) -> Iterator[None]:
+    kept = []
+    while True:
+        kept.append(torch.zeros(1))
+        yield
+
+
+def test_soak_writes_a_table_of_steps_and_of_updates(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(soak, "PARTS", 4)
+    page = tmp_path / "soak.md"
+    soak.main(["--steps", "80", "--updates", "20", "--output", str(page)])
+    text = page.read_text(encoding="utf-8")
+    assert "20 updates in 0 minutes" in text and "80 single steps in 0 minutes" in text
+    assert text.count("growth after warm-up") == 2
+
+
+def test_watch_of_calls_that_keep_tensors_shows_their_growth(monkeypatch):
+    monkeypatch.setattr(soak, "PARTS", 4)
+    samples = soak.watch(keep_a_tensor_per_call, 200)
+    assert [sample.done for sample in samples] == [50, 100, 150, 200]
+    assert soak.growth([sample.tensors for sample in samples]) == 100
