@@ -2,6 +2,7 @@
 # of constraints.txt, and caches in .cache. Nothing outside the checkout is written or relied on.
 #
 #   make test                       all checks: what CI runs
+#   make docs                       the documentation site, in site/
 #   make test-gpu                   the kernels at full size, on a machine with an NVIDIA GPU
 #   make test-versions              the tests with other versions of torch and TorchRL
 #   make demo                       the tutorial: a recurrent DQN learns; its picture is in demo/
@@ -39,7 +40,7 @@ export XDG_CACHE_HOME := $(CACHE)/xdg
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help check-python env test test-gpu test-versions lint typecheck pytest faults demo learn bench \
+.PHONY: help check-python env test test-gpu test-versions lint typecheck docs pytest faults demo learn bench \
 	bench-quick bench-gpu targets format dist clean
 
 help:
@@ -69,7 +70,7 @@ $(DEV_READY): $(RUN_READY)
 env: $(DEV_READY)
 
 # Cheap checks first.
-test: lint typecheck faults pytest
+test: lint typecheck docs faults pytest
 
 lint: $(DEV_READY)
 	$(BIN)/ruff check .
@@ -77,6 +78,10 @@ lint: $(DEV_READY)
 
 typecheck: $(DEV_READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Warnings, such as those of broken links, are errors. No network is used, here or by readers.
+docs: $(DEV_READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --site-dir $(CURDIR)/site
 
 # One thread per worker: two workers with two threads each would fight for two cores.
 pytest: $(DEV_READY)
@@ -128,5 +133,5 @@ dist: $(DEV_READY)
 	$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf $(VENV) .cache .hypothesis .pytest_cache .ruff_cache build dist demo *.egg-info
+	rm -rf $(VENV) .cache .hypothesis .pytest_cache .ruff_cache build dist demo site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
