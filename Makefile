@@ -26,7 +26,8 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.versi
 STAMP := $(VENV)/.python-$(PYTHON_VERSION)
 RUN_READY := $(STAMP)-run
 DEV_READY := $(STAMP)-dev
-INSTALL := $(BIN)/python -m pip install --progress-bar off -c constraints.txt
+# On a terminal pip shows how far a download is: that of torch takes minutes.
+INSTALL := $(BIN)/python -m pip install --progress-bar $(if $(MAKE_TERMOUT),on,off) -c constraints.txt
 
 # Caches that tools would put into the home folder or beside the sources.
 CACHE := $(CURDIR)/.cache
@@ -49,6 +50,7 @@ help:
 
 # Before anything is deleted: one clear line where PYTHON cannot build the environment.
 TOO_OLD = $(filter 2.% 3.0.% 3.1.% 3.2.% 3.3.% 3.4.% 3.5.% 3.6.% 3.7.% 3.8.% 3.9.%,$(PYTHON_VERSION))
+TESTED = $(filter 3.10.% 3.11.% 3.12.% 3.13.%,$(PYTHON_VERSION))
 HAS_VENV = $(shell $(PYTHON) -c 'import ensurepip, venv; print("yes")' 2>/dev/null)
 check-python:
 	$(if $(PYTHON_VERSION),,$(error PYTHON=$(PYTHON) does not run; name an installed Python, 3.10 or newer))
@@ -57,6 +59,7 @@ check-python:
 
 $(RUN_READY): pyproject.toml constraints.txt | check-python
 	@echo 'Building .venv with Python $(PYTHON_VERSION): minutes, and gigabytes where torch brings CUDA.'
+	$(if $(TESTED),,@echo 'constraints.txt holds versions for Python 3.10 to 3.13: pip may find none for $(PYTHON_VERSION).')
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) setuptools
@@ -100,11 +103,11 @@ test-gpu: $(DEV_READY)
 		tests/backends/test_precision.py -k "triton or precision" --durations=10 \
 		-o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true $(PYTEST_ARGS)
 
-# A second `make demo` continues the run in demo/, or tests it again if it is finished.
 # Every lane builds an environment of its own and removes it: gigabytes of downloads, and hours.
 test-versions: $(DEV_READY)
 	$(BIN)/python -m scripts.test_versions --jobs $(JOBS) $(VERSIONS_ARGS)
 
+# A second `make demo` continues the run in demo/, or tests it again if it is finished.
 demo: $(RUN_READY)
 	$(BIN)/python tutorials/recurrent_dqn.py --output demo $(addprefix --resume ,$(wildcard demo/checkpoint.pt)) $(DEMO_ARGS)
 

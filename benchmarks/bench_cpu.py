@@ -145,7 +145,7 @@ def _render(folder: Path, figures: str = _FIGURES) -> None:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_cpu")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_cpu", allow_abbrev=False)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a small grid; ends in a minute")
     size.add_argument(

@@ -230,7 +230,9 @@ def write(
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--epochs", type=int, nargs="+", default=[4, 10])

@@ -119,7 +119,7 @@ def _totals(records: Sequence[Record], limit: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fit_auto")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fit_auto", allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="a few cases, few samples")
     parser.add_argument("--threads", type=int, default=2, help="of torch (2)")
     parser.add_argument("--limit", type=float, default=LIMIT, help=f"of the regret ({LIMIT})")

@@ -213,7 +213,9 @@ them right, so `recurrent_loss` raises an error for them.
 def main(arguments: Sequence[str] | None = None) -> None:
     """Score every loss and write the page."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--seeds", type=int, default=1, help="batches per cell (default: 1)")
     parser.add_argument("--only", default="", metavar="TEXT", help="losses with TEXT in their name")

@@ -30,7 +30,9 @@ SIZE, ACTIONS = 2, 2
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the time of gradient steps with and without the checks."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--rounds", type=int, default=60, help="pairs of steps (default: 60)")
     options = parser.parse_args(arguments)

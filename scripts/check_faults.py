@@ -202,7 +202,9 @@ def report(results: Iterator[Result], table: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the check and print one line per fault; return the exit status."""
-    parser = argparse.ArgumentParser(description="Plant faults and show that the tests catch them.")
+    parser = argparse.ArgumentParser(
+        description="Plant faults and show that the tests catch them.", allow_abbrev=False
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default: 2)")
     parser.add_argument("--only", default="", metavar="TEXT", help="faults with TEXT in their name")
     parser.add_argument("--table", default=TABLE, help=f"module of the faults (default: {TABLE})")

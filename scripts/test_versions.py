@@ -232,7 +232,9 @@ def render(results: dict[str, dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run lanes and write their results; return 1 if a test failed, else 0."""
-    parser = argparse.ArgumentParser(description="Run the tests with other versions.")
+    parser = argparse.ArgumentParser(
+        description="Run the tests with other versions.", allow_abbrev=False
+    )
     parser.add_argument("--lanes", nargs="*", choices=LANES, default=[*LANES], metavar="LANE")
     parser.add_argument("--jobs", default="2", help="processes of pytest (default: 2)")
     parser.add_argument(

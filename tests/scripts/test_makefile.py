@@ -1,4 +1,4 @@
-"""The Makefile with a PYTHON that cannot build the environment: one line, nothing deleted."""
+"""The Makefile with a PYTHON that cannot build the environment, or may not."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def _python(path: Path, version: str, imports: str) -> str:
     return str(path)
 
 
-def _make(folder: Path, python: str) -> subprocess.CompletedProcess[str]:
+def _make(folder: Path, python: str, *options: str) -> subprocess.CompletedProcess[str]:
     """Run ``make env`` beside an environment that was built before."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(PROJECT / name, folder)
-    (folder / ".venv").mkdir()
+    (folder / ".venv").mkdir(exist_ok=True)
     (folder / ".venv" / "kept").touch()
-    command = ["make", "env", f"PYTHON={python}"]
+    command = ["make", "env", f"PYTHON={python}", *options]
     # The tests may themselves run below make, which passes its own settings on.
     settings = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES")
     env = {name: value for name, value in os.environ.items() if name not in settings}
@@ -57,3 +57,11 @@ def test_make_with_an_old_python_names_its_version(tmp_path, version):
 def test_make_with_a_python_without_venv_names_the_package(tmp_path):
     python = _python(tmp_path / "python", "3.10.0", "exit 1")
     _assert_rejected(_make(tmp_path, python), tmp_path, "has no venv", "apt install python3-venv")
+
+
+def test_make_with_a_new_python_says_that_pip_may_find_no_versions(tmp_path):
+    python = _python(tmp_path / "python", "3.15.0", "echo yes")
+    done = _make(tmp_path, python, "--dry-run")
+    assert "holds versions for Python 3.10 to 3.13" in done.stdout and "3.15.0" in done.stdout
+    tested = _make(tmp_path, _python(tmp_path / "python", "3.12.1", "echo yes"), "--dry-run")
+    assert "holds versions" not in tested.stdout
