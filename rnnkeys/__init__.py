@@ -22,6 +22,7 @@ from .modules import TimeDistributed as TimeDistributed
 from .modules import canonicalize_rnn_subset as canonicalize_rnn_subset
 from .modules import get_env_transforms_from_module as get_env_transforms_from_module
 from .modules import get_primers_from_module as get_primers_from_module
+from .policies import CellName as CellName
 from .policies import drqn_policy as drqn_policy
 from .policies import recurrent_module as recurrent_module
 from .precision import RecurrentMatmulPrecision as RecurrentMatmulPrecision

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from tensordict.nn import TensorDictModule, TensorDictSequential
@@ -29,11 +29,15 @@ from .modules.lstm_gru import GRUModule, LSTMModule
 from .modules.recurrent import RecurrentModule
 from .modules.time_distributed import TimeDistributed
 
+CellName = Literal[
+    "lstm", "gru", "lstm_ln", "mingru", "minlstm", "lru", "s5", "ffm", "feed_forward"
+]
+"""Names of the cells that :func:`recurrent_module` makes."""
+
 _LINEAR = (MIN_GRU_CELL, MIN_LSTM_CELL, LRU_CELL, S5_CELL, FFM_CELL)
 _CELLS: dict[str, Cell] = {
     cell.name: cell for cell in (LAYER_NORM_LSTM_CELL, FEED_FORWARD_CELL, *_LINEAR)
 }
-_KINDS = ("lstm", "gru", *_CELLS)
 _BLOCKS = ("plain", "residual")
 
 
@@ -69,9 +73,10 @@ def recurrent_module(
         >>> recurrent_module("lstm_ln", 3, 5, in_key="observation", out_key="embed").state_keys
         ('recurrent_state_h', 'recurrent_state_c')
     """
-    if kind not in _KINDS:
+    kinds = get_args(CellName)
+    if kind not in kinds:
         raise ValueError(
-            f"kind must be one of {', '.join(map(repr, _KINDS))}. Got {kind!r}; for a cell of your "
+            f"kind must be one of {', '.join(map(repr, kinds))}. Got {kind!r}; for a cell of your "
             "own use CellModule(cell, ...)."
         )
     linear = [cell.name for cell in _LINEAR]
@@ -150,8 +155,8 @@ def drqn_policy(
             ``(C, H, W)`` of at least 36 by 36 pixels, bytes or floats, by the three convolutions of
             "Human-level control through deep reinforcement learning", Mnih et al., 2015
             (https://doi.org/10.1038/nature14236).
-        cell: ``"lstm"``, ``"gru"``, ``"lstm_ln"`` or, for the feed-forward baseline,
-            ``"feed_forward"``.
+        cell: name of the recurrent layer's cell, as in :func:`recurrent_module`, such as
+            ``"lstm"`` or, for the feed-forward baseline, ``"feed_forward"``.
         hidden_size: of the recurrent layer.
         encoder: the encoder to use, instead of the one made from the shape. It maps observations
             ``[N, *observation_shape]`` to features ``[N, F]``, ``F`` the last of ``encoder_sizes``.

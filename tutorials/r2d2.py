@@ -44,7 +44,7 @@ from torchrl.envs import RewardScaling, RewardSum, TransformedEnv
 from torchrl.objectives import HardUpdate, SoftUpdate
 from tqdm import tqdm
 
-from rnnkeys import collectors, drqn_policy, get_env_transforms_from_module
+from rnnkeys import CellName, collectors, drqn_policy, get_env_transforms_from_module
 from rnnkeys.environments import EnvError, evaluate_policy, make_gym_env
 from rnnkeys.objectives import R2D2Loss
 from rnnkeys.replay import PrioritizedSampler
@@ -70,7 +70,7 @@ class Args:
     env: str = "CartPole-v1"  # Gymnasium's name of an environment with discrete actions
     hide: tuple[int, ...] | None = None  # hidden entries; None: CartPole-v1's velocities
     scale: tuple[float, ...] = (1.0,)  # factor of the other entries; one number, or one each
-    cell: Literal["lstm", "gru", "lstm_ln", "feed_forward"] = "lstm"  # kind of recurrent layer
+    cell: CellName = "lstm"  # kind of recurrent layer
     hidden_size: int = 128  # size of the hidden state
     frames: int = 80_000  # environment steps in the whole run
     seed: int = 0  # of all random numbers

@@ -43,7 +43,7 @@ from torchrl.objectives import DQNLoss, SoftUpdate, ValueEstimators
 from torchrl.record.loggers import get_logger
 from tqdm import tqdm
 
-from rnnkeys import get_env_transforms_from_module, recurrent_module
+from rnnkeys import CellName, get_env_transforms_from_module, recurrent_module
 from rnnkeys.environments import EnvError, evaluate_policy, make_gym_env
 from rnnkeys.objectives import recurrent_loss
 
@@ -65,7 +65,7 @@ class Args:
     observation: Literal["auto", "all", "pixels"] = "auto"  # auto: no velocities in CartPole-v1
     hide: tuple[int, ...] = ()  # entries of the observation that the policy cannot see
     max_episode_steps: int = 10_000  # later steps are cut off, if the environment allows them
-    cell: Literal["lstm", "gru", "lstm_ln", "feed_forward"] = "lstm"  # kind of recurrent layer
+    cell: CellName = "lstm"  # kind of recurrent layer
     hidden_size: int = 128  # size of the hidden state
     frames: int = 100_000  # environment steps in the whole run
     seed: int = 0  # of all random numbers

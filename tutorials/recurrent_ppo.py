@@ -39,7 +39,7 @@ from torchrl.objectives.value import GAE
 from torchrl.record.loggers import get_logger
 from tqdm import tqdm
 
-from rnnkeys import get_env_transforms_from_module, recurrent_module
+from rnnkeys import CellName, get_env_transforms_from_module, recurrent_module
 from rnnkeys.environments import EnvError, evaluate_policy, make_gym_env
 from rnnkeys.exploration import CorrelatedNoise, StateDependentNoise, StateDependentScale
 from rnnkeys.objectives import SequenceMinibatches, recurrent_loss
@@ -59,7 +59,7 @@ class Args:
     normalize_observation: bool = False  # to mean 0 and deviation 1 over the run
     normalize_reward: bool = False  # divide rewards by the deviation of discounted returns
     reward_scale: float = 0.1  # factor on rewards: keeps values small
-    cell: Literal["lstm", "gru", "lstm_ln", "feed_forward"] = "lstm"
+    cell: CellName = "lstm"
     critic: Literal["recurrent", "shared", "feed_forward"] = "recurrent"  # shared: actor's layer
     hidden_size: int = 64  # size of each recurrent layer
     num_layers: int = 1  # recurrent layers on top of each other
@@ -106,7 +106,6 @@ VELOCITIES: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {
     "Pendulum-v1": ((2,), (1.0, 1.0)),
     "MountainCarContinuous-v0": ((1,), (0.6,)),
 }
-STATES = {"lstm": "hc", "lstm_ln": "hc", "gru": "h", "feed_forward": ""}
 NETWORK_ARGS = ("env", "observation", "cell", "critic", "hidden_size", "num_layers", "net_arch")
 LIMITS = {"seed": (0, math.inf), "sde_sample_freq": (0, math.inf), "log_std_init": (-9, 9)}
 LIMITS |= {"gamma": (0, 1), "lmbda": (0, 1), "noise_correlation": (0, 1)}
@@ -203,11 +202,15 @@ class Agent(nn.Module):
         if len(self.shape) == 3:
             encoder = [ImageEncoder(self.shape, self.args.ortho_init)]
             size = encoder[0].num_features
-        states = [f"{name}_{state}" for state in STATES[cell]]
-        in_keys = [f"{name}_input" if encoder else "observation", *states]
-        out_keys = [name, *(("next", state) for state in states)]
-        hidden, depth = self.args.hidden_size, self.args.num_layers
-        recurrent = recurrent_module(cell, size, hidden, depth, in_keys=in_keys, out_keys=out_keys)
+        recurrent = recurrent_module(
+            cell,
+            size,
+            self.args.hidden_size,
+            self.args.num_layers,
+            in_key=f"{name}_input" if encoder else "observation",
+            out_key=name,
+            state_key=f"{name}_state",
+        )
         first = [Layers(one, ["observation"], [f"{name}_input"]) for one in encoder]
         return [*first, recurrent]
 

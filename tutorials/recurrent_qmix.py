@@ -55,13 +55,12 @@ from torchrl.objectives import LossModule, QMixerLoss, SoftUpdate, ValueEstimato
 from torchrl.record.loggers import get_logger
 from tqdm import tqdm
 
-from rnnkeys import get_env_transforms_from_module, recurrent_module
+from rnnkeys import CellName, get_env_transforms_from_module, recurrent_module
 from rnnkeys.environments import evaluate_policy
 from rnnkeys.objectives import recurrent_loss
 
 logging.getLogger("torchrl").setLevel(logging.WARNING)  # without a line for each buffer
 
-STATES = {"gru": ("h",), "lstm": ("h", "c"), "lstm_ln": ("h", "c"), "feed_forward": ()}
 # Arguments that --resume cannot change.
 FIXED = ("output", "agents", "words", "own", "cell", "hidden_size", "seed")
 MODULES = ("loss", "optimizer", "explore")
@@ -77,7 +76,7 @@ class Args:
     agents: int = 3  # agents, each with a word to remember
     words: int = 2  # words that exist
     own: bool = False  # each agent has weights of its own; otherwise all share theirs
-    cell: Literal["gru", "lstm", "lstm_ln", "feed_forward"] = "gru"  # kind of recurrent layer
+    cell: CellName = "gru"  # kind of recurrent layer
     hidden_size: int = 64  # size of the hidden state
     frames: int = 16_000  # environment steps in the whole run
     seed: int = 0  # of all random numbers
@@ -214,13 +213,13 @@ def make_env(args: Args, num_envs: int) -> TransformedEnv:
 
 def make_layer(args: Args, group: str) -> TensorDictModuleBase:
     """Make a recurrent layer of all agents, or of one: agents that share it have own states."""
-    states = [(group, f"state_{name}") for name in STATES[args.cell]]
     return recurrent_module(
         args.cell,
         args.words + 1,
         args.hidden_size,
-        in_keys=[(group, "observation"), *states],
-        out_keys=[(group, "hidden"), *(("next", *state) for state in states)],
+        in_key=(group, "observation"),
+        out_key=(group, "hidden"),
+        state_key=(group, "state"),
     )
 
 

@@ -45,11 +45,10 @@ from torchrl.objectives.value import TD1Estimator
 from torchrl.record.loggers import get_logger
 from tqdm import tqdm
 
-from rnnkeys import get_env_transforms_from_module, recurrent_module
+from rnnkeys import CellName, get_env_transforms_from_module, recurrent_module
 from rnnkeys.environments import EnvError, evaluate_policy, make_gym_env
 from rnnkeys.objectives import SequenceMinibatches, recurrent_loss
 
-STATES = {"gru": ("h",), "lstm": ("h", "c"), "lstm_ln": ("h", "c"), "feed_forward": ()}
 FIXED = (  # arguments that --resume cannot change
     *("output", "env", "seed", "num_envs", "observation", "hide"),
     *("cell", "num_layers", "hidden_size", "broken"),
@@ -66,7 +65,7 @@ class Args:
     observation: Literal["all", "auto"] = "all"  # auto: no velocities in CartPole-v1
     hide: tuple[int, ...] = ()  # entries of the observation that the policy cannot see
     max_episode_steps: int = 10_000  # later steps are cut off, if the environment allows them
-    cell: Literal["gru", "lstm", "lstm_ln", "feed_forward"] = "gru"  # kind of recurrent layer
+    cell: CellName = "gru"  # kind of recurrent layer
     num_layers: int = 2  # layers in the policy, and as many in the critic
     hidden_size: int = 64  # size of the hidden state
     broken: bool = False  # learn from single steps with a zero state: the mistake
@@ -141,14 +140,14 @@ def make_networks(args: Args, env: TransformedEnv) -> tuple[Any, TensorDictSeque
         raise UsageError(f"--env is {args.env}, with images: expected vectors as observations")
 
     def make_network(name: str, output: str, output_size: int) -> TensorDictSequential:
-        states = [f"{name}_{state}" for state in STATES[args.cell]]
         layers = recurrent_module(
             args.cell,
             spec.shape[-1],
             args.hidden_size,
             args.num_layers,
-            in_keys=["observation", *states],
-            out_keys=[f"{name}_hidden", *(("next", state) for state in states)],
+            in_key="observation",
+            out_key=f"{name}_hidden",
+            state_key=f"{name}_state",
         )
         head = nn.Linear(args.hidden_size, output_size)
         modules = [layers, TensorDictModule(head, [f"{name}_hidden"], [output])]
@@ -185,10 +184,10 @@ def play(env: TransformedEnv, policy: TensorDictModuleBase) -> tuple[TensorDictB
     return episodes, (episodes["next", "reward"].squeeze(-1) * mask).sum(1)
 
 
-def as_single_steps(args: Args, batch: TensorDictBase) -> TensorDictBase:
+def as_single_steps(batch: TensorDictBase) -> TensorDictBase:
     """Make the mistake: a batch of steps ``[N, 1]``, each of which starts from a zero state."""
     steps: Any = batch.reshape(-1, 1)
-    for key in (f"{name}_{s}" for name in ("policy", "critic") for s in STATES[args.cell]):
+    for key in [key for key in steps.keys() if key.startswith(("policy_state", "critic_state"))]:
         steps[key] = torch.zeros_like(steps[key])
     steps["is_init"] = torch.ones_like(steps["is_init"])
     return steps
@@ -258,7 +257,7 @@ def train(args: Args, checkpoint: dict[str, Any]) -> None:
             episodes, new_returns = play(env, actor)
             advantage(episodes)
             [batch] = minibatches(episodes)
-            out = loss_module(as_single_steps(args, batch) if args.broken else batch)
+            out = loss_module(as_single_steps(batch) if args.broken else batch)
             loss = out["loss_actor"] + out["loss_value"]
             if not loss.isfinite():
                 raise UsageError(f"'loss_actor' + 'loss_value' is {loss.item()}")

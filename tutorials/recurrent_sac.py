@@ -40,7 +40,7 @@ from torchrl.objectives import SACLoss, SoftUpdate, ValueEstimators
 from torchrl.record.loggers import get_logger
 from tqdm import tqdm
 
-from rnnkeys import get_env_transforms_from_module, recurrent_module
+from rnnkeys import CellName, get_env_transforms_from_module, recurrent_module
 from rnnkeys.environments import EnvError, evaluate_policy, make_gym_env
 from rnnkeys.objectives import recurrent_loss
 from rnnkeys.spaces import Choices, ImageEncoder, Layers, action_distribution
@@ -58,7 +58,7 @@ class Args:
     frame_stack: int = 1  # last observations that the policy sees at once
     reward_scale: float = 0.1  # factor on rewards: keeps values small
 
-    cell: Literal["lstm", "gru", "lstm_ln", "feed_forward"] = "gru"
+    cell: CellName = "gru"
     hidden_size: int = 64  # size of each recurrent layer
     net_arch: tuple[int, ...] = (64,)  # linear layers between recurrent layer and output
 
@@ -93,7 +93,6 @@ VELOCITIES: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {
     "Pendulum-v1": ((2,), (0.2, 0.2)),
     "MountainCarContinuous-v0": ((1,), (0.6,)),
 }
-STATES = {"lstm": "hc", "lstm_ln": "hc", "gru": "h", "feed_forward": ""}
 NETWORK_ARGS = ("env", "observation", "cell", "hidden_size", "net_arch")
 LIMITS = {"seed": (0, math.inf), "alpha": (1e-6, math.inf)}
 LIMITS |= {"gamma": (0, 1), "lmbda": (0, 1), "tau": (0, 1)}
@@ -166,13 +165,13 @@ def make_body(args: Args, env: TransformedEnv, name: str) -> tuple[list[Any], st
     if len(shape) == 3:
         key, size = f"{name}_input", ImageEncoder.num_features
         encoder = [Layers(ImageEncoder(shape), ["observation"], [key])]
-    states = [f"{name}_{state}" for state in STATES[args.cell]]
     recurrent = recurrent_module(
         args.cell,
         size,
         args.hidden_size,
-        in_keys=[key, *states],
-        out_keys=[name, *(("next", state) for state in states)],
+        in_key=key,
+        out_key=name,
+        state_key=f"{name}_state",
     )
     return [*encoder, recurrent], key, size
 

@@ -9,17 +9,32 @@ from tensordict.utils import NestedKey
 
 from ..keys import as_tuple
 
+DEFAULT_STATE_KEY = "recurrent_state"
 
-def make_default_state_keys(state_names: Sequence[str]) -> list[NestedKey]:
-    """Return the default keys of the states.
+
+def make_state_keys(state_key: NestedKey, state_names: Sequence[str]) -> list[NestedKey]:
+    """Return the keys of the states: ``state_key``, with the name of each if there are several.
 
     Examples:
-        >>> make_default_state_keys(["h"]), make_default_state_keys(["h", "c"])
-        (['recurrent_state'], ['recurrent_state_h', 'recurrent_state_c'])
+        >>> make_state_keys("state", ["h"]), make_state_keys(("agents", "state"), ["h", "c"])
+        (['state'], [('agents', 'state_h'), ('agents', 'state_c')])
     """
-    if len(state_names) == 1:
-        return ["recurrent_state"]
-    return [f"recurrent_state_{name}" for name in state_names]
+    *groups, last = as_tuple(state_key)
+    names = [last] if len(state_names) == 1 else [f"{last}_{name}" for name in state_names]
+    return unravel_key_list([(*groups, name) for name in names])
+
+
+def check_state_key(
+    state_key: NestedKey | None,
+    in_keys: Sequence[NestedKey] | None,
+    out_keys: Sequence[NestedKey] | None,
+) -> None:
+    """Raise ValueError if ``state_key`` is passed and would not be used."""
+    if state_key is not None and in_keys is not None and out_keys is not None:
+        raise ValueError(
+            f"state_key={state_key!r} contradicts in_keys={in_keys} and out_keys={out_keys}, which "
+            "name the states. Pass in_key and out_key along with state_key, or leave it out."
+        )
 
 
 def join_keys(

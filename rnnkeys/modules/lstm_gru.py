@@ -107,6 +107,7 @@ class LSTMModule(_TorchModule):
         default_recurrent_mode: as for :class:`RecurrentModule`.
         init_key: as for :class:`RecurrentModule`.
         state_grad: as for :class:`RecurrentModule`.
+        state_key: as for :class:`RecurrentModule`.
 
     Raises:
         ValueError: if arguments do not fit each other; the message names them.
@@ -156,6 +157,7 @@ class LSTMModule(_TorchModule):
         default_recurrent_mode: bool | None = None,
         init_key: NestedKey | None = None,
         state_grad: bool = False,
+        state_key: NestedKey | None = None,
     ) -> None:
         sizes = {
             "input_size": input_size,
@@ -184,6 +186,7 @@ class LSTMModule(_TorchModule):
             recurrent_recompute=recurrent_recompute,
             recurrent_matmul_precision=recurrent_matmul_precision,
             state_grad=state_grad,
+            state_key=state_key,
         )
 
 
@@ -219,6 +222,7 @@ class GRUModule(_TorchModule):
         default_recurrent_mode: as for :class:`RecurrentModule`.
         init_key: as for :class:`RecurrentModule`.
         state_grad: as for :class:`RecurrentModule`.
+        state_key: as for :class:`RecurrentModule`.
 
     Raises:
         ValueError: if arguments do not fit each other; the message names them.
@@ -263,6 +267,7 @@ class GRUModule(_TorchModule):
         default_recurrent_mode: bool | None = None,
         init_key: NestedKey | None = None,
         state_grad: bool = False,
+        state_key: NestedKey | None = None,
     ) -> None:
         sizes = {
             "input_size": input_size,
@@ -290,4 +295,5 @@ class GRUModule(_TorchModule):
             recurrent_recompute=recurrent_recompute,
             recurrent_matmul_precision=recurrent_matmul_precision,
             state_grad=state_grad,
+            state_key=state_key,
         )

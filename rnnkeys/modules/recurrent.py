@@ -50,8 +50,7 @@ class RecurrentModule(TensorDictModuleBase, ABC):
     Args:
         layers: the module that holds the parameters: an ``nn.LSTM``, an ``nn.GRU``, or a stack of
             cells.
-        in_key: key of the input. The states are then read at ``"recurrent_state"`` if there is one,
-            else at ``"recurrent_state_<name>"``, such as ``"recurrent_state_h"``.
+        in_key: key of the input. The states are then read at the keys that ``state_key`` gives.
         in_keys: keys of the input and of every state; optionally the init key last.
         out_key: key of the output. The next states are then written at ``("next", <in key>)``.
         out_keys: keys of the output and of every next state. Environments carry a state to the next
@@ -67,6 +66,9 @@ class RecurrentModule(TensorDictModuleBase, ABC):
         recurrent_matmul_precision: of the ``"triton"`` backend; see ``rnnkeys.precision``.
         state_grad: whether states written in recurrent mode carry gradients. False by default, so
             that no gradient reaches a target through a stored state.
+        state_key: key of the state, ``"recurrent_state"`` by default. A cell with several states
+            has one entry for each: ``"<state_key>_<name>"``, such as ``"recurrent_state_h"``. Two
+            networks in one TensorDict need two.
 
     Raises:
         ValueError: if arguments do not fit each other; the message names them.
@@ -90,13 +92,14 @@ class RecurrentModule(TensorDictModuleBase, ABC):
         recurrent_recompute: str = "none",
         recurrent_matmul_precision: str = "auto",
         state_grad: bool = False,
+        state_key: NestedKey | None = None,
     ) -> None:
         super().__init__()
         check_choice("recurrent_recompute", recurrent_recompute, _RECOMPUTES)
         check_floating_dtype("recurrent_compute_dtype", recurrent_compute_dtype)
         validate_recurrent_matmul_precision(recurrent_matmul_precision)
         self._use_layers(layers)
-        self._set_keys(in_key, in_keys, out_key, out_keys, init_key)
+        self._set_keys(in_key, in_keys, out_key, out_keys, init_key, state_key)
         self._recurrent_mode = as_mode(default_recurrent_mode, "default_recurrent_mode")
         self.recurrent_backend = recurrent_backend
         self.recurrent_compute_dtype = recurrent_compute_dtype
@@ -137,9 +140,13 @@ class RecurrentModule(TensorDictModuleBase, ABC):
         out_key: NestedKey | None,
         out_keys: Sequence[NestedKey] | None,
         init_key: NestedKey | None,
+        state_key: NestedKey | None,
     ) -> None:
         owner, names = type(self).__name__, self.cell.state_names
-        states = key_arguments.make_default_state_keys(names)
+        key_arguments.check_state_key(state_key, in_keys, out_keys)
+        states = key_arguments.make_state_keys(
+            key_arguments.DEFAULT_STATE_KEY if state_key is None else state_key, names
+        )
         ins = key_arguments.join_keys("in", in_key, in_keys, states)
         outs = key_arguments.join_keys("out", out_key, out_keys, [("next", key) for key in states])
         ins, self._init_key = key_arguments.split_init_key(owner, ins, init_key, names)

@@ -350,7 +350,7 @@ def test_recurrent_module_makes_the_named_class(kind):
     assert module.layers.num_layers == 2 and module.layers.dropout == 0.1
     assert next(module.parameters()).dtype == F64
     with pytest.raises(ValueError, match="kind must be one of 'lstm', 'gru', 'lstm_ln'"):
-        recurrent_module("rnn", 3, 5, **KEYS)
+        recurrent_module("esn", 3, 5, **KEYS)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "lstm_ln", "feed_forward"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchrl.modules
 import torchrl.modules.utils
-from tensordict import TensorDict
+from tensordict import TensorDict, unravel_key
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -41,7 +41,7 @@ _MODULES = ("LSTMModule", "GRUModule")
 _FUNCTIONS = ("set_recurrent_mode", "recurrent_mode", "canonicalize_rnn_subset")
 _IN_UTILS = ("get_primers_from_module", "get_env_transforms_from_module")
 _OWN_DEFAULTS = {"recurrent_backend": "auto", "init_key": None}
-_OWN_ARGUMENTS = {"dtype", "init_key", "state_grad"}
+_OWN_ARGUMENTS = {"dtype", "init_key", "state_grad", "state_key"}
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -91,6 +91,25 @@ def test_attributes_hold_what_the_constructor_was_given(kind):
     assert module.init_key == "start"
     assert type(module).DEFAULT_IN_KEYS == THEIRS[kind].DEFAULT_IN_KEYS
     assert type(module).DEFAULT_OUT_KEYS == THEIRS[kind].DEFAULT_OUT_KEYS
+
+
+@in_both_kinds
+@pytest.mark.parametrize("state_key", ["actor", ("agents", "state")])
+def test_state_key_names_every_state(kind, state_key):
+    module = make(kind, state_key=state_key)
+    names = {"lstm": ("_h", "_c"), "gru": ("",)}[kind]
+    *groups, last = (state_key,) if isinstance(state_key, str) else state_key
+    keys = [unravel_key((*groups, last + name)) for name in names]
+    assert list(module.state_keys) == keys
+    assert module.out_keys[1:] == [unravel_key(("next", key)) for key in keys]
+
+
+@in_both_kinds
+def test_state_key_beside_the_keys_of_all_states_raises(kind):
+    keys = {"in_keys": ["observation", "a", "b"], "out_keys": ["embed", "c", "d"]}
+    keys = {name: value[: 2 + (kind == "lstm")] for name, value in keys.items()}
+    with pytest.raises(ValueError, match="state_key='actor' contradicts in_keys="):
+        KINDS[kind](3, 5, state_key="actor", **keys)
 
 
 @in_both_kinds

@@ -91,17 +91,17 @@ def test_play_masks_steps_after_the_end_of_an_episode() -> None:
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_as_single_steps_zeroes_every_state_and_keeps_actions(cell: str) -> None:
     _, episodes, _ = play_episodes(2, cell=cell)
-    steps = tutorial.as_single_steps(tutorial.Args(cell=cell), episodes)
+    steps = tutorial.as_single_steps(episodes)
     assert steps.shape == (episodes.numel(), 1) and steps["is_init"].all()
-    states = [f"{name}_{s}" for name in ("policy", "critic") for s in tutorial.STATES[cell]]
-    for key in states:
+    names = {"gru": ["state"], "lstm": ["state_h", "state_c"]}[cell]
+    for key in [f"{network}_{name}" for network in ("policy", "critic") for name in names]:
         assert episodes[key].any() and not steps[key].any()
     assert torch.equal(steps["action"], episodes["action"].reshape(-1, 1, 2))
 
 
 def test_unrolled_episodes_have_the_logits_that_were_played_and_single_steps_do_not() -> None:
     policy, episodes, _ = play_episodes(4)
-    steps = tutorial.as_single_steps(tutorial.Args(), episodes)
+    steps = tutorial.as_single_steps(episodes)
     with torch.no_grad(), set_recurrent_mode(True):
         unrolled = policy.get_dist(episodes.clone()).logits
         alone = policy.get_dist(steps.clone()).logits.reshape(unrolled.shape)

@@ -177,9 +177,9 @@ def test_loss_observation_in_burn_in_prepares_states(trainer: Any, batch: Tensor
 
 def test_loss_actor_starts_from_its_stored_states(trainer: Any, batch: TensorDictBase) -> None:
     before = loss_of(trainer, batch)
-    batch["actor_h"][:, 0] += 1
+    batch["actor_state"][:, 0] += 1
     assert not torch.equal(loss_of(trainer, batch), before)
-    assert "critic_h" not in batch
+    assert "critic_state" not in batch
 
 
 def test_critic_action_changes_no_later_value(trainer: Any, batch: TensorDictBase) -> None:
