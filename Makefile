@@ -41,12 +41,12 @@ export XDG_CACHE_HOME := $(CACHE)/xdg
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help check-python env test test-gpu test-versions lint typecheck docs pytest faults demo learn bench \
+.PHONY: help check-python env test test-gpu test-versions lint typecheck docs pytest faults demo learn results bench \
 	bench-quick bench-gpu targets format dist clean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
-	@echo 'others: env lint typecheck pytest faults learn bench bench-quick bench-gpu targets format dist clean'
+	@echo 'others: env lint typecheck pytest faults learn results bench bench-quick bench-gpu targets format dist clean'
 
 # Before anything is deleted: one clear line where PYTHON cannot build the environment.
 TOO_OLD = $(filter 2.% 3.0.% 3.1.% 3.2.% 3.3.% 3.4.% 3.5.% 3.6.% 3.7.% 3.8.% 3.9.%,$(PYTHON_VERSION))
@@ -112,7 +112,11 @@ demo: $(RUN_READY)
 	$(BIN)/python tutorials/recurrent_dqn.py --output demo $(addprefix --resume ,$(wildcard demo/checkpoint.pt)) $(DEMO_ARGS)
 
 learn: $(RUN_READY)
-	$(BIN)/python -m benchmarks.learn $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.learn $(ARGS) $(BENCH_ARGS)
+
+# Tasks whose results others have published: make results ARGS="t_maze_50 --seeds 0"
+results: $(RUN_READY)
+	$(BIN)/python -m benchmarks.learn --suite results $(ARGS)
 
 bench: $(RUN_READY)
 	$(BIN)/python -m benchmarks.bench_cpu $(BENCH_ARGS)

@@ -1,4 +1,7 @@
-"""The experiments of `make learn`: tutorials with several variants and seeds."""
+"""The experiments of `make learn`: tutorials with several variants and seeds.
+
+Those of `make results` are in ``benchmarks/published.py``.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,11 @@ class Experiment:
         also: columns for more panels, with a logarithmic axis.
         seeds: seeds of each variant.
         few: seeds of single variants whose runs take too long for all seeds.
+        published: results of others on the same task: a name with its source, and the result.
+        milestones: frames at which the summary shows ``y`` of the learning curve; where there are
+            none, it shows the returns of the fresh episodes.
+        success: the return above which an episode is a success. The summary then shows the share of
+            successes, and not the mean return.
     """
 
     script: str
@@ -31,6 +39,9 @@ class Experiment:
     also: Sequence[str] = ()
     seeds: Sequence[int] = range(5)
     few: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    published: Mapping[str, str] = field(default_factory=dict)
+    milestones: Sequence[int] = ()
+    success: float | None = None
 
 
 FEED_FORWARD = ("--cell", "feed_forward")

@@ -4,6 +4,7 @@
     python -m benchmarks.learn recurrent_dqn --seeds 0 1 --jobs 1
     python -m benchmarks.learn recurrent_dqn --variants LSTM
     python -m benchmarks.learn recurrent_ppo --recorded       # report the finished runs
+    python -m benchmarks.learn --suite results                # tasks with published numbers
 
 Each run is a process. A finished run in ``--runs`` is not repeated, and an interrupted one
 continues, so that this program can be stopped and started again. The table and the picture of each
@@ -19,6 +20,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -31,10 +33,14 @@ import torchrl
 
 import rnnkeys
 from benchmarks.experiments import EXPERIMENTS, Experiment
+from benchmarks.published import PUBLISHED
+from benchmarks.summary import score, summarize, write_overview
 
 matplotlib.use("Agg")  # a picture in a file: no display is needed
 from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen before pyplot loads)
 
+SUITES = {"learn": EXPERIMENTS, "results": PUBLISHED}
+ALL = EXPERIMENTS | PUBLISHED
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -49,6 +55,7 @@ class Run:
     folder: Path
     curve: list[dict[str, float]]
     result: dict[str, Any]
+    cpu_seconds: float
 
     def row(self) -> dict[str, Any]:
         """Return the run's row of the table."""
@@ -64,10 +71,15 @@ class Run:
             "fresh episodes: mean": round(sum(test) / len(test), 1),
             "min": round(min(test), 1),
             "max": round(max(test), 1),
+            **({} if self.experiment.success is None else {"success": self.score()}),
             f"{self.experiment.y} half way": round(self.half_way(), 1),
             f"{self.experiment.y} at the end": round(self.curve[-1][self.experiment.y], 1),
             **rest,
         }
+
+    def score(self) -> float:
+        """Return the value that the summary shows."""
+        return score(self.experiment, self.result["test_returns"])
 
     def half_way(self) -> float:
         x, y = self.experiment.x, self.experiment.y
@@ -77,16 +89,17 @@ class Run:
 def run(variant_and_seed: tuple[str, int], name: str, runs: Path) -> Run:
     """Run a tutorial unless it has finished before, and read its files."""
     variant, seed = variant_and_seed
-    experiment, folder = EXPERIMENTS[name], folder_of(variant_and_seed, name, runs)
+    experiment, folder = ALL[name], folder_of(variant_and_seed, name, runs)
     if not (folder / "result.json").exists():
         argv = [*experiment.variants[variant], "--seed", str(seed), "--output", str(folder)]
         if (folder / "checkpoint.pt").exists():  # the run was interrupted
             argv += ["--resume", str(folder / "checkpoint.pt")]
-        run_tutorial(experiment.script, argv)
+        seconds = run_tutorial(experiment.script, argv) + read_cpu_seconds(folder)
+        (folder / "cpu_seconds.txt").write_text(f"{seconds:.1f}\n")
     with (folder / "learning_curve.csv").open(newline="") as file:
         curve = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     result = json.loads((folder / "result.json").read_text())
-    done = Run(experiment, variant, seed, folder, curve, result)
+    done = Run(experiment, variant, seed, folder, curve, result, read_cpu_seconds(folder))
     print("  ".join(f"{k} {v}" for k, v in done.row().items()), flush=True)
     return done
 
@@ -96,15 +109,27 @@ def folder_of(variant_and_seed: tuple[str, int], name: str, runs: Path) -> Path:
     return runs / name / f"{variant}_{seed}".replace(", ", "_").replace(" ", "_")
 
 
-def run_tutorial(script: str, argv: list[str]) -> None:
-    process = subprocess.run(
-        [sys.executable, str(ROOT / "tutorials" / f"{script}.py"), *argv],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    if process.returncode:
-        raise RuntimeError(f"{script} fails with {argv}:\n{process.stderr[-2000:]}")
+def read_cpu_seconds(folder: Path) -> float:
+    """Return the CPU time of a run; 0 where it was not written, as in runs of older versions."""
+    path = folder / "cpu_seconds.txt"
+    return float(path.read_text()) if path.exists() else 0.0
+
+
+def run_tutorial(script: str, argv: list[str]) -> float:
+    """Run a tutorial, and return its CPU time in seconds."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tutorials" / f"{script}.py"), *argv],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            errors.seek(0)
+            raise RuntimeError(f"{script} fails with {argv}:\n{errors.read()[-2000:]}")
+    return usage.ru_utime + usage.ru_stime
 
 
 def write_csv(runs: list[Run], path: Path) -> None:
@@ -116,7 +141,7 @@ def write_csv(runs: list[Run], path: Path) -> None:
 
 
 def write_markdown(name: str, runs: list[Run], path: Path) -> None:
-    experiment, rows = EXPERIMENTS[name], [run.row() for run in runs]
+    experiment, rows = ALL[name], [run.row() for run in runs]
     shown = dict.fromkeys(run.variant for run in runs)
     lines = [
         f"# {experiment.title}",
@@ -125,6 +150,8 @@ def write_markdown(name: str, runs: list[Run], path: Path) -> None:
         f"played without exploration; there are {len(runs[0].result['test_returns'])} of them.",
         "",
         *(f"- *{variant}*: `{command(experiment, variant)}`" for variant in shown),
+        "",
+        summarize(experiment, runs),
         "",
         "| " + " | ".join(column.replace("_", " ") for column in rows[0]) + " |",
         "|" + "---|" * len(rows[0]),
@@ -191,7 +218,7 @@ def draw_curves(ax: Any, runs: list[Run], column: str) -> None:
 
 def find_wanted(name: str, options: argparse.Namespace) -> list[tuple[str, int]]:
     """List the variants and seeds of an experiment that the command line selects."""
-    experiment = EXPERIMENTS[name]
+    experiment = ALL[name]
     wanted = [
         (variant, seed)
         for variant in options.variants or experiment.variants
@@ -209,6 +236,7 @@ def report(name: str, runs: list[Run]) -> None:
     write_csv(runs, RESULTS / f"{name}.csv")
     write_markdown(name, runs, RESULTS / f"{name}.md")
     draw(runs, RESULTS / f"{name}.png")
+    write_overview(ALL, RESULTS)
 
 
 def main() -> None:
@@ -217,7 +245,8 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("names", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
+    parser.add_argument("names", nargs="*", metavar="EXPERIMENT", help=", ".join(ALL))
+    parser.add_argument("--suite", choices=SUITES, default="learn", help="all of these")
     parser.add_argument("--variants", nargs="+", help="run only these variants")
     parser.add_argument("--seeds", type=int, nargs="+", help="run these seeds")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
@@ -225,9 +254,9 @@ def main() -> None:
     parser.add_argument("--recorded", action="store_true", help="report finished runs, run nothing")
     options = parser.parse_args()
     for name in options.names:
-        if name not in EXPERIMENTS:
-            parser.error(f"no experiment is called {name}: expected {', '.join(EXPERIMENTS)}")
-    for name in options.names or EXPERIMENTS:
+        if name not in ALL:
+            parser.error(f"no experiment is called {name}: expected {', '.join(ALL)}")
+    for name in options.names or SUITES[options.suite]:
         with ThreadPoolExecutor(options.jobs) as pool:
             wanted = find_wanted(name, options)
             runs = list(pool.map(partial(run, name=name, runs=options.runs), wanted))

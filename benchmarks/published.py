@@ -1,0 +1,104 @@
+"""The experiments of `make results`: tasks whose results others have published.
+
+One set of settings per algorithm and family of tasks serves every cell. They were chosen on seeds
+from 100 on, which are not reported; reported seeds start from 0.
+"""
+
+from __future__ import annotations
+
+from .experiments import HIDDEN, LAST, Experiment
+
+# One episode per sequence, and two per minibatch at least: the reward depends on the first step.
+CORRIDOR = ("--num-envs", "16", "--reward-scale", "1", "--entropy", "0.01")
+MAZE_CELLS = {
+    "feed-forward": "feed_forward",
+    "LSTM": "lstm",
+    "GRU": "gru",
+    "minGRU": "mingru",
+    "LRU": "lru",
+}
+THIRD_PARTY_GRU = {20: ".98", 50: ".88", 100: ".68", 250: ".53", 500: ".51"}
+
+
+def make_maze(length: int, frames: int) -> Experiment:
+    """Make the experiment of the T-maze with a corridor of ``length``."""
+    steps = length + 1
+    rollout = max(1, 252 // steps) * steps
+    task = ("--env", f"benchmarks.tasks:PassiveTMaze-v0(length={length})", *CORRIDOR)
+    sizes = ("--frames", str(frames), "--steps", str(rollout), "--seq-len", str(steps))
+    batch = ("--minibatch-steps", str(4 * rollout), "--eval-every", str(max(frames // 20, 1)))
+    return Experiment(
+        script="recurrent_ppo",
+        title=f"PPO in the passive T-maze, corridor of {length}",
+        text=(
+            "A cue at the first step says which way to turn at the end of the corridor "
+            "(benchmarks/tasks.py). An episode is a success if it ends at the goal; guessing "
+            f"succeeds in half of them. {LAST}"
+        ),
+        variants={
+            name: (*task, *sizes, *batch, "--cell", cell) for name, cell in MAZE_CELLS.items()
+        },
+        seeds=range(3),
+        success=0.5,
+        published={
+            "GRU with R2D2-like agents of a third party, 5 seeds, 1M steps": THIRD_PARTY_GRU[length]
+        },
+    )
+
+
+PUBLISHED = {
+    **{f"t_maze_{length}": make_maze(length, 200_000) for length in (20, 50, 100)},
+    "t_maze_250": make_maze(250, 400_000),
+    "two_goals": Experiment(
+        script="recurrent_ppo",
+        title="PPO: walk to the end of a line that was shown as the good one",
+        text=(
+            "The ends are shown in the first three observations (benchmarks/tasks.py); an episode "
+            f"is a success if it ends at the good one. {LAST}"
+        ),
+        variants={
+            name: (
+                *("--env", "benchmarks.tasks:TwoGoals-v0", "--num-envs", "16", "--steps", "32"),
+                *("--seq-len", "32", "--minibatch-steps", "128", "--reward-scale", "1"),
+                *("--frames", "30720", "--eval-every", "2048", "--cell", cell),
+            )
+            for name, cell in (("GRU", "gru"), ("LSTM", "lstm"), ("feed-forward", "feed_forward"))
+        },
+        seeds=range(10),
+        few={"feed-forward": range(3)},
+        success=0.0,
+        published={
+            "MarcoMeter/recurrent-ppo-truncated-bptt, 10 seeds, 14,336 steps": ".931 +- .064",
+            "MarcoMeter/recurrent-ppo-truncated-bptt, 10 seeds, 30,720 steps": "1.00",
+        },
+    ),
+    "masked_cart_pole": Experiment(
+        script="recurrent_ppo",
+        title="PPO on CartPole-v0 with its velocities hidden",
+        text=(
+            "Episodes end after 200 steps. The summary shows the mean return of the last 100 "
+            f"episodes while training, with exploration, as the published numbers do. {LAST}"
+        ),
+        variants={
+            "LSTM": ("--env", "benchmarks.tasks:CartPole200-v0", "--hide", "1", "3", "--frames")
+            + ("409600", "--num-envs", "16", "--steps", "64", "--eval-every", "51200")
+        },
+        y="training_return",
+        milestones=(102_400, 204_800, 409_600),
+        seeds=range(10),
+        published={
+            "MarcoMeter/recurrent-ppo-truncated-bptt, 10 seeds, 102,400 steps": "115.6 +- 18.0",
+            "MarcoMeter/recurrent-ppo-truncated-bptt, 10 seeds, 204,800 steps": "184.2 +- 4.7",
+            "MarcoMeter/recurrent-ppo-truncated-bptt, 10 seeds, 409,600 steps": "192.8 +- 2.9",
+        },
+    ),
+    "linear_cells_cart_pole": Experiment(
+        script="recurrent_ppo",
+        title="PPO with linear cells on CartPole with its velocities hidden",
+        text=f"{HIDDEN} {LAST}",
+        variants={"minGRU": ("--cell", "mingru"), "LRU": ("--cell", "lru")},
+        published={
+            "rl-baselines3-zoo, RecurrentPPO on CartPoleNoVel, 5 seeds, 100k steps": "500.0 +- 0.0"
+        },
+    ),
+}

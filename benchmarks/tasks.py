@@ -1,0 +1,104 @@
+"""Small environments that test memory, as environments of Gymnasium.
+
+Importing this module registers them, so that every tutorial plays them:
+
+    python tutorials/recurrent_ppo.py --env 'benchmarks.tasks:PassiveTMaze-v0(length=50)'
+"""
+
+from __future__ import annotations
+
+from typing import Any, SupportsFloat
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+
+class PassiveTMaze(gym.Env[np.ndarray, np.int64]):
+    """Walk down a corridor, and turn at its end to the side that was shown at the start only.
+
+    The observation is ``[1 at the junction, side]``: side is -1 or 1 at the first step, and where
+    the agent stands after the junction; it is 0 everywhere else, so that positions in the corridor
+    look the same. Actions are right, up, left, down; a step into a wall does nothing. An episode
+    has ``length + 1`` steps, which is the number that the goal is away. Each step that leaves the
+    agent behind the shortest path costs ``1 / length``; the last step is rewarded with 1 at the
+    goal. Guessing at the junction returns .5 on average.
+
+    Source: the passive T-maze of T. Ni, M. Ma, B. Eysenbach and P.-L. Bacon, "When Do Transformers
+    Shine in RL?", arXiv:2307.03864, after B. Bakker (2001).
+
+    Args:
+        length: length of the corridor.
+    """
+
+    MOVES = ((1, 0), (0, 1), (-1, 0), (0, -1))
+
+    def __init__(self, length: int = 10) -> None:
+        self.length = length
+        self.observation_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.action_space = spaces.Discrete(4)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed, options=options)
+        self.goal = int(self.np_random.choice((-1, 1)))
+        self.x = self.y = self.time = 0
+        return np.array([0, self.goal], np.float32), {}
+
+    def step(
+        self, action: np.int64
+    ) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
+        self.time += 1
+        move_x, move_y = self.MOVES[action]
+        x, y = self.x + move_x, self.y + move_y
+        in_corridor = y == 0 and 0 <= x <= self.length
+        if in_corridor or (x == self.length and abs(y) == 1):
+            self.x, self.y = x, y
+        done = self.time > self.length
+        reward = float(self.y == self.goal) if done else -float(self.x < self.time) / self.length
+        return np.array([self.x == self.length, self.y], np.float32), reward, done, False, {}
+
+
+class TwoGoals(gym.Env[np.ndarray, np.int64]):
+    """Walk along a line to the one of its two ends that is good.
+
+    The observation is ``[left end, position, right end]``. The ends are -1 (bad) or 1 (good) in
+    the first three observations, and 0 afterwards. Positions are from -1 to 1, a step moves by .2
+    to the left or to the right, and an episode starts at most .4 from the middle. A step costs .1;
+    the good end is rewarded with 1.6, the bad one with -1.6.
+
+    Source: written from the description of the "Proof of Concept Memory Environment" of
+    https://github.com/MarcoMeter/recurrent-ppo-truncated-bptt.
+    """
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Box(-1.0, 1.0, (3,), np.float32)
+        self.action_space = spaces.Discrete(2)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed, options=options)
+        self.good = int(self.np_random.choice((-1, 1)))
+        self.place = int(self.np_random.integers(-2, 3))  # in steps of .2
+        self.time = 0
+        return self._observe(), {}
+
+    def _observe(self) -> np.ndarray:
+        shown = self.good if self.time <= 2 else 0
+        return np.array([-shown, self.place / 5, shown], np.float32)
+
+    def step(
+        self, action: np.int64
+    ) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
+        self.time += 1
+        self.place += 1 if action == 1 else -1
+        done = abs(self.place) == 5
+        reward = 1.6 * np.sign(self.place * self.good) if done else -0.1
+        return self._observe(), float(reward), done, False, {}
+
+
+gym.register("PassiveTMaze-v0", PassiveTMaze)
+gym.register("TwoGoals-v0", TwoGoals, max_episode_steps=128)
+gym.register("CartPole200-v0", "gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=200)

@@ -1,0 +1,70 @@
+"""Experiments name tutorials and options that exist, and tables show every seed."""
+
+from __future__ import annotations
+
+import csv
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import learn
+from benchmarks.experiments import Experiment
+from benchmarks.summary import summarize, write_overview
+
+VARIANTS = [(name, variant) for name, one in learn.ALL.items() for variant in one.variants]
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_experiments_tutorial_reads_every_option(
+    name: str, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = learn.ALL[name]
+    monkeypatch.syspath_prepend(str(learn.ROOT / "tutorials"))
+    tutorial: Any = import_module(experiment.script)
+    args, _ = tutorial.read_args([*experiment.variants[variant], "--seed", "3"])
+    assert args.seed == 3
+
+
+def make_run(variant: str, seed: int, returns: list[float]) -> Any:
+    curve = [{"frames": at, "evaluation": float(at + seed)} for at in (10, 20)]
+    result = {"test_returns": returns, "frames": 20, "seconds": 60.0}
+    return SimpleNamespace(variant=variant, seed=seed, curve=curve, result=result, cpu_seconds=30.0)
+
+
+def make_experiment(**options: Any) -> Experiment:
+    return Experiment("recurrent_ppo", "Title", "", {"LSTM": ()}, **options)
+
+
+def test_summarize_shows_the_mean_over_seeds_each_seed_and_the_published_number() -> None:
+    runs = [make_run("LSTM", seed, [40.0 * seed, 20.0]) for seed in range(3)]
+    text = summarize(make_experiment(published={"others": "31"}), runs)
+    row, published = text.splitlines()[2:]
+    assert row.startswith("| LSTM | fresh episodes | 30.0 [")
+    assert row.endswith("| 10.0, 30.0, 50.0 | 20 | 1.0 | 0.5 |")
+    assert published == "| others | published | 31 |  |  |  |  |"
+
+
+def test_summarize_with_success_shows_shares() -> None:
+    text = summarize(make_experiment(success=0.5), [make_run("LSTM", 0, [1.0, 0.0, 1.0, 0.9])])
+    assert "| 0.75 [0.75, 0.75] | 0.75 |" in text
+
+
+def test_summarize_with_milestones_reads_the_learning_curve_there() -> None:
+    runs = [make_run("LSTM", seed, [0.0]) for seed in range(2)]
+    text = summarize(make_experiment(milestones=(5, 15)), runs)
+    assert "at 5 frames | 10.5 [10.0, 11.0] | 10.0, 11.0 |" in text
+    assert "at 15 frames | 20.5 [20.0, 21.0] | 20.0, 21.0 |" in text
+
+
+def test_write_overview_lists_the_experiments_that_have_results(tmp_path: Path) -> None:
+    with (tmp_path / "one.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["variant", "seed", "fresh episodes: mean"])
+        writer.writerows([["LSTM", 0, 100.0], ["LSTM", 1, 300.0]])
+    write_overview({"one": make_experiment(), "two": make_experiment()}, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| [Title](one.md) | LSTM | 200.0 [100.0, 300.0] | 100.0, 300.0 | `one` |" in text
+    assert "two.md" not in text

@@ -1,0 +1,72 @@
+"""The environments of `make results` follow their descriptions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import benchmarks.tasks  # noqa: F401 (registers the environments)
+
+RIGHT, UP, LEFT, DOWN = range(4)
+
+
+def play(
+    env: Any, actions: list[int], seed: int = 0
+) -> tuple[list[list[float]], list[float], bool]:
+    """Play actions from a reset; return observations, rewards, and whether the episode ended."""
+    first, _ = env.reset(seed=seed)
+    observations, rewards, done = [first.tolist()], [], False
+    for action in actions:
+        assert not done
+        observation, reward, done, _, _ = env.step(np.int64(action))
+        observations.append(observation.tolist())
+        rewards.append(reward)
+    return observations, rewards, done
+
+
+@pytest.mark.parametrize("name", ["PassiveTMaze-v0", "TwoGoals-v0"])
+def test_tasks_of_results_pass_gymnasiums_checker(name: str) -> None:
+    check_env(gym.make(name).unwrapped, skip_render_check=True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_passive_t_maze_shortest_path_returns_one_at_the_shown_side(seed: int) -> None:
+    env = gym.make("PassiveTMaze-v0", length=3)
+    (first, *rest), _, _ = play(env, [RIGHT] * 3, seed)
+    assert abs(first[1]) == 1
+    assert rest == [[0, 0], [0, 0], [1, 0]]  # the cue is gone, and positions look the same
+    right, wrong = (UP, DOWN) if first[1] == 1 else (DOWN, UP)
+    for turn, last in ((right, 1.0), (wrong, 0.0)):
+        _, rewards, done = play(env, [RIGHT] * 3 + [turn], seed)
+        assert rewards == [0, 0, 0, last] and done
+
+
+def test_passive_t_maze_steps_off_the_shortest_path_cost_their_share() -> None:
+    env = gym.make("PassiveTMaze-v0", length=4)
+    observations, rewards, done = play(env, [UP, LEFT, RIGHT, RIGHT, RIGHT])
+    assert observations[1:] == [[0, 0]] * 5
+    assert rewards == [-0.25] * 4 + [0.0] and done  # walls let nobody through; no goal, no reward
+
+
+def test_two_goals_ends_are_shown_in_three_observations_only() -> None:
+    observations, rewards, done = play(gym.make("TwoGoals-v0"), [0, 1, 0, 1])
+    shown = [abs(left) for left, _, _ in observations]
+    assert shown == [1, 1, 1, 0, 0] and not done
+    assert rewards == pytest.approx([-0.1] * 4)
+    places = [place for _, place, _ in observations]
+    assert np.diff(places) == pytest.approx([-0.2, 0.2, -0.2, 0.2])
+
+
+@pytest.mark.parametrize("action", [0, 1])
+def test_two_goals_the_shown_end_is_rewarded(action: int) -> None:
+    env = gym.make("TwoGoals-v0")
+    for seed in range(4):
+        (left, place, right), _ = env.reset(seed=seed)
+        steps = round((1 + place if action == 0 else 1 - place) / 0.2)
+        _, rewards, done = play(env, [action] * steps, seed)
+        good = (left if action == 0 else right) == 1
+        assert done and rewards[-1] == pytest.approx(1.6 if good else -1.6)
