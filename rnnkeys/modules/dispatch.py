@@ -6,10 +6,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from tensordict import TensorDict, is_tensor_collection
 from torch import Tensor
 
 from ..keys import as_tuple
+from .entries import lacks_last
 
 
 def dispatch_tensors(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,6 +53,9 @@ def _join(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TensorD
     data = TensorDict({}, [])
     for key, value in entries.items():
         data.set(key, value)
-    ranks = [v.ndim for k, v in entries.items() if k in (module.in_keys[0], module.init_key)]
-    data.auto_batch_size_(batch_dims=max(0, min(ranks, default=1) - 1))
+    x, flags = (data.get(key, None) for key in (module.in_keys[0], module.init_key))
+    lead = torch.Size() if x is None else x.shape[:-1]
+    if flags is not None and not lacks_last(flags, lead, flags.ndim - 1):
+        lead = lead[: flags.ndim - 1]
+    data.auto_batch_size_(batch_dims=len(lead))
     return data

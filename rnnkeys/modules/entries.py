@@ -119,12 +119,22 @@ def _read_states(
     return tuple(states)
 
 
+def lacks_last(flags: Tensor, shape: torch.Size, rank: int) -> bool:
+    """Whether flags have the input's shape ``[*lead, *agents]``, with no 1 after it."""
+    return flags.shape == shape and (flags.ndim <= rank or shape[-1] != 1)
+
+
 def _read_flags(
     spec: EntrySpec, tensordict: TensorDictBase, shape: torch.Size, sequences: bool
 ) -> Tensor:
-    """Expand flags, shared ``[*lead, 1]`` or per agent, to bool ``[*lead, *agents]``."""
+    """Expand flags, shared ``[*lead, 1]`` or per agent, to bool ``[*lead, *agents]``.
+
+    As TorchRL's modules do, it accepts flags of the input's shape, without the last dimension.
+    """
     flags = tensordict.get(spec.init_key, None)
     rank = tensordict.ndim
+    if flags is not None and lacks_last(flags, shape, rank):
+        flags = flags.unsqueeze(-1)
     if flags is None or flags.dtype != torch.bool or flags.ndim <= rank or flags.shape[-1] != 1:
         raise next(find_init_problems(tensordict, spec.init_key)).as_error()
     if sequences and tensordict.get("next", None) is not None:
@@ -155,14 +165,19 @@ def check_time_is_last(tensordict: TensorDictBase) -> None:
         )
 
 
-def check_continuity(spec: EntrySpec, tensordict: TensorDictBase) -> None:
+def check_continuity(spec: EntrySpec, tensordict: TensorDictBase, shape: torch.Size) -> None:
     """Raise ValueError if a step does not follow the step before it and no flag says so.
 
     The check reads values, where no device has to be waited for; see
     ``rnnkeys.checks.set_value_checks``. Stored states are no evidence here: a network that has run
     on the batch before has overwritten the next ones.
     """
-    if spec.state_keys and can_read_values(tensordict.get(spec.init_key)):
+    if not spec.state_keys:
+        return
+    flags = tensordict.get(spec.init_key)
+    if can_read_values(flags):
+        if lacks_last(flags, shape, tensordict.ndim):
+            tensordict = tensordict.copy().set(spec.init_key, flags.unsqueeze(-1))
         raise_first(find_continuity_problems(tensordict, spec.init_key))
 
 

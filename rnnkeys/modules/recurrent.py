@@ -361,7 +361,7 @@ class RecurrentModule(TensorDictModuleBase, ABC):
         entries.check_time_is_last(tensordict)
         spec = self._entry_spec()
         data = entries.read(spec, tensordict, sequences=True)
-        entries.check_continuity(spec, tensordict)
+        entries.check_continuity(spec, tensordict, data.shape)
         own_dtype = self._layers.sample.dtype
         autocast = is_autocast(data.x)
         dtype = choose_dtype(data.x, own_dtype, autocast)

@@ -389,6 +389,20 @@ def test_call_with_tensors_of_one_feature_takes_it_for_a_feature(kind, recurrent
 
 
 @in_both_kinds
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_flags_without_a_last_dimension_equal_those_with_one(kind, recurrent):
+    module = make(kind)
+    data = batch(module)
+    flat = data.clone().set("is_init", data["is_init"].squeeze(-1))
+    with set_recurrent_mode(recurrent):
+        expected = module(data.clone())["embed"]
+        by_tensordict = module(flat.clone())["embed"]
+        by_name = module(**{str(key): flat.get(key) for key in module.in_keys})[0]
+    assert torch.equal(by_tensordict, expected)
+    assert torch.equal(by_name, expected)
+
+
+@in_both_kinds
 def test_call_with_unknown_or_too_many_tensors_is_rejected(kind):
     module = make(kind)
     tensors = [batch(module).get(key) for key in module.in_keys]
