@@ -16,15 +16,28 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
-from torchrl.envs import DeviceCastTransform, EnvBase, GymWrapper, TransformedEnv
+from torchrl.envs import (
+    ActionMask,
+    DeviceCastTransform,
+    DTypeCastTransform,
+    EnvBase,
+    GymWrapper,
+    TransformedEnv,
+)
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from .gym_masks import (
+    MASK_NAME,
+    DictActionMask,
+    EnvError,
+    ShowActionMask,
+    count_choices,
+    has_mask_entry,
+    offers_mask,
+)
 
 MIN_IMAGE_SIDE = 36
 """Smallest height and width of an image; smaller ones are flattened to vectors."""
-
-
-class EnvError(ValueError):
-    """An environment that cannot be made or used, or that returned a NaN; one line of text."""
 
 
 def make_gym_env(
@@ -51,7 +64,8 @@ def make_gym_env(
     Returns:
         The environments. ``"observation"`` is float32 ``[num_envs, F]`` or uint8
         ``[num_envs, C, Y, X]``; ``"action"`` is float32 ``[num_envs, A]`` or int64
-        ``[num_envs, A]``.
+        ``[num_envs, A]``. ``"action_mask"``, of an environment that has one, is bool
+        ``[num_envs, choices]``, True at allowed choices.
 
     Raises:
         EnvError: as in :func:`make_simple_env`.
@@ -64,9 +78,14 @@ def make_gym_env(
     make = partial(make_simple_env, name, **options)
     vector = {"sync": SyncVectorEnv, "async": AsyncVectorEnv}[vectorization]
     env = GymWrapper(vector([make] * num_envs, autoreset_mode=AutoresetMode.DISABLED))
-    if torch.device(device).type == "cpu":
-        return TransformedEnv(env)
-    return TransformedEnv(env, DeviceCastTransform(device, orig_device="cpu"))
+    env = TransformedEnv(env)
+    if MASK_NAME in env.observation_spec.keys():
+        env.append_transform(DTypeCastTransform(torch.int8, torch.bool, in_keys=[MASK_NAME]))
+        if isinstance(env.action_spec, ActionMask.ACCEPTED_SPECS):
+            env.append_transform(ActionMask(mask_key=MASK_NAME))  # for random actions
+    if torch.device(device).type != "cpu":
+        env.append_transform(DeviceCastTransform(device, orig_device="cpu"))
+    return env
 
 
 def make_simple_env(
@@ -85,6 +104,10 @@ def make_simple_env(
     Tuple are concatenated, discrete parts become one-hot vectors, and integers are scaled to
     [0, 1]. Actions become vectors, too: a Box without further dimensions, or a MultiDiscrete in
     place of Discrete, MultiDiscrete and MultiBinary, which lets all of their actions be played.
+
+    An environment with a mask of actions shows ``{"observation": ..., "action_mask": ...}``. It
+    comes from an entry ``"action_mask"`` of its observation, or from a method ``action_masks()``;
+    for one in ``info`` add ``"rnnkeys.gym_masks:InfoActionMask"`` to ``wrappers``.
 
     Args:
         name: id of the environment, or ``"module:id"``; with arguments, ``"id(name=value)"``.
@@ -113,6 +136,7 @@ def make_simple_env(
     if pixels:
         env = gym.wrappers.GrayscaleObservation(gym.wrappers.AddRenderObservation(env))
         env = gym.wrappers.ResizeObservation(env, (84, 84))
+    env = DictActionMask(env) if has_mask_entry(env) else env
     env = _number_actions(env, name) if discrete_actions else _simplify_actions(env, name)
     if _is_image(env.observation_space):
         if hide:
@@ -130,7 +154,7 @@ def make_simple_env(
         stacked: Any = env.observation_space
         count, first, *rest = stacked.shape
         env = gym.wrappers.ReshapeObservation(env, (count * first, *rest))
-    return env
+    return ShowActionMask(env, count_choices(env.action_space)) if offers_mask(env) else env
 
 
 @torch.no_grad()

@@ -141,6 +141,7 @@ def drqn_policy(
     dueling: bool = True,
     head_sizes: Sequence[int] = (64,),
     in_key: NestedKey = "observation",
+    action_mask_key: NestedKey | None = None,
     device: torch.device | str | None = None,
     **arguments: Any,
 ) -> TensorDictSequential:
@@ -165,6 +166,8 @@ def drqn_policy(
         dueling: whether the head is dueling, or a plain network.
         head_sizes: of the head's hidden layers.
         in_key: key of the observation.
+        action_mask_key: key of the action mask, bool ``[*, A]``. Actions where it is False are
+            never chosen, and their values are the least number of the dtype. None: all are allowed.
         device: of the parameters.
         **arguments: for the recurrent module, as in :func:`recurrent_module`.
 
@@ -194,7 +197,7 @@ def drqn_policy(
         TensorDictModule(see, in_keys=[in_key], out_keys=["features"]),
         recurrent,
         TensorDictModule(head, in_keys=["embed"], out_keys=["action_value"]),
-        QValueModule(spec=action_spec),
+        QValueModule(spec=action_spec, action_mask_key=action_mask_key),
     )
     return TensorDictSequential(*modules)
 

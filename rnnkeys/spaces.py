@@ -81,6 +81,8 @@ class Choices(Independent):
     Args:
         logits: unnormalised log-probabilities of all choices, ``[*, sum(sizes)]``.
         sizes: number of choices of each entry.
+        action_mask: bool ``[*, sum(sizes)]``, False at choices that are not allowed: they have
+            probability zero. An entry without any allowed choice is as if all were.
 
     Examples:
         >>> choices = Choices(torch.zeros(7, 5), [2, 3])
@@ -88,11 +90,15 @@ class Choices(Independent):
         (torch.Size([7, 2]), tensor(6.))
     """
 
-    def __init__(self, logits: Tensor, sizes: Sequence[int]) -> None:
+    def __init__(
+        self, logits: Tensor, sizes: Sequence[int], action_mask: Tensor | None = None
+    ) -> None:
         most = max(sizes)
+        if action_mask is not None:
+            logits = torch.where(action_mask, logits, -1e9)
         # Choices that an entry lacks get probability zero, and gradients stay finite.
         padded = [
-            nn.functional.pad(part, (0, most - part.shape[-1]), value=-1e9)
+            nn.functional.pad(part, (0, most - part.shape[-1]), value=-2e9)
             for part in logits.split(list(sizes), -1)
         ]
         choices = Categorical(logits=torch.stack(padded, -2), validate_args=False)

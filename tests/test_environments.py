@@ -17,6 +17,7 @@ from tests.support.odd_environments import (
     OBSERVATIONS,
     SpacesEnv,
     action_id,
+    masked_id,
     observation_id,
 )
 
@@ -217,3 +218,50 @@ def test_make_gym_env_discrete_actions_of_another_space_raise(name: str) -> None
     space = type(ACTIONS[name][0]).__name__
     with pytest.raises(EnvError, match=rf"action space {space}\(.*\): expected Discrete"):
         make_gym_env(action_id(name), discrete_actions=True)
+
+
+INFO = ("rnnkeys.gym_masks:InfoActionMask",)
+
+
+@pytest.mark.parametrize("where", ["entry", "method", "info"])
+def test_make_gym_env_random_actions_are_those_that_the_mask_allows(where: str) -> None:
+    wrappers = INFO if where == "info" else ()
+    env = make_gym_env(masked_id(where, "Choice"), 2, wrappers=wrappers, discrete_actions=True)
+    rollout = env.rollout(45, break_when_any_done=False)  # the environment raises at any other
+    allowed = rollout["action_mask"]
+    assert rollout["observation"].shape == (2, 45, 3)
+    assert allowed.dtype == torch.bool and not allowed.all()
+    assert (allowed & rollout["action"].bool()).any(-1).all()
+    assert not rollout["next", "action_mask"][rollout["next", "done"].squeeze(-1)].any()
+
+
+def test_make_gym_env_mask_of_several_choices_lies_end_to_end() -> None:
+    env = make_gym_env(masked_id("method", "Choices"), 2)
+    step = env.reset()
+    assert step["action_mask"].shape == (2, 5)
+    assert step["action_mask"][:, :2].any(-1).all() and step["action_mask"][:, 2:].any(-1).all()
+
+
+def test_make_gym_env_mask_with_specs_matches_data() -> None:
+    check_env_specs(make_gym_env(masked_id("entry", "Choice"), 2, discrete_actions=True))
+
+
+def test_make_simple_env_mask_beside_stacked_frames_is_that_of_the_last() -> None:
+    env = make_simple_env(masked_id("entry", "Choice"), frame_stack=2)
+    observation, _ = env.reset(seed=0)
+    inner: Any = env.unwrapped
+    assert observation["observation"].shape == (6,)
+    assert (observation["action_mask"] == inner.mask).all()
+
+
+def test_make_simple_env_mask_of_continuous_actions_raises() -> None:
+    wrapper = "tests.support.odd_environments:AlwaysMasked"
+    with pytest.raises(EnvError, match="action mask needs discrete actions.*Box"):
+        make_simple_env(action_id("Box"), wrappers=(wrapper,))
+
+
+def test_make_simple_env_mask_of_a_wrong_size_raises() -> None:
+    wrapper = "tests.support.odd_environments:AlwaysMasked"
+    env = make_simple_env(action_id("Choice"), wrappers=(wrapper,))
+    with pytest.raises(EnvError, match=r"one flag for each of the 2 choices.*Got 3"):
+        env.reset()

@@ -63,6 +63,29 @@ def test_choices_equal_independent_categoricals() -> None:
     assert torch.equal(choices.mode, modes)
 
 
+def test_choices_with_a_mask_equal_categoricals_of_the_allowed() -> None:
+    logits, sizes = torch.randn(50, 6, requires_grad=True), [2, 4]
+    allowed = torch.rand(50, 6) < 0.5
+    allowed[:, [0, 2]] |= ~torch.stack([p.any(-1) for p in allowed.split(sizes, -1)], -1)
+    choices = Choices(logits, sizes, allowed)
+    action = torch.stack([choices.sample() for _ in range(20)])
+    assert allowed.expand(20, -1, -1).gather(-1, action + torch.tensor([0, 2])).all()
+    parts = zip(logits.split(sizes, -1), allowed.split(sizes, -1), strict=True)
+    wanted = [Categorical(logits=part.masked_fill(~mask, -1e30)) for part, mask in parts]
+    log_probs = torch.stack([one.log_prob(action[0, :, i]) for i, one in enumerate(wanted)])
+    torch.testing.assert_close(choices.log_prob(action[0]), log_probs.sum(0))
+    entropies = torch.stack([one.entropy() for one in wanted])
+    torch.testing.assert_close(choices.entropy(), entropies.sum(0))
+    (choices.entropy().sum() + choices.log_prob(action[0]).sum()).backward()
+    assert logits.grad is not None and logits.grad.isfinite().all()
+    assert not logits.grad[~allowed].any()
+
+
+def test_choices_entry_without_an_allowed_choice_draws_among_its_own() -> None:
+    choices = Choices(torch.zeros(400, 5), [2, 3], torch.zeros(400, 5).bool())
+    assert choices.sample().amax(0).tolist() == [1, 2]
+
+
 def test_choices_entropy_has_finite_gradients() -> None:
     logits = torch.randn(6, 5, requires_grad=True)
     Choices(logits, [2, 3]).entropy().sum().backward()

@@ -169,9 +169,8 @@ def check_args(args: Args) -> None:
 
 def make_env(args: Args, num_envs: int, device: str) -> TransformedEnv:
     """Make environments that one process steps together; they raise at NaN and inf."""
-    scale = args.scale[0] if len(args.scale) == 1 else args.scale
-    options: dict[str, Any] = {"hide": args.hide or (), "scale": scale, "discrete_actions": True}
-    return make_gym_env(args.env, num_envs, device=device, **options)
+    options: dict[str, Any] = {"hide": args.hide or (), "scale": args.scale}
+    return make_gym_env(args.env, num_envs, device=device, discrete_actions=True, **options)
 
 
 def make_training_env(args: Args, policy: TensorDictSequential) -> TransformedEnv:
@@ -188,7 +187,8 @@ def make_explorer(args: Args, policy: Any, floor: Tensor, actor: int) -> TensorD
     if args.exploration == "ladder":
         rates = collectors.epsilon_ladder(args.num_envs, args.epsilon)
     own = rates[actor * args.envs_per_actor :][: args.envs_per_actor]
-    explore = collectors.EpsilonGreedy(policy[-1].spec["action"], own)
+    head = policy[-1]
+    explore = collectors.EpsilonGreedy(head.spec["action"], own, "action", head.action_mask_key)
     explore.floor = floor
     return TensorDictSequential([policy, explore])
 
@@ -275,6 +275,7 @@ class Run:
             cell=args.cell,
             hidden_size=args.hidden_size,
             encoder_sizes=() if len(shape) == 1 else (args.hidden_size,),  # of images
+            action_mask_key="action_mask" if "action_mask" in env.observation_spec.keys() else None,
         ).to(args.device)
         self.loss = R2D2Loss(
             self.policy,

@@ -173,6 +173,7 @@ class Agent(nn.Module):
     def __init__(self, args: Args, env: TransformedEnv) -> None:
         super().__init__()
         self.args, self.shape = args, env.observation_spec["observation"].shape[1:]
+        self.masks = [key for key in env.observation_spec.keys() if key == "action_mask"]
         self.norm = RunningNorm(self.shape) if args.normalize_observation else None
         body, critic_body = self._make_body("actor", args.cell), []
         self.actor, noise = self._make_actor(body, env.action_spec)
@@ -235,7 +236,7 @@ class Agent(nn.Module):
             heads = [Layers(nn.Sequential(*layers), ["actor"], keys)]
         actor = ProbabilisticActor(
             TensorDictSequential(*body, *heads),
-            in_keys=keys,
+            in_keys=[*keys, *self.masks],
             distribution_class=kind,
             distribution_kwargs=options,
             return_log_prob=True,

@@ -7,6 +7,7 @@ lists all checks by name.
 
 from __future__ import annotations
 
+from .actions import find_action_mask_problems as find_action_mask_problems
 from .actions import find_action_problems as find_action_problems
 from .arguments import as_float as as_float
 from .arguments import as_int as as_int

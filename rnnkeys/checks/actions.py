@@ -1,14 +1,16 @@
-"""Checks of discrete actions: one-hot vectors or indices."""
+"""Checks of discrete actions, one-hot vectors or indices, and of action masks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase, unravel_key
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from ..keys import next_key
 from .problem import Problem
 
 _REMEDY = (
@@ -83,3 +85,97 @@ def _find_value_problem(
     if wrong.any():
         number, first = int(wrong.sum()), wrong.nonzero()[0].tolist()
         yield Problem(check, f"The entry {message} at {number} steps, first at {first}.", _REMEDY)
+
+
+def find_action_mask_problems(
+    batch: TensorDictBase,
+    mask_key: NestedKey,
+    action_key: NestedKey,
+    valid: Tensor | None = None,
+    *,
+    terminated_key: NestedKey | None = None,
+    read_values: bool = True,
+) -> Iterator[Problem]:
+    """Yield problems of an action mask: not bool, or not the mask of the actions in the batch.
+
+    Args:
+        batch: sequences ``[*, T]``.
+        mask_key: key of the action mask, bool ``[*, T, A]`` or per agent, False at actions that are
+            not allowed.
+        action_key: key of the actions. Several choices in one action are not compared.
+        valid: bool ``[*, T]``, or per agent, False at padding.
+        terminated_key: key of the flags of terminal steps for a loss that takes the best action of
+            the next observation, None for others.
+        read_values: whether to read values.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> allowed = torch.tensor([[True, False]])
+        >>> batch = TensorDict({"action": torch.tensor([1]), "action_mask": allowed}, [1])
+        >>> [one.check for one in find_action_mask_problems(batch, "action_mask", "action")]
+        ['action-masked']
+    """
+    for key in map(unravel_key, (mask_key, next_key(mask_key))):
+        allowed = batch.get(key, None)
+        if allowed is not None and allowed.dtype is not torch.bool:
+            yield Problem(
+                "action-mask-dtype",
+                f"The action mask {key!r} must be bool. Got {allowed.dtype}.",
+                f"Convert it: batch.set({key!r}, batch.get({key!r}).bool()).",
+                TypeError,
+            )
+            return
+    if not read_values:
+        return
+    allowed, action = batch.get(mask_key, None), batch.get(action_key, None)
+    if allowed is not None and action is not None:
+        yield from _find_masked_problems(action, allowed, valid, action_key, mask_key)
+    if terminated_key is not None:
+        yield from _find_no_action_problems(batch, next_key(mask_key), valid, terminated_key)
+
+
+def _find_masked_problems(
+    action: Tensor, allowed: Tensor, valid: Tensor | None, action_key: Any, mask_key: Any
+) -> Iterator[Problem]:
+    if action.shape == allowed.shape:
+        wrong = ((action != 0) & ~allowed).any(-1)
+    elif action.shape in (allowed.shape[:-1], (*allowed.shape[:-1], 1)):
+        index = action.reshape(*allowed.shape[:-1], 1).long().clamp(0, allowed.shape[-1] - 1)
+        wrong = ~allowed.gather(-1, index).squeeze(-1)
+    else:
+        return
+    wrong = wrong if valid is None else wrong & _expand_to(valid, wrong)
+    if wrong.any():
+        yield Problem(
+            "action-masked",
+            f"The action {unravel_key(action_key)!r} is not allowed by {unravel_key(mask_key)!r} "
+            f"at {int(wrong.sum())} steps, first at {wrong.nonzero()[0].tolist()}.",
+            "Every module that chooses actions must read the mask: QValueModule and EpsilonGreedy "
+            "by action_mask_key=, a distribution among its in_keys; and the mask must be that of "
+            "the observation beside it.",
+        )
+
+
+def _find_no_action_problems(
+    batch: TensorDictBase, mask_key: Any, valid: Tensor | None, terminated_key: NestedKey
+) -> Iterator[Problem]:
+    allowed, terminated = batch.get(mask_key, None), batch.get(next_key(terminated_key), None)
+    if allowed is None or terminated is None:
+        return
+    empty = ~allowed.any(-1)
+    empty = empty & ~_expand_to(terminated.squeeze(-1), empty)
+    empty = empty if valid is None else empty & _expand_to(valid, empty)
+    if empty.any():
+        yield Problem(
+            "action-mask-empty",
+            f"The action mask {unravel_key(mask_key)!r} allows no action at {int(empty.sum())} "
+            f"steps that are not terminated, first at {empty.nonzero()[0].tolist()}, so the next "
+            "observation has no value.",
+            "Allow an action without effect there, or set terminated where an episode ends.",
+        )
+
+
+def _expand_to(flags: Tensor, like: Tensor) -> Tensor:
+    """Append dimensions of size 1, so that flags of steps are compared with those of agents."""
+    flags = flags.squeeze(-1) if flags.ndim > like.ndim else flags
+    return flags.reshape(*flags.shape, *[1] * (like.ndim - flags.ndim))

@@ -33,6 +33,9 @@ from .problem import Problem
 # Their next tensordict comes from the batch into which their own forward wrote the next states.
 READS_OWN_STATES = (DQNLoss, QMixerLoss)
 
+# Their targets take the best action, or all actions, of the next observation.
+TAKES_BEST_ACTION = (DQNLoss, DistributionalDQNLoss, QMixerLoss, DiscreteSACLoss)
+
 # They learn from data that their own policy has just collected.
 ON_POLICY = (A2CLoss, PPOLoss, ReinforceLoss, ValueEstimatorBase)
 

@@ -8,8 +8,8 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
-from torch import Tensor
-from torchrl.data import TensorSpec
+from torch import Tensor, nn
+from torchrl.data import Categorical, OneHot, TensorSpec
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 
@@ -45,6 +45,11 @@ class EpsilonGreedy(TensorDictModuleBase):
         spec: of one environment's action.
         epsilons: rates, ``[num_envs]`` or one for all environments.
         action_key: key of the action.
+        action_mask_key: key of the action mask, bool ``[num_envs, A]``; random actions are drawn
+            among those where it is True. Where none is, the action stays.
+
+    Raises:
+        ValueError: if there is an ``action_mask_key`` and ``spec`` is not of one discrete action.
 
     ``floor`` is a lower bound of all rates: decrease it from 1 to 0 to start a run with random
     actions. It is a buffer, and reaches actors with the weights; ``epsilons`` are not.
@@ -60,12 +65,23 @@ class EpsilonGreedy(TensorDictModuleBase):
     floor: Tensor
 
     def __init__(
-        self, spec: TensorSpec, epsilons: Tensor | float, action_key: NestedKey = "action"
+        self,
+        spec: TensorSpec,
+        epsilons: Tensor | float,
+        action_key: NestedKey = "action",
+        action_mask_key: NestedKey | None = None,
     ) -> None:
         super().__init__()
+        if action_mask_key is not None and type(spec) not in (OneHot, Categorical):
+            raise ValueError(
+                "action_mask_key masks one discrete action: spec must be OneHot or Categorical. "
+                f"Got {spec}."
+            )
         keys: list[Any] = [action_key]
-        self.in_keys = self.out_keys = keys
+        self.in_keys = keys if action_mask_key is None else [action_key, action_mask_key]
+        self.out_keys = keys
         self.action_key = action_key
+        self.action_mask_key = action_mask_key
         self.spec = spec
         self.epsilons = torch.as_tensor(epsilons)
         self.register_buffer("floor", torch.tensor(0.0))
@@ -76,7 +92,29 @@ class EpsilonGreedy(TensorDictModuleBase):
             return tensordict
         epsilons = self.epsilons.to(self.floor.device).maximum(self.floor)
         action = tensordict.get(self.action_key)
-        random = self.spec.rand(tensordict.shape).to(action.device)
         draws = torch.rand(tensordict.shape, device=action.device) < epsilons
         draws = draws.reshape(*draws.shape, *[1] * (action.ndim - draws.ndim))
+        if self.action_mask_key is None:
+            random = self.spec.rand(tensordict.shape).to(action.device)
+        else:
+            random, exists = _draw_allowed(tensordict.get(self.action_mask_key), action)
+            draws = draws & exists
         return tensordict.set(self.action_key, torch.where(draws, random, action))
+
+
+def _draw_allowed(allowed: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw one of the allowed actions at equal chances.
+
+    Args:
+        allowed: bool ``[*, A]``.
+        like: actions, one-hot ``[*, A]`` or indices ``[*]``.
+
+    Returns:
+        Random actions as ``like``, and whether an action is allowed, with dimensions for ``like``.
+    """
+    chances = torch.rand(allowed.shape, device=allowed.device).masked_fill(~allowed, -1.0)
+    index, exists = chances.argmax(-1), allowed.any(-1)
+    if like.shape == allowed.shape:
+        random = nn.functional.one_hot(index, allowed.shape[-1]).to(like.dtype)
+        return random, exists.unsqueeze(-1)
+    return index.reshape(like.shape).to(like.dtype), exists.reshape(like.shape)

@@ -8,17 +8,20 @@ from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase, unravel_key
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import nn
+from torchrl.modules import QValueModule
 from torchrl.objectives import LossModule
 from torchrl.objectives.value import ValueEstimatorBase
 
-from ..keys import next_key
+from ..keys import as_tuple, next_key
 from ..mode import set_recurrent_mode
 from .recurrent import RecurrentModule
 from .time_distributed import TimeDistributed
 
+# Names under which distributions take an action mask.
+_MASK_ARGUMENTS = ("mask", "action_mask")
 # Modules that read all dimensions after the first as one observation.
 _UNBATCHED = (
     nn.Conv1d,
@@ -114,6 +117,19 @@ class RecurrentNetwork:
             if isinstance(one, TensorDictModuleBase) and not holds_networks:
                 written |= dict.fromkeys(map(unravel_key, one.out_keys))
         return tuple(written)
+
+    @property
+    def action_mask_keys(self) -> tuple[NestedKey, ...]:
+        """Keys of action masks that value modules and distributions inside read, each once."""
+        found: dict[Any, None] = {}
+        for one in find_networks(self.network):
+            if isinstance(one, QValueModule) and one.action_mask_key is not None:
+                found[unravel_key(one.action_mask_key)] = None
+            elif isinstance(one, ProbabilisticTensorDictModule):
+                pairs: Any = zip(one.dist_keys, one.in_keys, strict=True)
+                keys = [key for argument, key in pairs if as_tuple(argument)[-1] in _MASK_ARGUMENTS]
+                found |= dict.fromkeys(map(unravel_key, keys))
+        return tuple(found)
 
     def check_is_recurrent(self) -> None:
         """Raise if there is no recurrent module inside.

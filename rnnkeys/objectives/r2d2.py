@@ -17,11 +17,16 @@ from torchrl.objectives import LossModule, distance_loss
 from ..checks import as_float, as_int, raise_first, value_checks_enabled
 from ..keys import MASK_KEY, next_key
 from ..modules.network import RecurrentNetwork
-from ..sequences.masks import zero_masked
+from ..sequences.masks import allow_where_empty, zero_masked
 from ..sequences.segment_starts import set_segment_starts
 from ..transforms.burn_in import cut_burn_in
 from .n_step import n_step_returns
-from .r2d2_checks import find_loss_problems, find_value_problems, find_window_problems
+from .r2d2_checks import (
+    find_action_mask_problems,
+    find_loss_problems,
+    find_value_problems,
+    find_window_problems,
+)
 from .rescaling import value_rescale, value_rescale_inverse
 from .window_values import WindowValues, compute_values, starts_in_window
 
@@ -40,6 +45,9 @@ class R2D2Loss(LossModule):
     the valid steps after the burn-in, with the importance weight ``w`` of the window. A forward
     also writes the priority of each window, ``eta max |d| + (1 - eta) mean |d|`` with
     ``d = y_t - Q``, at every step of it (0 for a window without a learned step).
+
+    A network whose ``QValueModule`` has an ``action_mask_key`` never values an action that is not
+    allowed: neither network chooses one, and a batch in which one was played raises.
 
     Padding (False in ``("collector", "mask")``) has no effect on loss, gradient or priority, even
     if it is NaN. A batch that cannot be learned from, for example because an observation is NaN,
@@ -242,10 +250,12 @@ class R2D2Loss(LossModule):
         raise_first(
             find_window_problems(rows, keys, self.in_keys, self._network, read_values=read_values)
         )
+        raise_first(find_action_mask_problems(rows, keys, self._network, read_values=read_values))
         self._has_read_values = self._has_read_values or read_values
         cut_burn_in(rows, self.burn_in)  # raises where no step remains
         windows = rows.select(*self.in_keys, strict=False)
         windows = set_segment_starts(windows, self._network.init_keys)
+        windows = allow_where_empty(windows, self._network.action_mask_keys)
         mask = rows.get(keys.mask, None)
         if mask is None:
             device = windows.get(next_key(keys.reward)).device

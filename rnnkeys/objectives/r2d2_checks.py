@@ -9,6 +9,7 @@ from tensordict import TensorDictBase, unravel_key
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from .. import checks
 from ..checks import (
     Problem,
     find_action_problems,
@@ -104,6 +105,29 @@ def find_value_problems(
     yield from find_action_problems(
         windows, keys.action, q.shape[-1], mask, read_values=read_values
     )
+
+
+def find_action_mask_problems(
+    rows: TensorDictBase, keys: Any, network: RecurrentNetwork, *, read_values: bool
+) -> Iterator[Problem]:
+    """Yield the problems of action masks.
+
+    Args:
+        rows: windows ``[B, T]``.
+        keys: ``tensor_keys`` of the loss.
+        network: the value network.
+        read_values: whether to read values.
+    """
+    valid = rows.get(keys.mask, None)
+    for key in network.action_mask_keys:
+        yield from checks.find_action_mask_problems(
+            rows,
+            key,
+            keys.action,
+            None if valid is None else valid.reshape(rows.shape),
+            terminated_key=keys.terminated,
+            read_values=read_values,
+        )
 
 
 def find_loss_problems(

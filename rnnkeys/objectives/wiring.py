@@ -23,6 +23,7 @@ from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS
 from torchrl.objectives.value import ValueEstimatorBase
 
 from ..checks import (
+    find_action_mask_problems,
     find_finite_problems,
     find_next_problems,
     raise_first,
@@ -30,6 +31,7 @@ from ..checks import (
     value_checks_enabled,
 )
 from ..checks.losses import (
+    TAKES_BEST_ACTION,
     find_batch_problems,
     find_estimator_problems,
     find_value_problems,
@@ -38,7 +40,7 @@ from ..checks.losses import (
 from ..keys import MASK_KEY, as_keys, as_tuple, next_key
 from ..mode import set_recurrent_mode
 from ..modules.network import RecurrentLayer, RecurrentNetwork, explain_encoder_errors
-from ..sequences import find_sequence_problems, read_mask, zero_masked
+from ..sequences import allow_where_empty, find_sequence_problems, read_mask, zero_masked
 from ..sequences.checked import is_checked
 from ..sequences.segment_starts import any_agent, find_segment_starts, match_agents, set_next_flags
 from .loss_inputs import find_dropped_keys, keep_masks
@@ -54,6 +56,7 @@ class Wiring:
         state_keys: pairs ``(state key, init key)``.
         written: keys that the networks inside write.
         selected: state keys that the loss would drop (see ``loss_inputs``).
+        action_masks: keys of the action masks that the networks inside read.
         checked: whether the values of a batch have been checked.
         active: whether a call is running.
         valid: valid mask of the running call, ``[*, T]`` or per agent; None without padding.
@@ -65,6 +68,7 @@ class Wiring:
     state_keys: list[tuple[NestedKey, NestedKey]]
     written: set[Any]
     selected: list[NestedKey]
+    action_masks: tuple[NestedKey, ...] = ()
     checked: bool = False
     active: bool = False
     valid: Tensor | None = None
@@ -83,7 +87,8 @@ def make_wiring(loss: Any, init_key: NestedKey | list[NestedKey] | None) -> Wiri
     states = set(network.state_keys)
     selected = [key for key in find_dropped_keys(loss) if key in states]
     pairs = [pair for pair in network.pairs if pair[1] in init_keys]
-    return Wiring(network.layers, init_keys, pairs, set(network.output_keys), selected)
+    written = set(network.output_keys)
+    return Wiring(network.layers, init_keys, pairs, written, selected, network.action_mask_keys)
 
 
 class Wired:
@@ -160,6 +165,7 @@ class Wired:
         if mask is not None:
             # Finite values stay: TorchRL's losses report some values of masked steps too.
             batch = zero_masked(batch, mask, finite=False)
+        batch = allow_where_empty(batch, self._wiring.action_masks)
         if batch.get("next", None) is None:
             return batch.copy()
         prepared = set_next_flags(batch, self._wiring.init_keys)
@@ -187,6 +193,7 @@ class Wired:
                 read_values=reads_values and not is_checked(batch, states),
             )
         )
+        self._check_action_masks(batch, reads_values)
         if reads_values:
             raise_first(find_value_problems(loss, batch, read_mask(batch), self._find_starts))
             wiring.checked = True
@@ -195,6 +202,20 @@ class Wired:
         """Return bool ``[*, T]``, True where a segment starts by any flags."""
         flags = [find_segment_starts(batch, key) for key in self._wiring.init_keys]
         return torch.stack([any_agent(one, batch.ndim) for one in flags]).any(0)
+
+    def _check_action_masks(self, batch: TensorDictBase, reads_values: bool) -> None:
+        keys: Any = getattr(self, "tensor_keys", None)
+        terminated = getattr(keys, "terminated", "terminated")
+        for key in self._wiring.action_masks:
+            problems = find_action_mask_problems(
+                batch,
+                key,
+                getattr(keys, "action", "action"),
+                self._find_valid(batch),
+                terminated_key=terminated if isinstance(self, TAKES_BEST_ACTION) else None,
+                read_values=reads_values,
+            )
+            raise_first(problems)
 
     def _reads_values(self, batch: TensorDictBase) -> bool:
         """Whether to read values: always in CPU memory, elsewhere at the first call alone."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from tensordict import TensorDictBase, UnbatchedTensor
 from tensordict.utils import NestedKey
@@ -9,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..checks import find_mask_problems, raise_first
-from ..keys import MASK_KEY
+from ..keys import MASK_KEY, next_key
 
 
 def sequence_mask(lengths: Tensor, max_len: int | None = None) -> Tensor:
@@ -107,3 +109,34 @@ def zero_masked(
         return entry.masked_fill(padding if finite else padding & ~entry.isfinite(), 0)
 
     return batch.apply(fill)  # pyright: ignore[reportReturnType]
+
+
+def allow_where_empty(batch: TensorDictBase, mask_keys: Iterable[NestedKey]) -> TensorDictBase:
+    """Allow all actions at steps that allow none: at padding, and after terminal steps.
+
+    No value of such a step counts. Without any allowed action it is infinite or NaN, which a
+    multiplication by zero does not remove.
+
+    Args:
+        batch: sequences ``[*, T]``; it stays as it is.
+        mask_keys: keys of action masks, bool ``[*, T, A]`` or per agent, in the root and the
+            ``next`` tensordict; missing ones are left out.
+
+    Returns:
+        The batch, or a shallow copy with other masks.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> allowed = torch.tensor([[True, False], [False, False]])
+        >>> allow_where_empty(TensorDict(mask=allowed, batch_size=[2]), ["mask"])["mask"]
+        tensor([[ True, False],
+                [ True,  True]])
+    """
+    changed = batch
+    for mask_key in mask_keys:
+        for key in (mask_key, next_key(mask_key)):
+            allowed = batch.get(key, None)
+            if allowed is not None and allowed.dtype is torch.bool:
+                changed = batch.copy() if changed is batch else changed
+                changed.set(key, allowed | ~allowed.any(-1, keepdim=True))
+    return changed

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
-from torchrl.data import OneHot
+from torchrl.data import Categorical, MultiCategorical, OneHot
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from rnnkeys.collectors import EpsilonGreedy, epsilon_ladder
@@ -50,3 +52,32 @@ def test_epsilon_greedy_reads_a_nested_action_key() -> None:
     with set_exploration_type(ExplorationType.RANDOM):
         explore(tensordict)
     assert (tensordict["agents", "action"].sum(-1) == 1).all()
+
+
+@pytest.mark.parametrize("spec", [OneHot(4), Categorical(4), Categorical(4, shape=torch.Size([1]))])
+def test_epsilon_greedy_with_a_mask_draws_all_allowed_actions_and_no_other(spec: Any) -> None:
+    allowed = torch.tensor([[True, False, True, True], [False, False, True, False]])
+    explore = EpsilonGreedy(spec, 1.0, action_mask_key="action_mask")
+    counts = torch.zeros(2, 4)
+    for _ in range(300):
+        data = TensorDict({"action": spec.zero(torch.Size([2])), "action_mask": allowed}, [2])
+        with set_exploration_type(ExplorationType.RANDOM):
+            action = explore(data)["action"]
+        assert spec.is_in(action[0]) and action.dtype == spec.dtype
+        index = action.long().argmax(-1) if isinstance(spec, OneHot) else action.reshape(2)
+        counts += nn.functional.one_hot(index, 4)
+    assert torch.equal(counts > 0, allowed)
+    assert counts[0, allowed[0]].min() > 70
+
+
+def test_epsilon_greedy_where_no_action_is_allowed_keeps_the_action() -> None:
+    explore = EpsilonGreedy(OneHot(3), 1.0, action_mask_key="action_mask")
+    best = nn.functional.one_hot(torch.tensor([1, 1]), 3)
+    data = TensorDict({"action": best, "action_mask": torch.zeros(2, 3).bool()}, [2])
+    with set_exploration_type(ExplorationType.RANDOM):
+        assert torch.equal(explore(data)["action"], best)
+
+
+def test_epsilon_greedy_masks_of_several_choices_raise() -> None:
+    with pytest.raises(ValueError, match="one discrete action.*MultiCategorical"):
+        EpsilonGreedy(MultiCategorical([2, 3]), 1.0, action_mask_key="action_mask")

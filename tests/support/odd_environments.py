@@ -58,6 +58,61 @@ class SpacesEnv(gym.Env):
         return observation, reward, self.time >= self.length, False, {}
 
 
+class MaskedEnv(SpacesEnv):
+    """Raises at an action that the mask does not allow; one flag is True in each entry, or more.
+
+    Args:
+        action: space of the actions, Discrete or MultiDiscrete.
+        where: ``"entry"`` of the observation, ``"method"`` or ``"info"``.
+        length: steps of an episode, after which no action is allowed.
+    """
+
+    def __init__(self, action: Any, where: str, length: int = 20) -> None:
+        super().__init__(VECTOR, action, length)
+        self.where = where
+        self.sizes = [int(action.n)] if isinstance(action, spaces.Discrete) else action.nvec
+        if where == "entry":
+            mask = spaces.MultiBinary(int(sum(self.sizes)))
+            self.observation_space = spaces.Dict({"observation": VECTOR, "action_mask": mask})
+        if where == "method":
+            self.action_masks = lambda: self.mask
+
+    def _draw_mask(self) -> None:
+        parts = [self.np_random.integers(2, size=size) for size in self.sizes]
+        for part in parts:
+            part[self.np_random.integers(len(part))] = 1
+        self.mask = np.concatenate(parts).astype(np.int8)
+        if self.time >= self.length:
+            self.mask[:] = 0
+
+    def _add_mask(self, observation: Any, info: dict) -> tuple[Any, dict]:
+        if self.where == "entry":
+            observation = {**observation, "action_mask": self.mask}
+        return observation, {"action_mask": self.mask} if self.where == "info" else info
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
+        observation, info = super().reset(seed=seed, options=options)
+        self._draw_mask()
+        return self._add_mask(observation, info)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        choices = np.ravel(action) - getattr(self.action_space, "start", 0)
+        offsets = np.cumsum([0, *self.sizes[:-1]])
+        if not self.mask[choices + offsets].all():
+            raise ValueError(f"{action} is not allowed by {self.mask}")
+        observation, reward, *ends, info = super().step(action)
+        self._draw_mask()
+        observation, info = self._add_mask(observation, info)
+        return observation, reward, *ends, info  # pyright: ignore[reportReturnType]
+
+
+class AlwaysMasked(gym.Wrapper):
+    """Offers a mask of three flags."""
+
+    def action_masks(self) -> np.ndarray:
+        return np.ones(3, np.int8)
+
+
 def box(*shape: int, dtype: Any = np.float32) -> spaces.Box:
     return spaces.Box(-1, 1, shape, dtype)
 
@@ -110,6 +165,10 @@ def action_id(name: str) -> str:
     return f"OddAction{name}-v0"
 
 
+def masked_id(where: str, name: str) -> str:
+    return f"OddMasked{where.title()}{name}-v0"
+
+
 def register(name: str, observation: gym.Space, action: gym.Space, **options: Any) -> None:
     gym.register(name, lambda **kwargs: SpacesEnv(observation, action, **options, **kwargs))
 
@@ -118,6 +177,15 @@ for _name, (_space, _) in OBSERVATIONS.items():
     register(observation_id(_name), _space, CHOICE)
 for _name, (_space, _) in ACTIONS.items():
     register(action_id(_name), VECTOR, _space)
+for _where in ("entry", "method", "info"):
+    for _name, _space in (
+        ("Choice", spaces.Discrete(4)),
+        ("Choices", spaces.MultiDiscrete([2, 3])),
+    ):
+        gym.register(
+            masked_id(_where, _name),
+            lambda space=_space, where=_where, **kwargs: MaskedEnv(space, where, **kwargs),
+        )
 register("OddOneStep-v0", VECTOR, CHOICE, length=1)
 register("OddSequence-v0", spaces.Sequence(VECTOR), CHOICE)
 register("OddActionDict-v0", VECTOR, spaces.Dict({"move": CHOICE}))

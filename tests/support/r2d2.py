@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
+from torchrl.modules import QValueModule
 from torchrl.objectives import SoftUpdate
 
 from rnnkeys import GRUModule
@@ -29,12 +30,15 @@ class Network(NamedTuple):
     b: np.ndarray
 
 
-def make_network(seed: int = 0) -> Any:
+def make_network(seed: int = 0, action_mask_key: str | None = None) -> Any:
     torch.manual_seed(seed)
     gru = GRUModule(I, H, in_key="observation", out_key="embed", dtype=F64)
     head = nn.Linear(H, A, dtype=F64)
     nn.init.uniform_(head.weight, -3, 3)
-    return chain(gru, TensorDictModule(head, ["embed"], ["action_value"]))
+    network = chain(gru, TensorDictModule(head, ["embed"], ["action_value"]))
+    if action_mask_key is None:
+        return network
+    return chain(*network, QValueModule("one_hot", action_mask_key=action_mask_key))
 
 
 def as_numpy(network: Any) -> Network:
@@ -85,6 +89,25 @@ def make_windows(one_hot: bool = True, masked: bool = True) -> TensorDict:
         mask[3, 8:] = mask[4, 5:] = mask[5] = False
         data[MASK] = mask
     return data
+
+
+def add_action_masks(windows: TensorDict) -> TensorDict:
+    """Add masks that allow the action played, about half of the others, and none at the end."""
+    torch.manual_seed(5)
+    taken = windows["action"]
+    taken = taken.bool() if taken.ndim == 3 else nn.functional.one_hot(taken, A).bool()
+    allowed = taken | (torch.rand(B, T, A) < 0.5)
+    after = torch.rand(B, T, A) < 0.5
+    after[..., 0] |= ~after.any(-1)
+    # Inside an episode the next mask is that of the next step.
+    over = windows["next", "done"][:, :-1, 0] | windows["is_init"][:, 1:, 0]
+    after[:, :-1] = torch.where(over.unsqueeze(-1), after[:, :-1], allowed[:, 1:])
+    after[windows["next", "terminated"].squeeze(-1)] = False
+    valid = windows.get(MASK, torch.ones(B, T, dtype=torch.bool))
+    after[:, :-1][valid[:, :-1] & ~valid[:, 1:]] = torch.tensor([False, True, True])
+    windows["action_mask"] = allowed & valid.unsqueeze(-1)
+    windows["next", "action_mask"] = after & valid.unsqueeze(-1)
+    return windows
 
 
 def rescale(x: float, eps: float | None) -> float:
@@ -156,6 +179,7 @@ def expect(
     reward = windows["next", "reward"][..., 0].numpy()
     action = windows["action"]
     action = (action.argmax(-1) if action.ndim == 3 else action).numpy()
+    allowed = windows.get(("next", "action_mask"), torch.ones(B, T, A).bool()).numpy()
     mask = windows.get(MASK, torch.ones(B, T, dtype=torch.bool)).numpy()
     errors = np.full((B, T), np.nan)
     for b in range(B):
@@ -176,6 +200,7 @@ def expect(
             if not terminated[b, last]:
                 values = theirs.values_after(last)
                 chooser = ours.values_after(last) if double_dqn else values
+                chooser = np.where(allowed[b, last], chooser, -np.inf)
                 bootstrap = unscale(float(values[chooser.argmax()]), eps)
                 total += gamma ** (last - t + 1) * bootstrap
             errors[b, t] = rescale(total, eps) - ours.values(ours.state[t])[action[b, t]]

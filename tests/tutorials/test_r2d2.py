@@ -374,3 +374,8 @@ def test_script_in_another_folder_collects_with_processes(tmp_path: Path) -> Non
     folder = tmp_path / "runs" / "r2d2"
     assert_complete(folder, [128, 256, 384])
     assert read_rows(folder)[-1]["lag"] >= 1
+
+
+def test_run_of_an_environment_with_action_masks_plays_allowed_actions(run: Run) -> None:
+    folder = run(*SHORT, "--env", odd_environments.masked_id("entry", "Choice"))
+    assert read_result(folder)["frames"] == 384  # the environment raises at any other action

@@ -22,7 +22,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.odd_environments import ACTIONS, OBSERVATIONS, action_id, observation_id
+from tests.support.odd_environments import (
+    ACTIONS,
+    OBSERVATIONS,
+    action_id,
+    masked_id,
+    observation_id,
+)
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tutorials" / "recurrent_ppo.py"
@@ -292,3 +298,11 @@ def test_script_copied_elsewhere_saves_at_a_signal(tmp_path: Path, number: signa
     assert "To continue: --resume out" in out
     checkpoint = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
     assert checkpoint["frames"] > 0 and not (tmp_path / "out" / "result.json").exists()
+
+
+@pytest.mark.parametrize("name", ["Choice", "Choices"])
+def test_run_of_an_environment_with_action_masks_plays_allowed_actions(
+    ppo: ModuleType, tmp_path: Path, name: str
+) -> None:
+    ppo.main([*SHORT, "--env", masked_id("entry", name), "--output", str(tmp_path)])
+    assert read(tmp_path)[1]["frames"] == 64  # the environment raises at any other action
