@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase, unravel_key
@@ -16,42 +18,44 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from .._compat import UserError as ExportUserError
-from ..keys import as_tuple, entry_names, next_key
+from ..keys import entry_names, next_key
 from ..mode import set_recurrent_mode
 from ..modules.network import RecurrentNetwork
+from .step_metadata import describe_step, join_key
 
 
 class Step(nn.Module):
-    """One time step of a policy: tensors ``(*inputs, *states)`` to ``(*outputs, *next_states)``.
+    """One time step of a policy: ``(*inputs, *is_init, *states)`` to ``(*outputs, *next_states)``.
 
     Args:
         policy: with recurrent modules inside, or without.
         outputs: keys of the entries to return.
 
     Attributes:
-        input_keys: keys of the inputs, then those of the states.
+        observation_keys: keys of the inputs that are neither flags nor states.
+        init_keys: keys of the ``is_init`` flags of layers that have a state.
+        state_keys: keys of the states.
+        input_keys: all of these, in this order.
         output_keys: ``outputs``, then the keys of the next states.
     """
 
     def __init__(self, policy: TensorDictModuleBase, outputs: Sequence[NestedKey]) -> None:
         super().__init__()
-        network = RecurrentNetwork(policy)
         self.policy = policy
-        self.init_keys = network.init_keys
-        self.state_keys = network.state_keys
-        self.input_keys = [*network.input_keys, *network.state_keys]
-        self.output_keys = [*map(unravel_key, outputs), *map(next_key, network.state_keys)]
+        self.network = RecurrentNetwork(policy)
+        self.observation_keys = self.network.input_keys
+        self.init_keys = tuple(dict.fromkeys(init_key for _, init_key in self.network.pairs))
+        self.state_keys = self.network.state_keys
+        self.input_keys = [*self.observation_keys, *self.init_keys, *self.state_keys]
+        self.outputs = [unravel_key(key) for key in outputs]
+        self.output_keys = [*self.outputs, *map(next_key, self.state_keys)]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Run one time step of a batch ``[N, ...]``; an episode starts from states of zeros."""
-        batch = tensors[0].shape[:1]
+        """Run one time step of a batch ``[N, ...]``; where ``is_init``, states count as zeros."""
         data = TensorDict(
             dict(zip(self.input_keys, tensors, strict=True)),  # pyright: ignore[reportArgumentType]
-            batch_size=batch,
+            batch_size=tensors[0].shape[:1],
         )
-        for key in self.init_keys:
-            # The caller restarts an episode by zeros, not by a flag.
-            data.set(key, torch.zeros(*batch, 1, dtype=torch.bool, device=tensors[0].device))
         with set_recurrent_mode(False), set_exploration_type(ExplorationType.DETERMINISTIC):
             data = self.policy(data)
         missing = [key for key in self.output_keys if data.get(key, None) is None]
@@ -69,32 +73,41 @@ def export_step(
     *,
     outputs: Sequence[NestedKey] = ("action",),
     onnx: str | Path | None = None,
+    pt2: str | Path | None = None,
 ) -> torch.export.ExportedProgram:
     """Export one time step with explicit states, as a ``torch.export`` program and as ONNX.
 
-    The program takes tensors, not TensorDicts: the observations and the states, in the order of the
-    policy's ``in_keys``. It returns ``outputs`` and the next states. Actions are chosen without
-    exploration. The batch is of any size, unless the policy runs the size of the example only (then
-    a warning says so). An episode starts from states of zeros.
+    The program takes tensors, not TensorDicts: the observations, the ``is_init`` flags and the
+    states, in the order of the policy's ``in_keys``. It returns ``outputs`` and the next states,
+    which are the states of the next call. Where ``is_init`` is True an episode starts, and the
+    states that were passed do not count. Actions are chosen without exploration. The batch is of
+    any size, unless the policy runs the size of the example only (then a warning says so).
 
     The policy is exported as it is: if its environment normalizes observations, put the normalizer
     before it, ``TensorDictSequential(normalizer, policy)``, such as the one of
     ``VecNormV2.to_observation_norm()``.
 
+    Files contain a description of the step, in JSON: names, shapes and dtypes of inputs, flags,
+    states and outputs, which output is which state's next one, the initial states, and versions.
+    It is ONNX metadata with the key ``"rnnkeys"``, and the extra file ``"rnnkeys.json"`` of a
+    program. See ``docs/export.md``.
+
     Args:
         policy: with recurrent modules inside, or without. Its weights are copied as they are.
         example: an entry for each input, with one batch dimension, as ``env.reset()`` of several
-            environments returns it; only shapes and dtypes count. States may be missing.
+            environments returns it; only shapes and dtypes count. Flags and states may be missing.
         outputs: keys of the entries to return besides the next states.
         onnx: file to write the same step to. Needs ``pip install rnnkeys[onnx]``. Inputs and
             outputs are named by their keys, nested ones with dots.
+        pt2: file to write the program to, for ``torch.export.load``.
 
     Returns:
-        The program; ``program.module()(observation, *states)`` runs it.
+        The program; ``program.module()(observation, is_init, *states)`` runs it.
 
     Raises:
-        KeyError: if the example misses an input that is not a state, or if the policy writes no
-            entry that ``outputs`` names.
+        ImportError: if ``onnx`` is given and the extra is missing.
+        KeyError: if the example misses an observation, or if the policy writes no entry that
+            ``outputs`` names.
         TypeError: if ``outputs`` is one key instead of a list.
         ValueError: if the example has no batch dimension, or more than one.
 
@@ -103,7 +116,8 @@ def export_step(
         >>> policy = GRUModule(3, 5, in_key="observation", out_key="embed")
         >>> example = TensorDict(observation=torch.zeros(2, 3), batch_size=[2])
         >>> program = export_step(policy, example, outputs=["embed"])
-        >>> embed, state = program.module()(torch.randn(4, 3), torch.zeros(4, 1, 5))
+        >>> is_init = torch.ones(4, 1, dtype=torch.bool)
+        >>> embed, state = program.module()(torch.randn(4, 3), is_init, torch.zeros(4, 1, 5))
         >>> embed.shape, state.shape
         (torch.Size([4, 5]), torch.Size([4, 1, 5]))
     """
@@ -116,10 +130,21 @@ def export_step(
             "example.unsqueeze(0)."
         )
     step = Step(policy, outputs)
+    inputs = _make_inputs(step, example)
     with _for_export(step):
-        program = _trace(step, _make_inputs(step, example))
+        program = _trace(step, tuple(inputs.get(key) for key in step.input_keys))
+    description = describe_step(
+        program,
+        inputs=step.observation_keys,
+        init_keys=step.init_keys,
+        states=inputs.select(*step.state_keys),
+        outputs=step.outputs,
+    )
     if onnx is not None:
-        _write_onnx(program, step, Path(onnx))
+        _write_onnx(program, step, description, Path(onnx))
+    if pt2 is not None:
+        extra = {"rnnkeys.json": json.dumps(description)}
+        torch.export.save(program, str(pt2), extra_files=extra)
     return program
 
 
@@ -170,36 +195,48 @@ def _for_export(step: Step) -> Iterator[None]:
             module.training = mode
 
 
-def _make_inputs(step: Step, example: TensorDictBase) -> tuple[Tensor, ...]:
-    network = RecurrentNetwork(step.policy)
+def _make_inputs(step: Step, example: TensorDictBase) -> TensorDictBase:
+    """Return observations of the example, and flags and states of episodes that start."""
+    network = step.network
     missing = [key for key in network.input_keys if example.get(key, None) is None]
     if missing:
         raise KeyError(
             f"The example misses {missing}, which the policy reads. Entries here: "
             f"{entry_names(example)}."
         )
-    inputs = example.select(*step.input_keys, strict=False)
+    inputs = example.select(*step.observation_keys, *step.init_keys, strict=False)
     if len(example) < 2:
         # A batch of one would be exported as a constant.
         inputs = inputs[[0, 0]]
-    if any(inputs.get(key, None) is None for key in step.state_keys):
-        inputs.update(network.initial_states(inputs.batch_size, inputs))
-    return tuple(inputs.get(key) for key in step.input_keys)
+    flags = torch.ones(*inputs.batch_size, 1, dtype=torch.bool, device=inputs.device)
+    for key in step.init_keys:
+        if inputs.get(key, None) is None:
+            inputs.set(key, flags)
+    return inputs.update(network.initial_states(inputs.batch_size, inputs))
 
 
-def _write_onnx(program: torch.export.ExportedProgram, step: Step, path: Path) -> None:
+def _write_onnx(
+    program: torch.export.ExportedProgram, step: Step, description: dict[str, Any], path: Path
+) -> None:
     if find_spec("onnxscript") is None:
         raise ImportError("Writing ONNX needs onnxscript: pip install 'rnnkeys[onnx]'.")
+    takes_any = program.range_constraints
     with warnings.catch_warnings():
         # torch's exporter warns about its own internals.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
-        torch.onnx.export(
+        written: Any = torch.onnx.export(
             program,
-            f=str(path),
-            input_names=[".".join(as_tuple(key)) for key in step.input_keys],
-            output_names=[".".join(as_tuple(key)) for key in step.output_keys],
+            input_names=[join_key(key) for key in step.input_keys],
+            output_names=[join_key(key) for key in step.output_keys],
+            # The first input names the size that all share.
+            dynamic_shapes=[
+                {0: "batch"} if takes_any else None,
+                *[None] * len(step.input_keys[1:]),
+            ],
             dynamo=True,
             verbose=False,
-            external_data=False,
         )
+    description = {**description, "opset": written.model.opset_imports[""]}
+    written.model.metadata_props["rnnkeys"] = json.dumps(description)
+    written.save(str(path), external_data=False)

@@ -1,7 +1,8 @@
-"""An exported single step plays an episode as the policy does."""
+"""An exported single step plays episodes as the policy does."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,25 @@ from torchrl.envs.transforms import ObservationNorm
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import OneHotCategorical, ProbabilisticActor, QValueModule, TanhNormal
 
-from rnnkeys import GRUModule, LSTMModule, export_step, get_env_transforms_from_module
+import rnnkeys
+from rnnkeys import (
+    GRUModule,
+    LSTMModule,
+    export_step,
+    get_env_transforms_from_module,
+    recurrent_module,
+)
 from rnnkeys.deploy.export import Step
 from tests.support.target_cases import Mod, Seq
 
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 KINDS: dict[str, Any] = {"lstm": LSTMModule, "gru": GRUModule}
 
 
 def make(cell: str, kind: str, layers: int = 2) -> tuple[Any, Any]:
     """Return a policy with weights that do not always choose the same, and its environment."""
     name, size, actions = ("Pendulum-v1", 3, 1) if kind == "normal" else ("CartPole-v1", 4, 2)
-    env = GymEnv(name)
+    env = GymEnv(name, max_episode_steps=25)
     recurrent = KINDS[cell](size, 8, num_layers=layers, in_key="observation", out_key="embed")
     if kind == "normal":
         head = torch.nn.Linear(8, 2 * actions)
@@ -60,32 +69,35 @@ class Spread(torch.nn.Module):
         return loc, scale.exp()
 
 
-def play(env: Any, policy: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def play(env: Any, policy: Any) -> Any:
+    """Play 60 steps of several episodes, one after the other."""
     env.set_seed(3)
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-        episode = env.rollout(60, policy)
-    return episode["observation"], episode["action"]
+        return env.rollout(60, policy, break_when_any_done=False)
 
 
-def replay(
-    step: Callable[..., Any], observations: torch.Tensor, cell: str, layers: int = 2
-) -> torch.Tensor:
-    """Let an exported step act on observations, carrying its states by hand."""
-    states = [torch.zeros(1, layers, 8) for _ in range(2 if cell == "lstm" else 1)]
+def replay(step: Callable[..., Any], played: Any, cell: str, layers: int = 2) -> torch.Tensor:
+    """Let an exported step act on observations, carrying its states by hand past every reset."""
+    states = [torch.full((1, layers, 8), torch.nan) for _ in range(2 if cell == "lstm" else 1)]
     actions = []
-    for observation in observations:
-        action, *states = step(observation.unsqueeze(0), *states)
+    for one in played.split(1):
+        action, *states = step(one["observation"], one["is_init"], *states)
         actions.append(torch.as_tensor(action)[0])
     return torch.stack(actions)
 
 
-def make_and_play(cell: str, kind: str) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
+def make_and_play(cell: str, kind: str) -> tuple[Any, Any]:
     """Draw policies until one is found that does not always act the same."""
     while True:
         policy, env = make(cell, kind)
-        observations, actions = play(env, policy)
-        if len(observations) > 5 and len(actions.unique(dim=0)) > 1:
-            return policy, env, observations, actions
+        played = play(env, policy)
+        assert played["is_init"].sum() > 1
+        if len(played["action"].unique(dim=0)) > 1:
+            return policy, played
+
+
+def read_description(session: Any) -> dict[str, Any]:
+    return json.loads(session.get_modelmeta().custom_metadata_map["rnnkeys"])
 
 
 in_all_kinds = pytest.mark.parametrize("kind", ["categories", "values", "normal"])
@@ -94,13 +106,12 @@ in_all_kinds = pytest.mark.parametrize("kind", ["categories", "values", "normal"
 @in_all_kinds
 @pytest.mark.parametrize("cell", KINDS)
 def test_exported_program_plays_as_the_policy(cell: str, kind: str) -> None:
-    policy, env, observations, actions = make_and_play(cell, kind)
-    example = TensorDict(observation=observations[:1], batch_size=[1])
-    program = export_step(policy, example)
+    policy, played = make_and_play(cell, kind)
+    program = export_step(policy, played[:1].select("observation"))
     assert policy.training
     with torch.no_grad():
-        again = replay(program.module(), observations, cell)
-    torch.testing.assert_close(again.to(actions.dtype), actions, rtol=1e-5, atol=1e-5)
+        again = replay(program.module(), played, cell)
+    torch.testing.assert_close(again.to(played["action"].dtype), played["action"], **CLOSE)
 
 
 @in_all_kinds
@@ -108,19 +119,62 @@ def test_exported_program_plays_as_the_policy(cell: str, kind: str) -> None:
 def test_exported_onnx_plays_as_the_policy(cell: str, kind: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    policy, _, observations, actions = make_and_play(cell, kind)
-    example = TensorDict(observation=observations[:1], batch_size=[1])
-    export_step(policy, example, onnx=tmp_path / "step.onnx")
+    policy, played = make_and_play(cell, kind)
+    export_step(policy, played[:1], onnx=tmp_path / "step.onnx")
     session = runtime.InferenceSession(tmp_path / "step.onnx")
     names = [one.name for one in session.get_inputs()]
-    assert names[0] == "observation" and len(names) == (3 if cell == "lstm" else 2)
+    assert names[:2] == ["observation", "is_init"] and len(names) == (4 if cell == "lstm" else 3)
 
     def step(*tensors: Any) -> Any:
         feed = {n: np.asarray(t) for n, t in zip(names, tensors, strict=True)}
         return session.run(None, feed)
 
-    again = replay(step, observations, cell)
-    torch.testing.assert_close(again.to(actions.dtype), actions, rtol=1e-5, atol=1e-5)
+    again = replay(step, played, cell)
+    torch.testing.assert_close(again.to(played["action"].dtype), played["action"], **CLOSE)
+
+
+def test_exported_files_describe_what_a_runtime_needs(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    lstm = LSTMModule(3, 5, in_key="observation", out_key="embed", dtype=torch.float64)
+    example = TensorDict(observation=torch.zeros(2, 3, dtype=torch.float64), batch_size=[2])
+    files = {"onnx": tmp_path / "step.onnx", "pt2": tmp_path / "step.pt2"}
+    export_step(lstm, example, outputs=["embed"], **files)
+    session = runtime.InferenceSession(files["onnx"])
+    description = read_description(session)
+    assert description["inputs"] == [
+        {"name": "observation", "shape": ["batch", 3], "dtype": "float64"}
+    ]
+    assert description["is_init"] == [{"name": "is_init", "shape": ["batch", 1], "dtype": "bool"}]
+    assert description["states"] == [
+        {
+            "input": f"recurrent_state_{name}",
+            "output": f"next.recurrent_state_{name}",
+            "shape": ["batch", 1, 5],
+            "dtype": "float64",
+            "initial": 0.0,
+        }
+        for name in "hc"
+    ]
+    assert description["outputs"] == [{"name": "embed", "shape": ["batch", 5], "dtype": "float64"}]
+    assert description["versions"]["rnnkeys"] == rnnkeys.__version__
+    assert description["versions"]["torch"] == torch.__version__
+    parts = ("inputs", "is_init", "states")
+    described = [one.get("name", one.get("input")) for part in parts for one in description[part]]
+    assert [one.name for one in session.get_inputs()] == described
+    assert all(one.shape[0] == "batch" for one in [*session.get_inputs(), *session.get_outputs()])
+    del description["opset"]
+    extra = {"rnnkeys.json": ""}
+    torch.export.load(files["pt2"], extra_files=extra)
+    assert json.loads(extra["rnnkeys.json"]) == description
+
+
+def test_exported_feed_forward_policy_takes_neither_flags_nor_states() -> None:
+    layer = recurrent_module("feed_forward", 3, 5, in_key="observation", out_key="embed")
+    example = TensorDict(observation=torch.zeros(2, 3), batch_size=[2])
+    program = export_step(layer, example, outputs=["embed"])
+    x = torch.randn(4, 3)
+    (embed,) = program.module()(x)
+    torch.testing.assert_close(embed, layer(TensorDict(observation=x, batch_size=[4]))["embed"])
 
 
 def test_exported_program_with_another_batch_size_returns_outputs_and_states() -> None:
@@ -128,10 +182,10 @@ def test_exported_program_with_another_batch_size_returns_outputs_and_states() -
     example = TensorDict(observation=torch.zeros(1, 3), batch_size=[1])
     program = export_step(gru, example, outputs=["embed"]).module()
     x, h = torch.randn(7, 3), torch.randn(7, 1, 5)
-    is_init = torch.zeros(7, 1, dtype=torch.bool)
+    is_init = torch.arange(7).unsqueeze(-1) == 3
     data = TensorDict(observation=x, recurrent_state=h, is_init=is_init, batch_size=[7])
     truth = gru(data)
-    embed, state = program(x, h)
+    embed, state = program(x, is_init, h)
     torch.testing.assert_close(embed, truth["embed"])
     torch.testing.assert_close(state, truth["next", "recurrent_state"])
 
@@ -161,7 +215,7 @@ def test_export_of_agents_without_states_in_the_example_runs_agents() -> None:
     step = TensorDict({("agents", "observation"): x, ("agents", "h"): h}, [6])
     step["is_init"] = torch.zeros(6, 1, dtype=torch.bool)
     truth = gru(step)
-    embed, state = program(x, h)
+    embed, state = program(x, step["is_init"], h)
     torch.testing.assert_close(embed, truth["agents", "embed"])
     torch.testing.assert_close(state, truth["next", "agents", "h"])
 
@@ -173,10 +227,10 @@ def test_export_of_a_normalizer_before_the_policy_normalizes() -> None:
         loc=loc, scale=scale, in_keys=["observation"], standard_normal=True
     )
     example = TensorDict(observation=torch.zeros(1, 3), batch_size=[1])
-    x, h = torch.randn(6, 3), torch.randn(6, 1, 5)
+    x, h, go = torch.randn(6, 3), torch.randn(6, 1, 5), torch.zeros(6, 1, dtype=torch.bool)
     program = export_step(Seq(normalizer, gru), example, outputs=["embed"]).module()
     plain = export_step(gru, example, outputs=["embed"]).module()
-    torch.testing.assert_close(program(x, h), plain((x - loc) / scale, h))
+    torch.testing.assert_close(program(x, go, h), plain((x - loc) / scale, go, h))
     assert isinstance(normalizer.standard_normal, torch.Tensor)
     assert "standard_normal" in normalizer.state_dict()
 
@@ -190,9 +244,9 @@ def test_export_of_statistics_by_environment_warns_and_keeps_the_batch_size() ->
     example = TensorDict(observation=torch.zeros(2, 3), batch_size=[2])
     with pytest.warns(UserWarning, match="batches of 2 only.*reduce_batch_dims=True"):
         program = export_step(Seq(normalizer, gru), example, outputs=["embed"]).module()
-    x, h = torch.randn(2, 3), torch.randn(2, 1, 5)
+    x, h, go = torch.randn(2, 3), torch.randn(2, 1, 5), torch.zeros(2, 1, dtype=torch.bool)
     plain = export_step(gru, example, outputs=["embed"]).module()
-    torch.testing.assert_close(program(x, h), plain((x - loc) / scale, h))
+    torch.testing.assert_close(program(x, go, h), plain((x - loc) / scale, go, h))
 
 
 # torch.jit is deprecated, and still what robots run.
@@ -204,7 +258,12 @@ def test_step_that_is_traced_by_torch_jit_equals_the_step(cell: str) -> None:
     step = Step(module, ["embed"]).eval()
 
     def inputs(number: int) -> tuple[torch.Tensor, ...]:
-        return (torch.randn(number, 3), *(torch.randn(number, 2, 5) for _ in step.state_keys))
+        flags = torch.zeros(number, 1, dtype=torch.bool)
+        return (
+            torch.randn(number, 3),
+            flags,
+            *(torch.randn(number, 2, 5) for _ in step.state_keys),
+        )
 
     traced: Any = torch.jit.trace(step, inputs(2))
     given = inputs(6)
