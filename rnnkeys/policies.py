@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,33 +12,51 @@ from torch import Tensor, nn
 from torchrl.data import Binary, Categorical, MultiOneHot, OneHot, TensorSpec
 from torchrl.modules import MLP, ConvNet, QValueModule
 
-from .cells import (
-    FEED_FORWARD_CELL,
-    FFM_CELL,
-    LAYER_NORM_LSTM_CELL,
-    LRU_CELL,
-    MIN_GRU_CELL,
-    MIN_LSTM_CELL,
-    S5_CELL,
-    Cell,
-    LinearCell,
-    ResidualBlock,
-)
+from .cells import FEED_FORWARD_CELL, LAYER_NORM_LSTM_CELL, Cell
 from .modules.cell_module import CellModule
 from .modules.lstm_gru import GRUModule, LSTMModule
+from .modules.named_modules import (
+    FFMModule,
+    LRUModule,
+    MinGRUModule,
+    MinLSTMModule,
+    RNNModule,
+    S5Module,
+    S6Module,
+)
 from .modules.recurrent import RecurrentModule
 from .modules.time_distributed import TimeDistributed
 
 CellName = Literal[
-    "lstm", "gru", "lstm_ln", "mingru", "minlstm", "lru", "s5", "ffm", "feed_forward"
+    "lstm",
+    "gru",
+    "rnn",
+    "lstm_ln",
+    "mingru",
+    "minlstm",
+    "lru",
+    "s5",
+    "s6",
+    "ffm",
+    "feed_forward",
 ]
 """Names of the cells that :func:`recurrent_module` makes."""
 
-_LINEAR = (MIN_GRU_CELL, MIN_LSTM_CELL, LRU_CELL, S5_CELL, FFM_CELL)
-_CELLS: dict[str, Cell] = {
-    cell.name: cell for cell in (LAYER_NORM_LSTM_CELL, FEED_FORWARD_CELL, *_LINEAR)
+_LINEAR: dict[str, Callable[..., RecurrentModule]] = {
+    "mingru": MinGRUModule,
+    "minlstm": MinLSTMModule,
+    "lru": LRUModule,
+    "s5": S5Module,
+    "s6": S6Module,
+    "ffm": FFMModule,
 }
-_BLOCKS = ("plain", "residual")
+_OTHERS: dict[str, Callable[..., RecurrentModule]] = {
+    "lstm": LSTMModule,
+    "gru": GRUModule,
+    "rnn": RNNModule,
+}
+# Cells without arguments of their own.
+_CELLS: dict[str, Cell] = {cell.name: cell for cell in (LAYER_NORM_LSTM_CELL, FEED_FORWARD_CELL)}
 
 
 def recurrent_module(
@@ -50,21 +68,22 @@ def recurrent_module(
     block: str = "plain",
     **arguments: Any,
 ) -> RecurrentModule:
-    """Make a recurrent module by the name of its cell.
+    """Make a recurrent module by the name of its cell, so that a network changes it by one word.
 
     Args:
-        kind: ``"lstm"``, ``"gru"``, ``"lstm_ln"`` (an LSTM with layer normalization; see
-            :class:`rnnkeys.cells.LayerNormLongShortTermMemory`), a linear cell, whose time runs as
-            a parallel scan: ``"mingru"``, ``"minlstm"``, ``"lru"``, ``"s5"`` or ``"ffm"``, or
-            ``"feed_forward"`` (a layer without state, the baseline; see
-            :class:`rnnkeys.cells.FeedForward`).
+        kind: ``"lstm"``, ``"gru"``, ``"rnn"`` (Elman) or ``"lstm_ln"`` (an LSTM with layer
+            normalization); a linear cell, whose time runs as a parallel scan: ``"mingru"``,
+            ``"minlstm"``, ``"lru"``, ``"s5"``, ``"s6"`` (of Mamba) or ``"ffm"``; or
+            ``"feed_forward"``, a layer without state, the baseline. ``docs/which_cell.md`` compares
+            them.
         input_size: size ``I`` of the input.
-        hidden_size: size ``H`` of the states.
+        hidden_size: size ``H`` of the output.
         num_layers: number ``L`` of layers.
         dropout: probability of dropout between layers, in training.
         block: ``"plain"``, or ``"residual"`` to put each layer of a linear cell inside the block
             that deep stacks of them need; see :class:`rnnkeys.cells.ResidualBlock`.
-        **arguments: as for ``LSTMModule``: ``in_key=``, ``out_key=``, ...
+        **arguments: of the module's class (``LSTMModule``, ``LRUModule``, ...): ``in_key=``,
+            ``out_key=``, ``state_key=``, ...
 
     Raises:
         ValueError: if there is no such kind or block, or the cell of the block is not linear.
@@ -72,6 +91,8 @@ def recurrent_module(
     Examples:
         >>> recurrent_module("lstm_ln", 3, 5, in_key="observation", out_key="embed").state_keys
         ('recurrent_state_h', 'recurrent_state_c')
+        >>> recurrent_module("lru", 3, 5, max_radius=0.99, in_key="x", out_key="y").state_sizes
+        (10,)
     """
     kinds = get_args(CellName)
     if kind not in kinds:
@@ -79,21 +100,17 @@ def recurrent_module(
             f"kind must be one of {', '.join(map(repr, kinds))}. Got {kind!r}; for a cell of your "
             "own use CellModule(cell, ...)."
         )
-    linear = [cell.name for cell in _LINEAR]
-    if block not in _BLOCKS or (block == "residual" and kind not in linear):
-        raise ValueError(
-            f"block must be 'plain', or 'residual' with one of the linear cells {linear}. Got "
-            f"block={block!r} with kind={kind!r}."
-        )
     arguments = {"num_layers": num_layers, "dropout": dropout, **arguments}
-    if kind == "lstm":
-        return LSTMModule(input_size, hidden_size, **arguments)
-    if kind == "gru":
-        return GRUModule(input_size, hidden_size, **arguments)
-    cell = _CELLS[kind]
-    if isinstance(cell, LinearCell) and block == "residual":
-        cell = ResidualBlock(cell)
-    return CellModule(cell, input_size, hidden_size, **arguments)
+    if kind in _LINEAR:
+        return _LINEAR[kind](input_size, hidden_size, block=block, **arguments)
+    if block != "plain":
+        raise ValueError(
+            f"block must be 'plain', or 'residual' with one of the linear cells {list(_LINEAR)}. "
+            f"Got block={block!r} with kind={kind!r}."
+        )
+    if kind in _OTHERS:
+        return _OTHERS[kind](input_size, hidden_size, **arguments)
+    return CellModule(_CELLS[kind], input_size, hidden_size, **arguments)
 
 
 class DuelingHead(nn.Module):

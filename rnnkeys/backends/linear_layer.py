@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from . import scan_ops
 
 
 def run(
-    cell: LinearCell, weights: Any, x: Tensor, reset: Tensor, start: Tensor
+    cell: LinearCell, weights: Any, x: Tensor, reset: Tensor, start: State
 ) -> tuple[Tensor, State]:
     """Run one layer over a time-major batch.
 
@@ -21,20 +22,47 @@ def run(
         weights: of the layer.
         x: ``[T, B, I]``.
         reset: bool ``[T, B]``, True where a segment starts; the first step always is one.
-        start: ``[T, B, S]``, the stored states, read where segments start.
+        start: the stored states, each ``[T, B, S]``, read where segments start.
 
     Returns:
         Outputs ``[T, B, H]`` and the states after every step.
     """
     p = cell.project_input(weights, x)
+    window: State = ()
+    if cell.window_len > 1:
+        newest = cell.window_input(weights, p)
+        previous = look_back(newest, start[1].chunk(cell.window_len - 1, -1), reset)
+        window = (torch.cat([newest, *previous[:-1]], -1),)
+        p = cell.convolve(weights, p, previous)
     if isinstance(cell, ConvexCell):
-        h = scan_ops.run_gated(cell.gates(p), start, reset)
+        h = scan_ops.run_gated(cell.gates(p), start[0], reset)
     elif cell.is_complex:
-        h = _run_complex(*cell.coefficients(weights, p), start, reset)
+        h = _run_complex(*cell.coefficients(weights, p), start[0], reset)
     else:
         a, b = cell.coefficients(weights, p)
-        h = scan_ops.run(_per_step(a, b), b, start, reset)
-    return cell.read_out(weights, p, h), (h,)
+        h = scan_ops.run(_per_step(a, b), b, start[0], reset)
+    return cell.read_out(weights, p, h), (h, *window)
+
+
+def look_back(x: Tensor, stored: Sequence[Tensor], reset: Tensor) -> list[Tensor]:
+    """Return the values of one step ago, of two steps ago, ..., never from another segment.
+
+    Args:
+        x: values ``[T, B, W]``.
+        stored: those of one step ago, two steps ago, ... where segments start, each ``[T, B, W]``.
+        reset: bool ``[T, B]``, True where a segment starts; the first step always is one.
+
+    Examples:
+        >>> x = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
+        >>> [before] = look_back(x, [10 * x], torch.tensor([[True], [False], [True]]))
+        >>> before.flatten()
+        tensor([10.,  1., 30.])
+    """
+    values = [x]
+    for first in stored:
+        moved = torch.cat([first[:1], values[-1][:-1]])
+        values.append(torch.where(reset.unsqueeze(-1), first, moved))
+    return values[1:]
 
 
 def _run_complex(a: Tensor, b: Tensor, start: Tensor, reset: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class ScanBatch(DenseBatch):
         """Run one layer over ``x [T, B, I]``."""
         reset_state = self.reset_state_of(layer)
         if isinstance(self.cell, LinearCell):
-            y, states = linear_layer.run(self.cell, weights, x, self.reset, reset_state[0])
+            y, states = linear_layer.run(self.cell, weights, x, self.reset, reset_state)
             return LayerRun(y, states, saves_output=True)
         if in_derivative() or not has_operator(self.cell, weights):
             return LayerRun(*run_dense(self.cell, weights, x, self.reset, reset_state))

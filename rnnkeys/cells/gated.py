@@ -1,4 +1,4 @@
-"""Gated cells: LSTM, GRU and LayerNorm-LSTM, each equation written once."""
+"""Gated cells: Elman network, LSTM, GRU and LayerNorm-LSTM, each equation written once."""
 
 from __future__ import annotations
 
@@ -103,6 +103,41 @@ class GatedCell(Cell):
         if weights.w_hr is not None:
             h = F.linear(h, weights.w_hr)
         return h, (h, *rest)
+
+
+class Elman(GatedCell):
+    r"""Simple recurrent network of Elman, one gate.
+
+    .. math:: h_t = \phi(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
+
+    See "Finding Structure in Time", Elman, 1990 (https://doi.org/10.1207/s15516709cog1402_1).
+    Names, shapes and initialization of the parameters are those of ``torch.nn.RNN``.
+
+    Args:
+        nonlinearity: :math:`\phi`, ``"tanh"`` or ``"relu"``.
+
+    Raises:
+        ValueError: if ``nonlinearity`` is another word.
+
+    Examples:
+        >>> (h,) = ELMAN_CELL.pointwise(torch.ones(1, 1), torch.zeros(1, 1), (torch.zeros(1, 1),))
+        >>> h
+        tensor([[0.7616]])
+    """
+
+    name = "rnn"
+    num_gates = 1
+    state_names = ("h",)
+
+    def __init__(self, nonlinearity: str = "tanh") -> None:
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"nonlinearity must be 'tanh' or 'relu'. Got {nonlinearity!r}.")
+        self.nonlinearity = nonlinearity
+
+    def pointwise(self, gates_x: Tensor, gates_h: Tensor, state: State) -> State:
+        """Compute the equation in the class's docstring."""
+        total = gates_x + gates_h
+        return (total.tanh() if self.nonlinearity == "tanh" else total.relu(),)
 
 
 class LongShortTermMemory(GatedCell):
@@ -222,6 +257,7 @@ class LayerNormLongShortTermMemory(GatedCell):
         return o.sigmoid() * c.tanh(), c
 
 
+ELMAN_CELL = Elman()
 LSTM_CELL = LongShortTermMemory()
 GRU_CELL = GatedRecurrentUnit()
 LAYER_NORM_LSTM_CELL = LayerNormLongShortTermMemory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ _DEFAULTS: dict[str, Any] = {
     "device": None,
     "dtype": None,
 }
+
+# Arguments of LSTMModule and GRUModule that only torch's layers have.
+_TORCHS = {"batch_first": True, "proj_size": 0, "bidirectional": False, "python_based": False}
 
 # Packages whose layers compute the equations of their class.
 _LIBRARIES = ("torch", "torchrl", "rnnkeys")
@@ -126,6 +130,29 @@ def check_layers(name: str, layers: Any) -> None:
             f"The input {name} must have bidirectional=False: a policy cannot read the future. Got "
             "bidirectional=True."
         )
+
+
+def drop_torch_arguments(owner: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments without those of ``LSTMModule`` that a layer of another cell does not have.
+
+    Args:
+        owner: class of the module.
+        arguments: keys, backend and modes, and perhaps some of ``LSTMModule``.
+
+    Raises:
+        ValueError: if one of those has another value than its default.
+
+    Examples:
+        >>> drop_torch_arguments("MinGRUModule", {"in_key": "x", "batch_first": True})
+        {'in_key': 'x'}
+    """
+    for name, default in _TORCHS.items():
+        if arguments.get(name, default) != default:
+            raise ValueError(
+                f"{name} is for LSTMModule and GRUModule: {owner} has no such argument. Got "
+                f"{name}={arguments[name]!r}; leave it out."
+            )
+    return {name: value for name, value in arguments.items() if name not in _TORCHS}
 
 
 def check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -9,11 +9,31 @@ import torch
 from torch import nn
 
 from ..cells import Cell
+from .arguments import drop_torch_arguments
 from .recurrent import RecurrentModule
 from .stacks import CellStack, StepStack, make_stack
 
 
-class CellModule(RecurrentModule):
+class StackModule(RecurrentModule):
+    """A recurrent module whose layers are cells or modules of one step; abstract."""
+
+    layers_name = "rnn"
+
+    def __init__(self, layers: nn.Module, **arguments: Any) -> None:
+        super().__init__(layers, **drop_torch_arguments(type(self).__name__, arguments))
+
+    def _check_layers(self, layers: Any) -> None:
+        if not isinstance(layers, (CellStack, StepStack)):
+            raise ValueError(
+                f"{self.layers_name} must be layers as CellModule makes them. Got "
+                f"{type(layers).__name__}; for other layers make another module."
+            )
+
+    def _is_python_based(self, layers: Any) -> bool:
+        return False
+
+
+class CellModule(StackModule):
     """A recurrent module that runs any cell; see ``docs/custom_cells.md``.
 
     Args:
@@ -42,8 +62,6 @@ class CellModule(RecurrentModule):
         ['observation', 'recurrent_state_h', 'recurrent_state_c', 'is_init']
     """
 
-    layers_name = "rnn"
-
     def __init__(
         self,
         cell: Cell | nn.Module | Sequence[nn.Module],
@@ -70,13 +88,3 @@ class CellModule(RecurrentModule):
             dtype=dtype,
         )
         super().__init__(layers, **arguments)
-
-    def _check_layers(self, layers: Any) -> None:
-        if not isinstance(layers, (CellStack, StepStack)):
-            raise ValueError(
-                f"{self.layers_name} must be layers as CellModule makes them. Got "
-                f"{type(layers).__name__}; for other layers make another module."
-            )
-
-    def _is_python_based(self, layers: Any) -> bool:
-        return False

@@ -18,6 +18,7 @@ from rnnkeys.cells import (
     MIN_GRU_CELL,
     MIN_LSTM_CELL,
     S5_CELL,
+    S6_CELL,
     LinearCell,
     ResidualBlock,
 )
@@ -25,8 +26,8 @@ from rnnkeys.modules import CellModule, RecurrentModule
 from tests.support.reference_linear import STEPS
 from tests.support.tolerances import assert_equal, relative_error
 
-PLAIN = [MIN_GRU_CELL, MIN_LSTM_CELL, LRU_CELL, S5_CELL, FFM_CELL]
-CELLS = [*PLAIN, ResidualBlock(MIN_GRU_CELL), ResidualBlock(S5_CELL)]
+PLAIN = [MIN_GRU_CELL, MIN_LSTM_CELL, LRU_CELL, S5_CELL, S6_CELL, FFM_CELL]
+CELLS = [*PLAIN, *(ResidualBlock(cell) for cell in (MIN_GRU_CELL, S5_CELL, S6_CELL))]
 NAMES = [cell.name for cell in CELLS]
 
 
@@ -44,35 +45,32 @@ def make_module(cell: LinearCell, backend: str = "auto") -> RecurrentModule:
 
 
 def make_batch(module: RecurrentModule, steps: int, rate: float = 0.2) -> TensorDict:
-    size = module.state_sizes[0]
-    return TensorDict(
-        {
-            "x": torch.randn(4, steps, 3).requires_grad_(),
-            "is_init": torch.rand(4, steps, 1) < rate,
-            "recurrent_state": torch.randn(4, steps, 2, size).requires_grad_(),
-        },
-        [4, steps],
-    )
+    sizes = zip(module.state_keys, module.state_sizes, strict=True)
+    states = {key: torch.randn(4, steps, 2, size).requires_grad_() for key, size in sizes}
+    x = torch.randn(4, steps, 3).requires_grad_()
+    is_init = torch.rand(4, steps, 1) < rate
+    return TensorDict({"x": x, "is_init": is_init, **states}, [4, steps])
 
 
-def run_sequence(module: RecurrentModule, batch: TensorDict) -> tuple[Tensor, Tensor]:
+def run_sequence(module: RecurrentModule, batch: TensorDict) -> tuple[Tensor, ...]:
+    """Return outputs and the states after every step."""
     with set_recurrent_mode(True):
         out = module(batch.copy())
-    return out["y"], out["next", "recurrent_state"]
+    return out["y"], *(out.get(("next", key)) for key in module.state_keys)
 
 
-def run_steps(module: RecurrentModule, batch: TensorDict) -> tuple[Tensor, Tensor]:
+def run_steps(module: RecurrentModule, batch: TensorDict) -> tuple[Tensor, ...]:
     """One time step after the other, the state selected by hand where a segment starts."""
-    outputs, states, h = [], [], batch["recurrent_state"][:, 0]
+    steps: list[tuple[Tensor, ...]] = []
     for t in range(batch.shape[1]):
-        is_start = batch["is_init"][:, t, :, None] if t else torch.ones(4, 1, 1, dtype=torch.bool)
+        is_start = batch["is_init"][:, t, :, None] | (t == 0)
         step = TensorDict({"x": batch["x"][:, t], "is_init": torch.zeros(4, 1).bool()}, [4])
-        step["recurrent_state"] = torch.where(is_start, batch["recurrent_state"][:, t], h)
+        for i, key in enumerate(module.state_keys):
+            stored = batch.get(key)[:, t]
+            step.set(key, torch.where(is_start, stored, steps[-1][1 + i]) if t else stored)
         out = module(step)
-        h = out["next", "recurrent_state"]
-        outputs.append(out["y"])
-        states.append(h)
-    return torch.stack(outputs, 1), torch.stack(states, 1)
+        steps.append((out["y"], *(out.get(("next", key)) for key in module.state_keys)))
+    return tuple(torch.stack(entry, 1) for entry in zip(*steps, strict=True))
 
 
 @pytest.mark.parametrize("cell", PLAIN, ids=NAMES[: len(PLAIN)])
@@ -80,11 +78,11 @@ def test_linear_cell_step_equals_numpy(cell: LinearCell):
     module = make_module(cell)
     shapes = cell.parameter_shapes(3, 6)
     weights = {name: torch.randn(shape) / 2 for name, shape in shapes.items()}
-    x, h = torch.randn(5, 3), torch.randn(5, module.state_sizes[0])
+    x, state = torch.randn(5, 3), tuple(torch.randn(5, size) for size in module.state_sizes)
     arrays = {name: value.numpy() for name, value in weights.items()}
-    expected = STEPS[cell.name](arrays, x.numpy(), h.numpy())
-    y, (after,) = cell(weights, x, (h,))
-    for actual, reference in zip((y, after), expected, strict=True):
+    expected = STEPS[cell.name](arrays, x.numpy(), *(s.numpy() for s in state))
+    y, after = cell(weights, x, state)
+    for actual, reference in zip((y, *after), expected, strict=True):
         assert_equal(actual, torch.from_numpy(np.ascontiguousarray(reference)), torch.float64)
 
 
@@ -93,14 +91,13 @@ def test_linear_cell_step_equals_numpy(cell: LinearCell):
 def test_linear_module_sequence_equals_single_steps(cell: LinearCell, steps: int):
     module = make_module(cell)
     batch = make_batch(module, steps)
-    leaves = [batch["x"], batch["recurrent_state"], *module.parameters()]
+    leaves = [batch["x"], *(batch.get(key) for key in module.state_keys), *module.parameters()]
     results = []
     for run in (run_sequence, run_steps):
-        y, h = run(module, batch)
+        out = run(module, batch)
         torch.manual_seed(1)
-        loss = (y * torch.randn_like(y)).sum() + (h * torch.randn_like(h)).sum()
-        grads = torch.autograd.grad(loss, leaves)
-        results.append((y, h, *grads))
+        grads = torch.autograd.grad(out, leaves, [torch.randn_like(value) for value in out])
+        results.append((*out, *grads))
     for actual, expected in zip(*results, strict=True):
         if expected.any():  # with one step, decays of zero states have no gradient
             assert_equal(actual, expected, torch.float64)
@@ -110,7 +107,7 @@ def test_linear_module_sequence_equals_single_steps(cell: LinearCell, steps: int
 def test_linear_module_scan_equals_loop(cell: LinearCell):
     module = make_module(cell, "loop")
     batch = make_batch(module, 40)
-    expected, _ = run_sequence(module, batch)
+    expected, *_ = run_sequence(module, batch)
     module.recurrent_backend = "scan"
     assert_equal(run_sequence(module, batch)[0], expected, torch.float64)
 
@@ -122,10 +119,10 @@ def test_linear_module_bad_input_stays_in_its_episode(cell: LinearCell, steps: i
     module = make_module(cell)
     batch = make_batch(module, steps, 0.0)
     batch["is_init"][:, 12] = True
-    expected, _ = run_sequence(module, batch)
+    expected, *_ = run_sequence(module, batch)
     with torch.no_grad():
         batch["x"][0, 9] = bad
-    y, _ = run_sequence(module, batch)
+    y, *_ = run_sequence(module, batch)
     assert_equal(y[1:], expected[1:], torch.float64)
     assert_equal(y[0, 12:], expected[0, 12:], torch.float64)
     grad = torch.autograd.grad(y[:, 12:].sum(), batch["x"])[0]
@@ -163,6 +160,6 @@ def test_linear_cell_in_float32_stays_close_over_4096_steps(cell: LinearCell):
     module = make_module(cell)
     x = torch.randn(2, 4096, 3)
     batch = TensorDict({"x": x, "is_init": torch.zeros(2, 4096, 1).bool()}, [2, 4096])
-    expected, _ = run_sequence(module, batch)
-    actual, _ = run_sequence(module.float(), batch.set("x", x.float()))
+    expected, *_ = run_sequence(module, batch)
+    actual, *_ = run_sequence(module.float(), batch.set("x", x.float()))
     assert relative_error(actual.double(), expected) < 1000 * 2 * 6e-8

@@ -349,7 +349,7 @@ def test_recurrent_module_makes_the_named_class(kind):
     assert module.cell.name == kind
     assert module.layers.num_layers == 2 and module.layers.dropout == 0.1
     assert next(module.parameters()).dtype == F64
-    with pytest.raises(ValueError, match="kind must be one of 'lstm', 'gru', 'lstm_ln'"):
+    with pytest.raises(ValueError, match="kind must be one of 'lstm', 'gru', 'rnn', 'lstm_ln'"):
         recurrent_module("esn", 3, 5, **KEYS)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rnnkeys.backends import BACKENDS, Options, choose, pad, unroll_layers, why_not
-from rnnkeys.cells import GRU_CELL, LAYER_NORM_LSTM_CELL, LSTM_CELL, GatedCell, Weights
+from rnnkeys.cells import ELMAN_CELL, GRU_CELL, LAYER_NORM_LSTM_CELL, LSTM_CELL, GatedCell, Weights
 from rnnkeys.modules.stacks import CellStack, read_layers
 from tests.support import reference
 from tests.support.reference_layernorm import LayerNormLSTM, LayerNormWeights
@@ -23,6 +23,7 @@ State = tuple[Tensor, ...]
 CELLS: dict[str, tuple[GatedCell, reference.Cell]] = {
     "lstm": (LSTM_CELL, reference.LSTM()),
     "gru": (GRU_CELL, reference.GRU()),
+    "rnn": (ELMAN_CELL, reference.Elman()),
     "lstm_ln": (LAYER_NORM_LSTM_CELL, LayerNormLSTM()),
 }
 # Cells that torch has kernels for; the others live in stacks of our own.

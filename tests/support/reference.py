@@ -82,6 +82,39 @@ class Cell:
         raise NotImplementedError
 
 
+class Elman(Cell):
+    r"""Simple recurrent network, state ``(h,)``.
+
+    .. math:: h' = \tanh(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})
+
+    "Finding Structure in Time", Elman, 1990.
+    """
+
+    num_gates = 1
+
+    def step(self, weights: Weights, x: Array, state: State) -> tuple[State, tuple[Array, ...]]:
+        """Return ``(h',)`` and the tape."""
+        (h,) = state
+        total = _affine(x, weights.w_ih, weights.b_ih) + _affine(h, weights.w_hh, weights.b_hh)
+        h_next = np.tanh(total)
+        return (h_next,), (x, h, h_next)
+
+    def step_backward(
+        self, weights: Weights, tape: tuple[Array, ...], d_state: State
+    ) -> tuple[Array, State, Weights]:
+        """Return the gradients of ``x``, ``(h,)`` and the weights."""
+        x, h, h_next = tape
+        d_total = d_state[0] * (1 - h_next**2)
+        d_bias = d_total.sum(0)
+        d_weights = Weights(
+            w_ih=d_total.T @ x,
+            w_hh=d_total.T @ h,
+            b_ih=None if weights.b_ih is None else d_bias,
+            b_hh=None if weights.b_hh is None else d_bias,
+        )
+        return d_total @ weights.w_ih, (d_total @ weights.w_hh,), d_weights
+
+
 class LSTM(Cell):
     r"""Long short-term memory, gates ``i f g o``, state ``(h, c)``.
 

@@ -1,11 +1,12 @@
 """Linear cells in plain NumPy, one time step each, written from the papers' equations.
 
-Nothing of torch or the package is imported; complex states are complex here.
+Nothing of torch or the package is imported; complex states are complex here. Each function maps
+parameters, an input ``[B, I]`` and the states to the output and the next states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -79,4 +80,33 @@ def ffm(w: Parameters, x: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.nda
     return z * sigmoid(o) + skip * (1 - sigmoid(o)), flat
 
 
-STEPS = {"mingru": mingru, "minlstm": minlstm, "lru": lru, "s5": s5, "ffm": ffm}
+def s6(
+    w: Parameters, x: np.ndarray, h: np.ndarray, window: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    (hidden, width), (_, rank) = w["weight_conv"].shape, w["weight_step"].shape
+    modes = w["rate_log"].shape[1]
+    u, z = np.split(x @ w["weight_ih"].T + w["bias_ih"], 2, -1)
+    past = np.concatenate([u, window], -1).reshape(len(x), width, hidden)
+    v = np.einsum("bkd,dk->bd", past, w["weight_conv"]) + w["bias_conv"]
+    v = v * sigmoid(v)
+    low_rank, b, c = np.split(v @ w["weight_select"].T, [rank, rank + modes], -1)
+    delta = np.log1p(np.exp(low_rank @ w["weight_step"].T + w["bias_step"]))
+    y, state = np.empty_like(v), np.empty((len(x), hidden, modes))
+    before = h.reshape(state.shape)
+    for d in range(hidden):
+        a = -np.exp(w["rate_log"][d])
+        decay = np.exp(delta[:, d, None] * a)
+        state[:, d] = decay * before[:, d] + (decay - 1) / a * b * v[:, d, None]
+        y[:, d] = (state[:, d] * c).sum(-1) + w["skip"][d] * v[:, d]
+    y = (y * z * sigmoid(z)) @ w["weight_out"].T + w["bias_out"]
+    return y, state.reshape(len(x), -1), past[:, :-1].reshape(len(x), -1)
+
+
+STEPS: dict[str, Callable[..., tuple[np.ndarray, ...]]] = {
+    "mingru": mingru,
+    "minlstm": minlstm,
+    "lru": lru,
+    "s5": s5,
+    "ffm": ffm,
+    "s6": s6,
+}

@@ -32,7 +32,7 @@ TINY = {
     ),
     "recurrent_reinforce": "--episodes 2 --num-envs 2",
     "recurrent_qmix": (
-        "--frames 64 --num-envs 4 --warmup 16 --batch-frames 16 --slices 2 --eval-every 64"
+        "--frames 128 --num-envs 4 --warmup 64 --batch-frames 32 --slices 2 --eval-every 64"
     ),
 }
 TUTORIALS = {name: load_tutorial(name) for name in TINY}

@@ -319,7 +319,7 @@ def test_main_with_a_bad_value_raises_and_writes_nothing(
     assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("argv", [["--frame", "3"], ["--cell", "rnn"], ["--actors", "thread"]])
+@pytest.mark.parametrize("argv", [["--frame", "3"], ["--cell", "esn"], ["--actors", "thread"]])
 def test_main_with_an_unknown_option_raises(
     argv: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -211,7 +211,7 @@ def test_main_with_a_bad_value_raises(
     ("argv", "message"),
     [
         (["--frame", "3"], "--frame"),
-        (["--cell", "rnn"], "rnn"),
+        (["--cell", "esn"], "esn"),
         (["--frames", "many"], "--frames"),
     ],
 )

@@ -220,7 +220,7 @@ def test_main_earlier_run_is_kept(ppo: ModuleType, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--frame", "64"], "--frame"),
-        (["--cell", "rnn"], "--cell"),
+        (["--cell", "esn"], "--cell"),
         (["--noise-correlation", "1.5"], "--noise_correlation is 1.5: expected 0 to 1"),
         (["--epochs", "0"], "--epochs is 0: expected 1"),
         (["--minibatch-steps", "100"], "expected a multiple of --seq_len, 64"),

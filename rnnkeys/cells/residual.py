@@ -1,0 +1,97 @@
+"""The block that deep stacks of linear cells need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .linear import LinearCell, Parameters, projection_shapes
+
+
+class ResidualBlock(LinearCell):
+    r"""A linear cell inside the block that deep stacks of linear layers need.
+
+    .. math:: z_t = \operatorname{GELU}(\mathrm{cell}(\operatorname{LN}(x_t))), \quad
+        y_t = W_r x_t + (W_1 z_t + b_1) \odot \sigma(W_2 z_t + b_2)
+
+    :math:`W_r` is the identity where the input has the size of the output. Normalization,
+    recurrence, gated linear unit and skip connection are the block of "Resurrecting Recurrent
+    Neural Networks for Long Sequences", Orvieto et al., 2023 (arXiv:2303.06349), and of S5.
+
+    Args:
+        cell: the linear cell inside.
+
+    Examples:
+        >>> from rnnkeys.cells import MinGRU
+        >>> sorted(ResidualBlock(MinGRU()).parameter_shapes(3, 5))[:3]
+        ['bias_glu', 'bias_ih', 'bias_norm']
+    """
+
+    def __init__(self, cell: LinearCell) -> None:
+        self.cell = cell
+        self.name = f"{cell.name}_residual"
+        self.state_names = cell.state_names
+        self.is_complex = cell.is_complex
+        self.window_len = cell.window_len
+
+    def state_sizes(self, hidden_size: int) -> tuple[int, ...]:
+        """Return those of the cell inside."""
+        return self.cell.state_sizes(hidden_size)
+
+    def parameter_shapes(
+        self, input_size: int, hidden_size: int, bias: bool = True
+    ) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the cell's parameters, the norm, the gated linear unit, the skip."""
+        shapes = self.cell.parameter_shapes(input_size, hidden_size, bias)
+        shapes |= {"weight_norm": (input_size,), "bias_norm": (input_size,)}
+        shapes |= projection_shapes("glu", 2 * hidden_size, hidden_size, bias)
+        if input_size != hidden_size:
+            shapes["weight_residual"] = (hidden_size, input_size)
+        return shapes
+
+    def reset_parameters(self, parameters: dict[str, Tensor], hidden_size: int) -> None:
+        """Initialize the norm as the identity and maps as those of ``nn.Linear``."""
+        own = ("weight_norm", "bias_norm", "weight_glu", "bias_glu", "weight_residual")
+        inner = {name: value for name, value in parameters.items() if name not in own}
+        self.cell.reset_parameters(inner, hidden_size)
+        with torch.no_grad():
+            parameters["weight_norm"].fill_(1.0)
+            parameters["bias_norm"].zero_()
+            for name in own[2:]:
+                if name in parameters:
+                    weight = parameters[name.replace("bias", "weight")]
+                    torch.nn.init.uniform_(
+                        parameters[name], -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5
+                    )
+
+    def project_input(self, weights: Parameters, x: Tensor) -> Tensor:
+        """Return ``[skip (H) | projected input of the cell]``."""
+        norm = F.layer_norm(x, x.shape[-1:], weights["weight_norm"], weights["bias_norm"])
+        skip = F.linear(x, weights["weight_residual"]) if "weight_residual" in weights else x
+        return torch.cat([skip, self.cell.project_input(weights, norm)], -1)
+
+    def window_input(self, weights: Parameters, input_t: Tensor) -> Tensor:
+        """See the base."""
+        return self.cell.window_input(weights, input_t[..., self._width(weights) :])
+
+    def convolve(self, weights: Parameters, input_t: Tensor, previous: Sequence[Tensor]) -> Tensor:
+        """See the base."""
+        skip, inner = input_t.tensor_split([self._width(weights)], -1)
+        return torch.cat([skip, self.cell.convolve(weights, inner, previous)], -1)
+
+    def coefficients(self, weights: Parameters, input_t: Tensor) -> tuple[Tensor, Tensor]:
+        """See the base."""
+        return self.cell.coefficients(weights, input_t[..., self._width(weights) :])
+
+    def read_out(self, weights: Parameters, input_t: Tensor, h: Tensor) -> Tensor:
+        """See the base."""
+        width = self._width(weights)
+        y = F.gelu(self.cell.read_out(weights, input_t[..., width:], h))
+        gated = F.glu(F.linear(y, weights["weight_glu"], weights.get("bias_glu")), -1)
+        return input_t[..., :width] + gated
+
+    def _width(self, weights: Parameters) -> int:
+        return weights["weight_glu"].shape[1]

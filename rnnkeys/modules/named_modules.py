@@ -1,0 +1,393 @@
+"""Recurrent modules of single cells, with the arguments that only those cells have."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from ..cells import (
+    FFM,
+    LRU,
+    S5,
+    S6,
+    Cell,
+    Elman,
+    LinearCell,
+    MinGRU,
+    MinLSTM,
+    ResidualBlock,
+)
+from .arguments import check_choice
+from .cell_module import StackModule
+from .stacks import CellStack
+
+_BLOCKS = ("plain", "residual")
+
+
+class _CellModule(StackModule):
+    """Makes the layers of one cell; abstract."""
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        dropout: float,
+        device: torch.device | str | int | None,
+        dtype: torch.dtype | None,
+        arguments: dict[str, Any],
+    ) -> None:
+        sizes = {"num_layers": num_layers, "bias": bias, "dropout": dropout}
+        layers = CellStack(cell, input_size, hidden_size, **sizes, device=device, dtype=dtype)
+        super().__init__(layers, **arguments)
+
+
+def _in_block(cell: LinearCell, block: str) -> LinearCell:
+    """Return a linear cell, inside the residual block if that is asked for."""
+    check_choice("block", block, _BLOCKS)
+    return ResidualBlock(cell) if block == "residual" else cell
+
+
+class RNNModule(_CellModule):
+    """A simple recurrent network (Elman) whose state lives in the TensorDict.
+
+    Equation and source are in :class:`rnnkeys.cells.Elman`. The ``state_dict`` of an ``nn.RNN`` of
+    the same sizes loads into ``module.rnn``.
+
+    Args:
+        input_size: size ``I`` of the input's last dimension.
+        hidden_size: size ``H`` of the hidden state.
+        num_layers: number ``L`` of layers.
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+        bias: whether layers have biases.
+        dropout: probability of dropout between layers, in training.
+        device: of the parameters.
+        dtype: of the parameters.
+        **arguments: keys, backend and modes, as for :class:`RecurrentModule`.
+
+    Raises:
+        ValueError: if arguments do not fit each other; the message names them.
+        RuntimeError: if the backend cannot run here, with the reason and the one that can.
+
+    Examples:
+        >>> module = RNNModule(3, 5, in_key="observation", out_key="embed")
+        >>> module.rnn.load_state_dict(torch.nn.RNN(3, 5).state_dict())
+        <All keys matched successfully>
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        dropout: float = 0.0,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        **arguments: Any,
+    ) -> None:
+        cell = Elman(nonlinearity)
+        sizes = (input_size, hidden_size, num_layers, bias, dropout)
+        super().__init__(cell, *sizes, device, dtype, arguments)
+
+
+class MinGRUModule(_CellModule):
+    """A minimal gated recurrent unit (minGRU) whose state lives in the TensorDict.
+
+    Time runs as a parallel scan. Equation and source are in :class:`rnnkeys.cells.MinGRU`.
+
+    Args:
+        input_size: size ``I`` of the input's last dimension.
+        hidden_size: size ``H`` of the hidden state.
+        num_layers: number ``L`` of layers.
+        bias: whether layers have biases.
+        dropout: probability of dropout between layers, in training.
+        block: ``"plain"``, or ``"residual"`` to put every layer inside the block that deep stacks
+            need, :class:`rnnkeys.cells.ResidualBlock`.
+        device: of the parameters.
+        dtype: of the parameters.
+        **arguments: keys, backend and modes, as for :class:`RecurrentModule`.
+
+    Raises:
+        ValueError: if arguments do not fit each other; the message names them.
+        RuntimeError: if the backend cannot run here, with the reason and the one that can.
+
+    Examples:
+        >>> module = MinGRUModule(3, 5, in_key="observation", out_key="embed")
+        >>> module.make_tensordict_primer().primers["recurrent_state"].shape
+        torch.Size([1, 5])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        dropout: float = 0.0,
+        block: str = "plain",
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        **arguments: Any,
+    ) -> None:
+        cell = _in_block(MinGRU(), block)
+        sizes = (input_size, hidden_size, num_layers, bias, dropout)
+        super().__init__(cell, *sizes, device, dtype, arguments)
+
+
+class MinLSTMModule(_CellModule):
+    """A minimal long short-term memory (minLSTM) whose state lives in the TensorDict.
+
+    Time runs as a parallel scan. Equation and source are in :class:`rnnkeys.cells.MinLSTM`.
+
+    Args:
+        input_size: size ``I`` of the input's last dimension.
+        hidden_size: size ``H`` of the hidden state.
+        num_layers: number ``L`` of layers.
+        bias: whether layers have biases.
+        dropout: probability of dropout between layers, in training.
+        block: ``"plain"``, or ``"residual"`` to put every layer inside the block that deep stacks
+            need, :class:`rnnkeys.cells.ResidualBlock`.
+        device: of the parameters.
+        dtype: of the parameters.
+        **arguments: keys, backend and modes, as for :class:`RecurrentModule`.
+
+    Raises:
+        ValueError: if arguments do not fit each other; the message names them.
+        RuntimeError: if the backend cannot run here, with the reason and the one that can.
+
+    Examples:
+        >>> module = MinLSTMModule(3, 5, in_key="observation", out_key="embed")
+        >>> module.state_sizes
+        (5,)
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        dropout: float = 0.0,
+        block: str = "plain",
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        **arguments: Any,
+    ) -> None:
+        cell = _in_block(MinLSTM(), block)
+        sizes = (input_size, hidden_size, num_layers, bias, dropout)
+        super().__init__(cell, *sizes, device, dtype, arguments)
+
+
+class LRUModule(_CellModule):
+    """A linear recurrent unit (LRU) whose state lives in the TensorDict.
+
+    Time runs as a parallel scan. Equation and source are in :class:`rnnkeys.cells.LRU`. The
+    state is ``[real parts | imaginary parts]``, ``2 H`` numbers.
+
+    Args:
+        input_size: size ``I`` of the input's last dimension.
+        hidden_size: size ``H`` of the output, number of complex modes.
+        num_layers: number ``L`` of layers.
+        bias: whether layers have biases.
+        dropout: probability of dropout between layers, in training.
+        block: ``"plain"``, or ``"residual"`` to put every layer inside the block that deep stacks
+            need, :class:`rnnkeys.cells.ResidualBlock`.
+        min_radius: as for :class:`rnnkeys.cells.LRU`.
+        max_radius: as for :class:`rnnkeys.cells.LRU`.
+        max_phase: as for :class:`rnnkeys.cells.LRU`.
+        device: of the parameters.
+        dtype: of the parameters.
+        **arguments: keys, backend and modes, as for :class:`RecurrentModule`.
+
+    Raises:
+        ValueError: if arguments do not fit each other; the message names them.
+        RuntimeError: if the backend cannot run here, with the reason and the one that can.
+
+    Examples:
+        >>> slow = LRUModule(3, 5, min_radius=0.99, in_key="observation", out_key="embed")
+        >>> slow.state_sizes
+        (10,)
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        dropout: float = 0.0,
+        block: str = "plain",
+        *,
+        min_radius: float = 0.9,
+        max_radius: float = 0.999,
+        max_phase: float = math.pi / 10,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        **arguments: Any,
+    ) -> None:
+        cell = _in_block(LRU(min_radius, max_radius, max_phase), block)
+        sizes = (input_size, hidden_size, num_layers, bias, dropout)
+        super().__init__(cell, *sizes, device, dtype, arguments)
+
+
+class S5Module(_CellModule):
+    """A simplified state space layer (S5) whose state lives in the TensorDict.
+
+    Time runs as a parallel scan. Equation and source are in :class:`rnnkeys.cells.S5`. The
+    state is ``[real parts | imaginary parts]``, ``H`` numbers.
+
+    Args:
+        input_size: size ``I`` of the input's last dimension.
+        hidden_size: size ``H`` of the output and of the state; even.
+        num_layers: number ``L`` of layers.
+        bias: whether layers have biases.
+        dropout: probability of dropout between layers, in training.
+        block: ``"plain"``, or ``"residual"`` to put every layer inside the block that deep stacks
+            need, :class:`rnnkeys.cells.ResidualBlock`.
+        min_step: as for :class:`rnnkeys.cells.S5`.
+        max_step: as for :class:`rnnkeys.cells.S5`.
+        device: of the parameters.
+        dtype: of the parameters.
+        **arguments: keys, backend and modes, as for :class:`RecurrentModule`.
+
+    Raises:
+        ValueError: if arguments do not fit each other; the message names them.
+        RuntimeError: if the backend cannot run here, with the reason and the one that can.
+
+    Examples:
+        >>> module = S5Module(3, 6, 2, block="residual", in_key="observation", out_key="embed")
+        >>> module.state_sizes
+        (6,)
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        dropout: float = 0.0,
+        block: str = "plain",
+        *,
+        min_step: float = 1e-3,
+        max_step: float = 1e-1,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        **arguments: Any,
+    ) -> None:
+        cell = _in_block(S5(min_step, max_step), block)
+        sizes = (input_size, hidden_size, num_layers, bias, dropout)
+        super().__init__(cell, *sizes, device, dtype, arguments)
+
+
+class FFMModule(_CellModule):
+    """Fast and forgetful memory (FFM) whose state lives in the TensorDict.
+
+    Time runs as a parallel scan. Equation and source are in :class:`rnnkeys.cells.FFM`. The
+    state is ``[real parts | imaginary parts]``, ``2 H`` numbers if ``num_contexts`` divides ``H``.
+
+    Args:
+        input_size: size ``I`` of the input's last dimension.
+        hidden_size: size ``H`` of the output.
+        num_layers: number ``L`` of layers.
+        bias: whether layers have biases.
+        dropout: probability of dropout between layers, in training.
+        block: ``"plain"``, or ``"residual"`` to put every layer inside the block that deep stacks
+            need, :class:`rnnkeys.cells.ResidualBlock`.
+        num_contexts: as for :class:`rnnkeys.cells.FFM`.
+        max_period: as for :class:`rnnkeys.cells.FFM`.
+        device: of the parameters.
+        dtype: of the parameters.
+        **arguments: keys, backend and modes, as for :class:`RecurrentModule`.
+
+    Raises:
+        ValueError: if arguments do not fit each other; the message names them.
+        RuntimeError: if the backend cannot run here, with the reason and the one that can.
+
+    Examples:
+        >>> module = FFMModule(3, 8, max_period=100.0, in_key="observation", out_key="embed")
+        >>> module.state_sizes
+        (16,)
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        dropout: float = 0.0,
+        block: str = "plain",
+        *,
+        num_contexts: int = 4,
+        max_period: float = 1024.0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        **arguments: Any,
+    ) -> None:
+        cell = _in_block(FFM(num_contexts, max_period), block)
+        sizes = (input_size, hidden_size, num_layers, bias, dropout)
+        super().__init__(cell, *sizes, device, dtype, arguments)
+
+
+class S6Module(_CellModule):
+    """A selective state space layer (S6, of Mamba) whose two states live in the TensorDict.
+
+    Time runs as a parallel scan. Equation and source are in :class:`rnnkeys.cells.S6`. The
+    states are ``h``, ``H state_size`` numbers, and ``window``, the last inputs of the convolution.
+
+    Args:
+        input_size: size ``I`` of the input's last dimension.
+        hidden_size: size ``H`` of the output.
+        num_layers: number ``L`` of layers.
+        bias: whether layers have biases.
+        dropout: probability of dropout between layers, in training.
+        block: ``"plain"``, or ``"residual"`` to put every layer inside the block that deep stacks
+            need, :class:`rnnkeys.cells.ResidualBlock`.
+        state_size: as for :class:`rnnkeys.cells.S6`.
+        window_len: as for :class:`rnnkeys.cells.S6`.
+        min_step: as for :class:`rnnkeys.cells.S6`.
+        max_step: as for :class:`rnnkeys.cells.S6`.
+        device: of the parameters.
+        dtype: of the parameters.
+        **arguments: keys, backend and modes, as for :class:`RecurrentModule`.
+
+    Raises:
+        ValueError: if arguments do not fit each other; the message names them.
+        RuntimeError: if the backend cannot run here, with the reason and the one that can.
+
+    Examples:
+        >>> module = S6Module(3, 8, state_size=4, in_key="observation", out_key="embed")
+        >>> module.state_keys, module.state_sizes
+        (('recurrent_state_h', 'recurrent_state_window'), (32, 24))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        dropout: float = 0.0,
+        block: str = "plain",
+        *,
+        state_size: int = 16,
+        window_len: int = 4,
+        min_step: float = 1e-3,
+        max_step: float = 1e-1,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        **arguments: Any,
+    ) -> None:
+        cell = _in_block(S6(state_size, window_len, min_step, max_step), block)
+        sizes = (input_size, hidden_size, num_layers, bias, dropout)
+        super().__init__(cell, *sizes, device, dtype, arguments)
