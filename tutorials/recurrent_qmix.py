@@ -6,66 +6,40 @@
     python recurrent_qmix.py --resume runs/recurrent_qmix/checkpoint.pt --frames 80000
 
 Each of three agents hears one word of a password, at the first step and never again. Some steps
-later all agents have to say their word at once, and the reward is 1 if every word is right. Agents
-that guess succeed in 1 of 8 episodes. docs/agents.md explains the keys.
+later all have to say their word, and are rewarded if all are right. docs/agents.md has the keys.
 
-A run writes to its --output folder learning_curve.csv and .png, with a row for each evaluation;
-checkpoint.pt, with everything that --resume needs and the weights of the best evaluation; and, at
-the end, result.json, with the returns of those weights in new episodes. Ctrl-C and SIGTERM stop a
-run after its current round.
+A run writes learning_curve.csv and .png, checkpoint.pt, with the weights of the best evaluation,
+and result.json, with their returns in new episodes. Ctrl-C and SIGTERM stop it after its round.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import math
-import signal
 import sys
-import threading
-import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from pickle import UnpicklingError
-from statistics import fmean
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import tyro
-from matplotlib.figure import Figure
 from tensordict import TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 from torchrl.collectors import Collector
-from torchrl.data import (
-    Categorical,
-    Composite,
-    LazyTensorStorage,
-    SliceSampler,
-    TensorDictReplayBuffer,
-    Unbounded,
-)
+from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
+from torchrl.data.tensor_specs import Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase, RewardSum, TransformedEnv
-from torchrl.modules import EGreedyModule, MultiAgentMLP, QMixer, QValueModule
+from torchrl.modules import MLP, EGreedyModule, QMixer, QValueModule
 from torchrl.objectives import LossModule, QMixerLoss, SoftUpdate, ValueEstimators
-from torchrl.record.loggers import get_logger
 from tqdm import tqdm
 
-from rnnkeys import CellName, get_env_transforms_from_module, recurrent_module
+from rnnkeys import CellName, get_env_transforms_from_module, recurrent_module, runs
 from rnnkeys.environments import evaluate_policy
 from rnnkeys.objectives import recurrent_loss
 
 logging.getLogger("torchrl").setLevel(logging.WARNING)  # without a line for each buffer
 
-# Arguments that --resume cannot change.
-FIXED = ("output", "agents", "words", "own", "cell", "hidden_size", "seed")
-MODULES = ("loss", "optimizer", "explore")
-PROGRESS = ("frames", "episodes", "seconds", "rows", "best")
-FILES = ("checkpoint.pt", "learning_curve.csv", "learning_curve.png", "result.json")
+FIXED = ("agents", "words", "own", "cell", "hidden_size", "seed")  # --resume keeps them
 SELECTION_SEED = 100_000_000  # of the episodes that choose the best weights
 TEST_SEED = 200_000_000  # of the episodes that neither training nor choice has used
 TEST_EPISODES = 20
@@ -86,7 +60,7 @@ class Args:
     batch_frames: int = 256  # frames that are collected in a round
     updates: int = 4  # gradient steps in a round
     warmup: int = 2_000  # frames collected before the first gradient step, also after --resume
-    capacity: int = 100_000  # frames in the replay buffer
+    capacity: int = 100_000  # frames in the replay buffer, at least num_envs * slice_len
     slices: int = 32  # sequences in a batch
     slice_len: int = 16  # steps in a sequence
     gamma: float = 0.99  # discount
@@ -104,45 +78,16 @@ class Args:
     logger: Literal["csv", "tensorboard", "wandb"] | None = None  # log through TorchRL, too
 
 
-class UsageError(Exception):
-    """A wrong argument, or a run that cannot continue."""
-
-
 def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any]]:
     """Return the arguments and, after --resume, the checkpoint with their defaults."""
-    args, checkpoint = tyro.cli(Args, args=argv, description=__doc__), {}
-    if args.resume is not None and not args.overwrite:
-        try:
-            checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
-            old = Args(**{**checkpoint["args"], "output": str(Path(args.resume).parent)})
-        except (OSError, EOFError, LookupError, TypeError, RuntimeError, UnpicklingError) as error:
-            raise UsageError(f"--resume is {args.resume}, no checkpoint of this program") from error
-        args = tyro.cli(Args, args=argv, default=old, description=__doc__)
-        for name in FIXED:
-            if getattr(args, name) != getattr(old, name):
-                raise UsageError(f"--{name} must be {getattr(old, name)}, as in {args.resume}")
-    elif not args.overwrite and any(Path(args.output, name).exists() for name in FILES):
-        raise UsageError(
-            f"{args.output} contains a run. Continue it with --resume "
-            f"{args.output}/checkpoint.pt, delete it with --overwrite, or choose another --output."
-        )
-    check_args(args)
-    return args, checkpoint
-
-
-def check_args(args: Args) -> None:
-    for name, value in vars(args).items():
-        least = {"seed": 0, "words": 2}.get(name, 1)
-        if type(value) is int and value < least:
-            raise UsageError(f"--{name} is {value}: expected at least {least}")
-        if name in ("gamma", "lmbda", "tau", "epsilon") and not 0 <= value <= 1:
-            raise UsageError(f"--{name} is {value}: expected a number from 0 to 1")
-        if name in ("warmup", "capacity") and value < args.num_envs * args.slice_len:
-            raise UsageError(f"--{name} is {value}: expected at least num_envs * slice_len")
+    args, checkpoint = runs.read_args(Args, argv, fixed=FIXED, description=__doc__)
+    shortest = args.num_envs * args.slice_len  # frames of one sequence of each environment
+    limits = {name: (0, 1) for name in ("gamma", "lmbda", "tau", "epsilon")}
+    limits |= {"warmup": (shortest, args.frames - 1), "capacity": (shortest, math.inf)}
+    runs.check_ranges(args, words=(2, math.inf), **limits)
     if args.batch_frames % args.num_envs:
-        raise UsageError(f"--batch_frames is {args.batch_frames}: expected a multiple of num_envs")
-    if args.frames <= args.warmup:
-        raise UsageError(f"--frames is {args.frames}: expected more than warmup, {args.warmup}")
+        raise runs.RunError("--batch_frames: expected a multiple of --num_envs")
+    return args, checkpoint
 
 
 class Password(EnvBase):
@@ -151,12 +96,6 @@ class Password(EnvBase):
     Agents see float32 ``[num_envs, agents, words + 1]``: their word, as a one-hot vector at the
     first step and as zeros later, and 1 when they are asked. ``"state"``, float32
     ``[num_envs, agents * words + 1]``, always contains all words; only the mixer reads it.
-
-    Args:
-        num_envs: number of doors.
-        agents: number of agents; each has to say a word.
-        words: number of words; guesses open the door with probability ``words ** -agents``.
-        device: of the data.
     """
 
     WAIT = (2, 5)  # steps between hearing a word and saying it: the least and the most
@@ -167,23 +106,20 @@ class Password(EnvBase):
         super().__init__(device=torch.device(device), batch_size=torch.Size([num_envs]))
         batch, group = self.batch_size, torch.Size([num_envs, agents])
         observation = Unbounded(torch.Size([*group, words + 1]), device=device)
-        state = Unbounded(torch.Size([*batch, agents * words + 1]), device=device)
+        state = Unbounded(torch.Size([num_envs, agents * words + 1]), device=device)
+        action = Categorical(words, group, device=device)
         observations = Composite(observation=observation, shape=group)
-        actions = Composite(action=Categorical(words, group, device=device), shape=group)
         self.observation_spec = Composite(agents=observations, state=state, shape=batch)
-        self.action_spec = Composite(agents=actions, shape=batch)
-        self.reward_spec = Unbounded(torch.Size([*batch, 1]), device=device)
+        self.action_spec = Composite(agents=Composite(action=action, shape=group), shape=batch)
+        self.reward_spec = Unbounded(torch.Size([num_envs, 1]), device=device)
         self.words, self.draws = words, torch.Generator(device)
-        self.password = torch.zeros(group, dtype=torch.long, device=device)
-        self.wait = torch.zeros(*batch, 1, dtype=torch.long, device=device)
+        self.password, self.wait = action.zero(), torch.zeros(num_envs, 1, device=device)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDictBase:
         which = None if tensordict is None else tensordict.get("_reset", None)
         starts = torch.ones_like(self.wait).bool() if which is None else which
         for entry, low, high in ((self.password, 0, self.words - 1), (self.wait, *self.WAIT)):
-            draw = torch.randint(
-                low, high + 1, entry.shape, generator=self.draws, device=self.device
-            )
+            draw = torch.empty_like(entry).random_(low, high + 1, generator=self.draws)
             entry.copy_(torch.where(starts, draw, entry))
         return self._observe(starts)
 
@@ -195,7 +131,7 @@ class Password(EnvBase):
         return out.update({"reward": (asked & right).float(), "done": asked, "terminated": asked})
 
     def _observe(self, starts: Tensor) -> TensorDict:
-        word = one_hot(self.password, self.words).float()
+        word = nn.functional.one_hot(self.password, self.words).float()
         asked = (self.wait == 0).float()
         everybody = asked.unsqueeze(1).expand(*word.shape[:2], 1)
         heard = torch.cat([word * starts.unsqueeze(-1), everybody], -1)
@@ -211,9 +147,9 @@ def make_env(args: Args, num_envs: int) -> TransformedEnv:
     return TransformedEnv(Password(num_envs, args.agents, args.words, args.device))
 
 
-def make_layer(args: Args, group: str) -> TensorDictModuleBase:
-    """Make a recurrent layer of all agents, or of one: agents that share it have own states."""
-    return recurrent_module(
+def make_network(args: Args, group: str) -> list[TensorDictModuleBase]:
+    """Observation -> recurrent layer -> a value for each word, of all agents or of one."""
+    layer = recurrent_module(
         args.cell,
         args.words + 1,
         args.hidden_size,
@@ -221,44 +157,31 @@ def make_layer(args: Args, group: str) -> TensorDictModuleBase:
         out_key=(group, "hidden"),
         state_key=(group, "state"),
     )
+    head = MLP(args.hidden_size, args.words, num_cells=[32], activation_class=nn.ReLU)
+    return [layer, TensorDictModule(head, [(group, "hidden")], [(group, "action_value")])]
 
 
 def make_policy(args: Args) -> TensorDictSequential:
-    """Each agent: observation -> recurrent layer -> a value for each word -> the best word.
+    """Make one network that all agents share, or one for each, and choose the best words.
 
-    Entries of the agents, ``("agents", ...)``, have the shape ``[*batch, agents, ...]``.
+    Agents that share weights have states of their own, ``[*batch, agents, ...]``.
     """
-    layers = [make_layer(args, "agents")]
+    modules = make_network(args, "agents")
     if args.own:
         names = [f"agent_{number}" for number in range(args.agents)]
-        split = TensorDictModule(
-            lambda entry: entry.unbind(-2),
-            [("agents", "observation")],
-            [(name, "observation") for name in names],
-        )
+        seen: list[Any] = [(name, "observation") for name in names]
+        values: list[Any] = [(name, "action_value") for name in names]
+        split = TensorDictModule(lambda x: x.unbind(-2), [("agents", "observation")], seen)
         stack = TensorDictModule(
-            lambda *entries: torch.stack(entries, -2),
-            [(name, "hidden") for name in names],
-            [("agents", "hidden")],
+            lambda *x: torch.stack(x, -2), values, [("agents", "action_value")]
         )
-        layers = [split, *(make_layer(args, name) for name in names), stack]
-    head = MultiAgentMLP(
-        n_agent_inputs=args.hidden_size,
-        n_agent_outputs=args.words,
-        n_agents=args.agents,
-        centralized=False,
-        share_params=not args.own,
-        num_cells=[32],
-        activation_class=nn.ReLU,
-    )
-    names = ("action", "action_value", "chosen_action_value")
+        modules = [split, *(one for name in names for one in make_network(args, name)), stack]
     best = QValueModule(
         action_space="categorical",
         action_value_key=("agents", "action_value"),
-        out_keys=[("agents", name) for name in names],
+        out_keys=[("agents", key) for key in ("action", "action_value", "chosen_action_value")],
     )
-    head = TensorDictModule(head, [("agents", "hidden")], [("agents", "action_value")])
-    return TensorDictSequential([*layers, head, best]).to(args.device)
+    return TensorDictSequential([*modules, best]).to(args.device)
 
 
 def make_loss(args: Args, policy: TensorDictSequential) -> LossModule:
@@ -278,39 +201,16 @@ def make_loss(args: Args, policy: TensorDictSequential) -> LossModule:
     return recurrent_loss(loss)  # correct next values where episodes and sequences end
 
 
-def check_finite(data: TensorDictBase) -> None:
-    for key in ("state", ("agents", "observation"), ("next", "state"), ("next", "reward")):
-        if not data.get(key).isfinite().all():
-            raise UsageError(f"the environment returned NaN or inf in the entry {key!r}")
-
-
 def evaluate(args: Args, policy: TensorDictSequential, episodes: int, seed: int) -> Tensor:
     """Play without exploration, and return the return of each episode."""
     env = make_env(args, episodes).append_transform(get_env_transforms_from_module(policy))
     return evaluate_policy(env, policy, seed + args.seed)
 
 
-def write_records(args: Args, rows: list[dict[str, float]], test_return: float = math.nan) -> None:
-    """Write learning_curve.csv and draw learning_curve.png."""
-    folder, columns = Path(args.output), {name: [row[name] for row in rows] for name in rows[0]}
-    with (folder / "learning_curve.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([list(columns), *([*row.values()] for row in rows)])
-    fig = Figure(figsize=(7, 4), layout="constrained")
-    ax = fig.subplots()
-    x, low, high = columns["frames"], columns["evaluation_min"], columns["evaluation_max"]
-    ax.fill_between(x, low, high, alpha=0.15, lw=0)
-    ax.plot(x, columns["evaluation"], "o-", ms=3, label="evaluation: mean and range")
-    ax.plot(x, columns["training_return"], "o-", ms=3, label="training, with exploration")
-    ax.axhline(test_return, color="tab:green", ls="--", label=f"test: {test_return:.1f}")
-    ax.set(title=f"Password, {args.cell}, seed {args.seed}", xlabel="frames", ylabel="return")
-    ax.legend(fontsize="small")
-    fig.savefig(folder / "learning_curve.png", dpi=120)
+class Learner:
+    """The networks, and a gradient step on them."""
 
-
-class Run:
-    """The networks of a run, their optimizer, and its progress."""
-
-    def __init__(self, args: Args, checkpoint: dict[str, Any]) -> None:
+    def __init__(self, args: Args) -> None:
         torch.manual_seed(args.seed)
         self.args, self.policy = args, make_policy(args)
         self.explore: Any = EGreedyModule(
@@ -322,91 +222,34 @@ class Run:
         self.loss = make_loss(args, self.policy)
         self.target = SoftUpdate(self.loss, tau=args.tau)
         self.optimizer = torch.optim.Adam(self.loss.parameters(), args.learning_rate, eps=1e-5)
-        self.frames = 0
-        self.episodes = 0
-        self.seconds = 0.0
-        self.rows: list[dict[str, float]] = []  # one for each evaluation
-        self.best: dict[str, Any] = {"return": -math.inf}
-        self.returns: deque[float] = deque(maxlen=100)
-        self.losses: deque[float] = deque(maxlen=100)
-        for name in MODULES if checkpoint else ():
-            getattr(self, name).load_state_dict(checkpoint[name])
-        for name in PROGRESS if checkpoint else ():
-            setattr(self, name, checkpoint[name])
 
-    def save(self) -> None:
-        """Replace the checkpoint at once, so that its file is complete at any time."""
-        modules = {name: getattr(self, name).state_dict() for name in MODULES}
-        progress = {name: getattr(self, name) for name in PROGRESS}
-        part = Path(self.args.output) / "checkpoint.part"
-        torch.save({"args": asdict(self.args), **modules, **progress}, part)
-        part.replace(part.with_suffix(".pt"))
-
-    def count(self, data: TensorDictBase) -> None:
-        """Add up frames, episodes and returns."""
-        done = data["next", "done"]
-        self.frames += data.numel()
-        self.episodes += int(done.sum())
-        self.returns.extend(data["next", "episode_reward"][done].tolist())
-        self.explore.step(data.numel())
-
-    def learn(self, batch: TensorDictBase) -> None:
-        """Take one gradient step on sequences ``[slices, slice_len]``."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.args.learning_rate * max(0, 1 - self.frames / self.args.frames)
+    def learn(self, batch: TensorDictBase, progress: float) -> float:
+        """Take one gradient step on sequences ``[slices, slice_len]``, and return the loss."""
+        self.optimizer.param_groups[0]["lr"] = self.args.learning_rate * max(0, 1 - progress)
         loss = self.loss(batch)["loss"]
         if not loss.isfinite():
-            raise UsageError(f"the entry 'loss' is {loss.item()} after {self.frames} frames")
+            raise runs.RunError(f"the entry 'loss' is {loss.item()} after {progress:.0%} of frames")
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.loss.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
         self.target.step()
-        self.losses.append(loss.item())
-
-    def summarize(self) -> dict[str, float]:
-        """Return means over the last episodes and gradient steps."""
-        return {
-            "training_return": fmean(self.returns or [math.nan]),
-            "loss": fmean(self.losses or [math.nan]),
-            "epsilon": self.explore.eps.item(),
-        }
-
-    def evaluate(self) -> None:
-        """Play without exploration, keep the weights if they are the best, and record it."""
-        args = self.args
-        returns = evaluate(args, self.policy, args.eval_episodes, SELECTION_SEED)
-        if returns.mean() >= self.best["return"]:
-            weights = {name: value.clone() for name, value in self.policy.state_dict().items()}
-            self.best = {"return": returns.mean().item(), "frames": self.frames, "policy": weights}
-        row = {
-            "frames": self.frames,
-            "seconds": round(self.seconds, 1),
-            "episodes": self.episodes,
-            **self.summarize(),
-            "evaluation": returns.mean().item(),
-            "evaluation_min": returns.min().item(),
-            "evaluation_max": returns.max().item(),
-        }
-        self.rows.append(row)
-        write_records(args, self.rows)
-        self.save()
+        return loss.item()
 
 
 def train(args: Args, checkpoint: dict[str, Any]) -> None:
     """Collect and learn until the run is finished or stopped, and test the best weights."""
     torch.set_num_threads(args.threads)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):  # the second one ends the program at once
-        signal.signal(number, lambda n, _: stop.set() or signal.signal(n, signal.SIG_DFL))
-
     env = make_env(args, args.num_envs)
-    run = Run(args, checkpoint)
+    learner = Learner(args)
+    policy, explore = learner.policy, learner.explore
+    modules = {"loss": learner.loss, "optimizer": learner.optimizer, "explore": explore}
+    run = runs.Run(args, checkpoint, f"Password, {args.cell}, seed {args.seed}", **modules)
     env.append_transform(RewardSum())
-    env.append_transform(get_env_transforms_from_module(run.policy))  # is_init, initial states
+    env.append_transform(get_env_transforms_from_module(policy))  # is_init, initial states
     env.set_seed(args.seed + run.frames)  # other episodes and draws after --resume
     torch.manual_seed(args.seed + run.frames)
-    actor = TensorDictSequential([run.policy, run.explore])
+    actor = TensorDictSequential([policy, explore])
     collector = Collector(env, actor, frames_per_batch=args.batch_frames, storing_device="cpu")
     replay = TensorDictReplayBuffer(
         storage=LazyTensorStorage(args.capacity, ndim=2),
@@ -414,62 +257,41 @@ def train(args: Args, checkpoint: dict[str, Any]) -> None:
         batch_size=args.slices * args.slice_len,
     )
     # The loss computes values, and the states after each step, itself.
-    computed = {unravel_key(key) for key in run.policy.out_keys} - {("agents", "action")}
-    read: list[Any] = ["is_init", *run.loss.in_keys]
+    computed = {unravel_key(key) for key in policy.out_keys} - {("agents", "action")}
+    read: list[Any] = ["is_init", *learner.loss.in_keys]
     keys = {unravel_key(key) for key in read} - computed
     streams = torch.arange(args.num_envs).unsqueeze(-1)
-    logger = get_logger(args.logger, args.output, "log")
 
-    Path(args.output).mkdir(parents=True, exist_ok=True)
-    for name in FILES[-1:] if checkpoint else FILES:  # a resumed run has no result yet
-        Path(args.output, name).unlink(missing_ok=True)
-    if run.frames >= args.frames:
-        print("This run is finished: a larger --frames continues it, --overwrite starts it again.")
-    first_frame, start = run.frames, time.perf_counter() - run.seconds
-    with tqdm(total=args.frames, initial=run.frames, unit=" frames") as bar:
+    warm = run.frames + args.warmup
+    bar = tqdm(total=args.frames, initial=run.frames, unit=" frames")
+    with bar, runs.catch_signals() as stop:
         while run.frames < args.frames and not stop.is_set():
             data: Any = collector.next()
-            check_finite(data)
             run.count(data)
+            explore.step(data.numel())
             replay.extend(data.select(*keys).set("stream", streams.expand(data.shape)))
-            if run.frames - first_frame >= args.warmup:
-                for _ in range(args.updates):
-                    run.learn(replay.sample().reshape(-1, args.slice_len).to(args.device))
-            run.seconds = time.perf_counter() - start
+            for _ in range(args.updates if run.frames >= warm else 0):
+                batch = replay.sample().reshape(-1, args.slice_len).to(args.device)
+                run.losses.append(learner.learn(batch, run.frames / args.frames))
             if run.frames % args.eval_every < data.numel() or run.frames >= args.frames:
-                run.evaluate()
-                if logger is not None:
-                    logger.log_metrics(run.rows[-1], step=run.frames)
-            bar.set_postfix(run.summarize(), refresh=False)
+                returns = evaluate(args, policy, args.eval_episodes, SELECTION_SEED)
+                run.record(returns, policy, epsilon=explore.eps.item())
+                run.save()
+            bar.set_postfix({**run.summarize(), "epsilon": explore.eps.item()}, refresh=False)
             bar.update(min(run.frames, args.frames) - bar.n)
     collector.shutdown()
     run.save()
     if stop.is_set() or not run.rows:
         print(f"Stopped after {run.frames} frames. Continue: --resume {args.output}/checkpoint.pt")
         return
-    run.policy.load_state_dict(run.best["policy"])
-    returns = evaluate(args, run.policy, TEST_EPISODES, TEST_SEED)
-    write_records(args, run.rows, returns.mean().item())
-    result = {
-        "test_return": returns.mean().item(),
-        "test_returns": returns.tolist(),
-        "best_evaluation": run.best["return"],
-        "best_frames": run.best["frames"],
-        "frames": run.frames,
-        "seconds": round(run.seconds, 1),
-        "args": asdict(args),
-    }
-    Path(args.output, "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(
-        f"Best weights, of frame {run.best['frames']}: mean return {returns.mean():.1f} over "
-        f"{TEST_EPISODES} new episodes. Picture: {args.output}/learning_curve.png"
-    )
+    policy.load_state_dict(run.best["policy"])
+    print(run.finish(evaluate(args, policy, TEST_EPISODES, TEST_SEED)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     try:
         train(*read_args(argv))
-    except UsageError as error:
+    except runs.RunError as error:
         print(f"recurrent_qmix.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 

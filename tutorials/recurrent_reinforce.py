@@ -21,18 +21,14 @@ from __future__ import annotations
 
 import csv
 import json
-import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
-import tyro
 from matplotlib.figure import Figure
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
@@ -45,15 +41,14 @@ from torchrl.objectives.value import TD1Estimator
 from torchrl.record.loggers import get_logger
 from tqdm import tqdm
 
-from rnnkeys import CellName, get_env_transforms_from_module, recurrent_module
+from rnnkeys import CellName, get_env_transforms_from_module, recurrent_module, runs
 from rnnkeys.environments import EnvError, evaluate_policy, make_gym_env
 from rnnkeys.objectives import SequenceMinibatches, recurrent_loss
 
 FIXED = (  # arguments that --resume cannot change
-    *("output", "env", "seed", "num_envs", "observation", "hide"),
+    *("env", "seed", "num_envs", "observation", "hide"),
     *("cell", "num_layers", "hidden_size", "broken"),
 )
-FILES = ("checkpoint.pt", "learning_curve.csv", "learning_curve.png", "result.json")
 WINDOW = 100  # episodes whose mean return decides that the task is learned
 TEST_EPISODES = 20
 TEST_SEED = 200_000_000  # of the episodes that training has not used
@@ -84,35 +79,12 @@ class Args:
     logger: Literal["csv", "tensorboard", "wandb"] | None = None  # log through TorchRL, too
 
 
-class UsageError(Exception):
-    """A wrong argument, or a run that cannot continue."""
-
-
 def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any]]:
     """Return the arguments and, after --resume, the checkpoint with their defaults."""
-    args, checkpoint = tyro.cli(Args, args=argv, description=__doc__), {}
-    if args.resume is not None and not args.overwrite:
-        try:
-            checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
-            old = Args(**{**checkpoint["args"], "output": str(Path(args.resume).parent)})
-        except (OSError, EOFError, LookupError, TypeError, RuntimeError, UnpicklingError) as error:
-            raise UsageError(f"--resume is {args.resume}, no checkpoint of this program") from error
-        args = tyro.cli(Args, args=argv, default=old, description=__doc__)
-        for name in FIXED:
-            if getattr(args, name) != getattr(old, name):
-                raise UsageError(f"--{name} must be {getattr(old, name)}, as in {args.resume}")
-    elif not args.overwrite and any(Path(args.output, name).exists() for name in FILES):
-        raise UsageError(
-            f"{args.output} contains a run. Continue it with --resume "
-            f"{args.output}/checkpoint.pt, delete it with --overwrite, or choose another --output."
-        )
-    for name, value in vars(args).items():
-        if type(value) is int and value < (name != "seed"):
-            raise UsageError(f"--{name} is {value}: expected at least 1")
-    if not 0 <= args.gamma <= 1:
-        raise UsageError(f"--gamma is {args.gamma}: expected a number from 0 to 1")
+    args, checkpoint = runs.read_args(Args, argv, fixed=FIXED, description=__doc__)
+    runs.check_ranges(args, gamma=(0, 1))
     if args.broken and args.cell == "feed_forward":
-        raise UsageError("--broken: a feed-forward network has no states to lose")
+        raise runs.RunError("--broken: a feed-forward network has no states to lose")
     return args, checkpoint
 
 
@@ -137,7 +109,7 @@ def make_networks(args: Args, env: TransformedEnv) -> tuple[Any, TensorDictSeque
     """Make the policy and the critic, which predicts returns: each has its own recurrent layers."""
     spec = env.observation_spec["observation"]
     if spec.ndim != 2:
-        raise UsageError(f"--env is {args.env}, with images: expected vectors as observations")
+        raise runs.RunError(f"--env is {args.env}, with images: expected vectors as observations")
 
     def make_network(name: str, output: str, output_size: int) -> TensorDictSequential:
         layers = recurrent_module(
@@ -225,10 +197,6 @@ def train(args: Args, checkpoint: dict[str, Any]) -> None:
     """Play and learn until the run is finished or stopped, and test the last weights."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):  # the second one ends the program at once
-        signal.signal(number, lambda n, _: stop.set() or signal.signal(n, signal.SIG_DFL))
-
     env = make_env(args, args.num_envs)
     policy, critic = make_networks(args, env)
     # The critic's layers play along, so that its states are stored with every step, too.
@@ -245,11 +213,10 @@ def train(args: Args, checkpoint: dict[str, Any]) -> None:
         optimizer.load_state_dict(checkpoint["optimizer"])
     logger = get_logger(args.logger, args.output, "log")
 
-    Path(args.output).mkdir(parents=True, exist_ok=True)
-    for name in FILES[-1:] if checkpoint else FILES:  # a resumed run has no result yet
-        Path(args.output, name).unlink(missing_ok=True)
+    runs.make_folder(args.output, resumed=bool(checkpoint))
     start = time.perf_counter() - (seconds[-1] if seconds else 0)
-    with tqdm(total=args.episodes, initial=len(returns), unit=" episodes") as bar:
+    bar = tqdm(total=args.episodes, initial=len(returns), unit=" episodes")
+    with bar, runs.catch_signals() as stop:
         while not is_finished(args, returns) and not stop.is_set():
             # A resumed run plays the same rounds as one that was not interrupted.
             env.set_seed(args.seed + len(returns))
@@ -260,7 +227,7 @@ def train(args: Args, checkpoint: dict[str, Any]) -> None:
             out = loss_module(as_single_steps(batch) if args.broken else batch)
             loss = out["loss_actor"] + out["loss_value"]
             if not loss.isfinite():
-                raise UsageError(f"'loss_actor' + 'loss_value' is {loss.item()}")
+                raise runs.RunError(f"'loss_actor' + 'loss_value' is {loss.item()}")
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(loss_module.parameters(), args.max_grad_norm)
@@ -275,13 +242,13 @@ def train(args: Args, checkpoint: dict[str, Any]) -> None:
                 logger.log_metrics(metrics, step=len(returns))
             modules = {"loss": loss_module.state_dict(), "optimizer": optimizer.state_dict()}
             state = {"args": asdict(args), "returns": returns, "seconds": seconds, **modules}
-            part = Path(args.output, "checkpoint.part")
-            torch.save(state, part)
-            part.replace(part.with_suffix(".pt"))  # the file is complete at any time
+            runs.save_checkpoint(args.output, state)
 
     write_records(args, returns, seconds)
     if not is_finished(args, returns):
-        print(f"Stopped after {len(returns)} episodes. Continue: --resume {args.output}/{FILES[0]}")
+        print(
+            f"Stopped after {len(returns)} episodes. Continue: --resume {args.output}/checkpoint.pt"
+        )
         return
     test_env = make_env(args, TEST_EPISODES)
     test_env.append_transform(get_env_transforms_from_module(policy))
@@ -305,7 +272,7 @@ def train(args: Args, checkpoint: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     try:
         train(*read_args(argv))
-    except (UsageError, EnvError) as error:
+    except (runs.RunError, EnvError) as error:
         print(f"recurrent_reinforce.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -95,7 +95,7 @@ def test_make_policy_of_images_encodes_them() -> None:
     args = tutorial.Args(observation="pixels", hidden_size=8)
     env = tutorial.make_env(args, 2)
     policy = tutorial.make_policy(args, env)
-    assert policy[1].lstm.input_size == 64 * 7 * 7
+    assert policy[1].lstm.input_size == 512
     env.append_transform(get_env_transforms_from_module(policy))
     assert policy(env.reset())["action_value"].isfinite().all()
 
@@ -135,9 +135,9 @@ def test_resume_of_a_finished_run_tests_the_same_weights(
 
 def test_resume_restores_the_saved_state(run: Run) -> None:
     folder = run(*SHORT)
-    saved = read_checkpoint(folder)
-    args = tutorial.Args(**saved["args"])
-    tutorial.Run(args, tutorial.make_env(args, 1), saved).save()
+    saved, path = read_checkpoint(folder), str(folder / "checkpoint.pt")
+    tutorial.main(["--resume", path])
+    saved["args"]["resume"] = path
     assert_same(read_checkpoint(folder), saved)
 
 
@@ -184,12 +184,12 @@ def test_resume_of_another_run_raises(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--resume", "nowhere.pt"], "--resume is nowhere.pt, no checkpoint of this program"),
-        (["--resume", str(SCRIPT)], "no checkpoint of this program"),
-        (["--batch-frames", "100"], "--batch_frames is 100: expected a multiple of num_envs"),
-        (["--warmup", "100"], "--warmup is 100: expected at least num_envs \\* slice_len"),
-        (["--frames", "0"], "--frames is 0: expected at least 1"),
-        (["--frames", "2000"], "--frames is 2000: expected more than warmup, 2000"),
+        (["--resume", "nowhere.pt"], "--resume is nowhere.pt: expected a checkpoint"),
+        (["--resume", str(SCRIPT)], "expected a checkpoint of this program"),
+        (["--batch-frames", "100"], "--batch_frames: expected a multiple of --num_envs"),
+        (["--warmup", "100"], "--warmup is 100: expected a number from 1024 to"),
+        (["--updates", "0"], "--updates is 0: expected at least 1"),
+        (["--frames", "2000"], "--warmup is 2000: expected a number from .* to 1999"),
         (["--gamma", "1.5"], "--gamma is 1.5: expected a number from 0 to 1"),
         (["--env", "Pendulum-v1"], "Pendulum-v1 has the action space Box.*: expected Discrete"),
         (["--env", "Nowhere-v0"], "Nowhere-v0 cannot be made: .*doesn't exist"),
@@ -232,9 +232,7 @@ def test_resume_of_another_file_raises(
         path.touch()
     else:
         torch.save(content, path)
-    assert_fails(
-        capsys, "no checkpoint of this program", lambda: tutorial.main(["--resume", str(path)])
-    )
+    assert_fails(capsys, "expected a checkpoint", lambda: tutorial.main(["--resume", str(path)]))
 
 
 @NEEDS_SIGNALS
@@ -298,7 +296,12 @@ def test_run_samples_sequences_with_the_states_of_the_policy(
 ) -> None:
     """Unrolled from its first stored state, a sampled sequence gives every other stored state."""
     batches: list[tuple[Any, TensorDictBase]] = []
-    monkeypatch.setattr(tutorial.Run, "learn", lambda run, batch: batches.append((run, batch)))
+
+    def keep(learner: Any, batch: TensorDictBase, _: float) -> float:
+        batches.append((learner, batch))
+        return 0.0
+
+    monkeypatch.setattr(tutorial.Learner, "learn", keep)
     argv = ["--slice-len", "32", "--warmup", "512", "--frames", "1024", "--eval-episodes", "1"]
     run(*SHORT, *argv)
     policy = batches[0][0].policy

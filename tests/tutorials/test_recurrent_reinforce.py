@@ -134,7 +134,7 @@ def test_run_stops_when_the_target_is_reached(run: Run) -> None:
         (["--gamma", "nan"], "--gamma is nan: expected a number from 0 to 1"),
         (["--env", "Pendulum-v1"], "Pendulum-v1 has the action space Box.*: expected Discrete"),
         (["--hide", "9"], "expected some of the entries 0 to 3"),
-        (["--resume", "nowhere.pt"], "--resume is nowhere.pt, no checkpoint of this program"),
+        (["--resume", "nowhere.pt"], "--resume is nowhere.pt: expected a checkpoint"),
     ],
 )
 def test_main_with_a_bad_value_raises(
