@@ -140,14 +140,16 @@ def run(lane: Lane, python: Path, arguments: Sequence[str]) -> dict[str, Any]:
         "XDG_CACHE_HOME": str(python.parent / "cache"),
     }
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *lane.left_out]
-    done = subprocess.run(
-        [*command, *arguments], cwd=PROJECT, env=environment, capture_output=True, text=True
-    )
-    (CACHE / "versions.log").write_text(done.stdout + done.stderr, encoding="utf-8")
+    # Written as it comes: tail -f .cache/versions.log.
+    log = CACHE / "versions.log"
+    with log.open("w", encoding="utf-8") as file:
+        subprocess.run(
+            [*command, *arguments], cwd=PROJECT, env=environment, stdout=file, stderr=file
+        )
     return {
         "versions": _versions(python),
         "commit": _commit(),
-        **read_counts(done.stdout),
+        **read_counts(log.read_text(encoding="utf-8")),
         "minutes": round((time.monotonic() - began) / 60, 1),
     }
 

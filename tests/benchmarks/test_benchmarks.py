@@ -18,6 +18,7 @@ from benchmarks import (
     fit_auto,
     goals,
     memory,
+    soak,
     steps,
     tables,
     timing,
@@ -421,7 +422,7 @@ def test_fit_times_cases_beyond_the_limit_again(monkeypatch: pytest.MonkeyPatch)
     assert [goals.regret(record) for record in records] == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("module", [memory, tables, timing])
+@pytest.mark.parametrize("module", [memory, soak, tables, timing])
 def test_examples_in_docstrings(module) -> None:
     result = doctest.testmod(module)
     assert result.attempted > 0
