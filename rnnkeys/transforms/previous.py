@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torchrl.data import (
     Bounded,
     Categorical,
-    Composite,
     MultiCategorical,
     TensorSpec,
     Unbounded,
@@ -68,21 +67,18 @@ class PreviousActionReward(Transform):
         """Key of the previous reward."""
         return None if self.reward_key is None else _previous(self.reward_key)
 
-    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+    def transform_observation_spec(self, observation_spec: Any) -> Any:
         """Add the entries to the observations."""
         for key, zero in self._zeros().items():
             spec = Unbounded(zero.shape, dtype=torch.float32, device=zero.device)
-            observation_spec[key] = spec  # pyright: ignore[reportArgumentType]
+            observation_spec[key] = spec
         return observation_spec
 
     def _reset(
         self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
     ) -> TensorDictBase:
+        # Where single environments or agents are reset, TorchRL keeps the entries of the others.
         for key, zero in self._zeros().items():
-            before = tensordict.get(key, None)
-            reset = self._read_reset(tensordict, key)
-            if before is not None and reset is not None:
-                zero = torch.where(_expand(reset, zero), zero, before)
             tensordict_reset.set(key, zero)
         return tensordict_reset
 
@@ -123,14 +119,6 @@ class PreviousActionReward(Transform):
             )
         return zeros
 
-    def _read_reset(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor | None:
-        """Return the flags of what is reset, of the innermost group that holds ``key``."""
-        parent: Any = self.parent
-        group = as_tuple(key)[:-1]
-        keys = [as_tuple(one) for one in parent.reset_keys]
-        ruling = [one for one in keys if group[: len(one) - 1] == one[:-1]]
-        return tensordict.get(max(ruling, key=len), None) if ruling else None
-
 
 def encode_action(spec: TensorSpec, action: Tensor) -> Tensor:
     """Return actions as float32 vectors, indices as one-hot vectors.
@@ -163,7 +151,7 @@ def _choices(spec: Any) -> list[int] | None:
     if isinstance(spec, Categorical):
         return [int(spec.space.n)]
     if isinstance(spec, Bounded) and not spec.dtype.is_floating_point:
-        high = spec.space.high
+        high: Any = getattr(spec.space, "high")  # noqa: B009 (its type does not declare it)
         return (high.reshape(-1, high.shape[-1])[0] + 1).tolist()
     return None
 
@@ -171,8 +159,3 @@ def _choices(spec: Any) -> list[int] | None:
 def _previous(key: NestedKey) -> NestedKey:
     *group, name = as_tuple(key)
     return unravel_key((*group, f"previous_{name}"))
-
-
-def _expand(flags: Tensor, like: Tensor) -> Tensor:
-    flags = flags.squeeze(-1) if flags.shape[-1:] == (1,) and flags.ndim > 1 else flags
-    return flags.reshape(*flags.shape, *[1] * (like.ndim - flags.ndim))

@@ -50,9 +50,9 @@ def test_previous_action_and_reward_are_those_of_the_step_before(name: str) -> N
 
 
 def test_previous_reward_where_single_environments_reset_stays_that_of_the_others() -> None:
-    env = TransformedEnv(
-        SerialEnv(2, [lambda: make_gym_env(action_id("Choice"), 1)] * 2), PreviousActionReward()
-    )
+    make: Any = SerialEnv
+    vector = make(2, [lambda: make_gym_env(action_id("Choice"), 1)] * 2)
+    env = TransformedEnv(vector, PreviousActionReward())
     step = env.rollout(3)[..., -1]["next"].clone()
     step["_reset"] = torch.tensor([[[True]], [[False]]])
     for key in ("done", "terminated"):
