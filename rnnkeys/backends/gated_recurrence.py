@@ -1,7 +1,7 @@
 r"""The recurrence of minGRU and minLSTM, fused with its pointwise functions.
 
-.. math:: h_t = a_t h_{t-1} + (1 - a_t) g(v_t), \quad a_t = \sigma(-u_t), \quad
-    g(v) = v + 1/2 \text{ where } v \ge 0 \text{, else } \sigma(v)
+.. math:: h_t = a_t h_{t-1} + z_t\, g(v_t), \quad z_t = \sigma(u_t), \quad a_t = 1 - z_t, \quad
+    g(v) = \max(v + 1/2, \sigma(v))
 
 ``u`` and ``v`` come as one projection ``[T, N, 2F]``, time-major. The pointwise functions of some
 steps are computed just before these steps run, so that they are in the cache, and again in the
@@ -12,29 +12,21 @@ linear domain.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from ..cells.linear import candidate, mix_coefficients
+from ..cells.linear import mix_coefficients
 from . import linear_recurrence
-from .linear_recurrence import Resets, find_resets
+from .linear_steps import (
+    Chunk,
+    cut_chunks,
+    enter_at_resets,
+    find_resets,
+    is_finite_at,
+    run_steps,
+)
 
-# Elements whose pointwise functions are computed at once.
-_CHUNK = 1 << 16
-
-
-class _Chunk(NamedTuple):
-    """Some steps: ``first`` to ``until``, and the resets among them as positions inside."""
-
-    first: int
-    until: int
-    resets: Tensor
-
-    def of(self, x: Tensor) -> Tensor:
-        return x[self.first : self.until]
+aten = torch.ops.aten
 
 
 def forward(p: Tensor, start: Tensor, reset: Tensor) -> Tensor:
@@ -49,20 +41,21 @@ def forward(p: Tensor, start: Tensor, reset: Tensor) -> Tensor:
         ``h [T, N, F]``.
     """
     u, v = p.chunk(2, -1)
-    if linear_recurrence.prefers_blocks(start):
-        return linear_recurrence.scan(*mix_coefficients(u, v), start, reset)
     resets = find_resets(reset)
-    out = torch.empty_like(start, memory_format=torch.contiguous_format)
-    state = start[0]
-    for chunk in _chunks(start, resets):
-        a, b = _coefficients_of(chunk, u, v)
-        _apply_resets(chunk, a, b, start)
-        steps = zip(a.unbind(), b.unbind(), chunk.of(out).unbind(), strict=True)
-        for a_t, b_t, h_t in steps:
-            state = torch.addcmul(b_t, a_t, state, out=h_t)
-    if linear_recurrence.is_leaking(out, resets.before):
-        return linear_recurrence.scan(*mix_coefficients(u, v), start, reset)
-    return out
+    h = torch.empty_like(start, memory_format=torch.contiguous_format)
+    entering = start[0]
+    for chunk in cut_chunks(start, resets):
+        h_c = chunk.of(h)
+        z, below = _sigmoid(chunk.of(u)), _sigmoid(chunk.of(v))
+        torch.add(chunk.of(v), 0.5, out=h_c)
+        torch.maximum(h_c, below, out=h_c).mul_(z)
+        a = torch.rsub(z, 1)
+        enter_at_resets(chunk, a, h_c)
+        run_steps(a, h_c, entering)
+        entering = h_c[-1]
+    if not is_finite_at(h, resets - reset.shape[1]):
+        return linear_recurrence.scan_by_select(*mix_coefficients(u, v), start, reset)
+    return h
 
 
 def backward(
@@ -72,114 +65,97 @@ def backward(
 
     With :math:`d_t` as in ``linear_recurrence.scan_backward``,
 
-    .. math:: \nabla u_t = d_t (1 - a_t) a_t (g(v_t) - h_{t-1}), \quad
-        \nabla v_t = d_t (1 - a_t) g'(v_t)
+    .. math:: \nabla u_t = d_t z_t a_t (g(v_t) - h_{t-1}), \quad
+        \nabla v_t = d_t z_t g'(v_t)
     """
     resets = find_resets(reset)
-    d_h = _whole_backward(grad, p, reset) if linear_recurrence.prefers_blocks(start) else None
-    d_p, d_start, is_leaking = _backward_in_chunks(grad, d_h, p, h, start, resets, wants_start)
-    if is_leaking:
-        d_h = _whole_backward(grad, p, reset)
-        d_p, d_start, _ = _backward_in_chunks(grad, d_h, p, h, start, resets, wants_start)
+    d_p, d_start = _backward_in_chunks(grad, None, p, h, start, resets, wants_start)
+    if not is_finite_at(d_p, resets):
+        a = torch.sigmoid(-p.chunk(2, -1)[0])
+        d = linear_recurrence.backward_states_by_select(a, grad, reset)
+        return _backward_in_chunks(grad, d, p, h, start, resets, wants_start)
     return d_p, d_start
-
-
-def _whole_backward(grad: Tensor, p: Tensor, reset: Tensor) -> Tensor:
-    return linear_recurrence.backward_states(torch.sigmoid(-p.chunk(2, -1)[0]), grad, reset)
 
 
 def _backward_in_chunks(
     grad: Tensor,
-    d_h: Tensor | None,
+    d: Tensor | None,
     p: Tensor,
     h: Tensor,
     start: Tensor,
-    resets: Resets,
+    resets: Tensor,
     wants_start: bool,
-) -> tuple[Tensor, Tensor, bool]:
-    """Go through time backwards; ``d_h`` are the gradients of states where they are known.
-
-    Returns:
-        The gradients of ``p`` and ``start``, and whether something that is not finite stands
-        where a reset multiplies it by zero.
-    """
+) -> tuple[Tensor, Tensor]:
+    """Go through time backwards; ``d`` are the gradients of states where they are known."""
     u, v = p.chunk(2, -1)
     d_p, d_start = p.new_empty(p.shape), start.new_zeros(start.shape if wants_start else 0)
     d_u, d_v = d_p.chunk(2, -1)
-    following, is_leaking = torch.zeros_like(start[0]), False
-    for chunk in reversed(list(_chunks(start, resets))):
-        a, v_t = torch.sigmoid(-chunk.of(u)), chunk.of(v)
-        slope = v_t.clamp(max=0).sigmoid_()
-        g = v_t.clamp(min=0).add_(slope)
-        if d_h is None:
-            d, following = _run_chunk_back(chunk, a, grad, following)
-            is_leaking = is_leaking or linear_recurrence.is_leaking(d, chunk.resets)
+    entering, following = None, torch.zeros_like(h[0])
+    for chunk in reversed(cut_chunks(start, resets)):
+        z = _sigmoid(chunk.of(u))
+        if d is None:
+            d_c = linear_recurrence.copy(chunk.of(grad))
+            following = _run_chunk_back(chunk, z, d_c, entering, following)
+            entering = d_c[0].clone()
         else:
-            d = chunk.of(d_h)
+            d_c = linear_recurrence.copy(chunk.of(d))
         if wants_start:
-            _write_start_grads(chunk, a, d, d_start)
-        inflow = torch.addcmul(d, a, d, value=-1)
-        torch.addcmul(slope, slope, slope, value=-1, out=slope).masked_fill_(v_t >= 0, 1.0)
-        torch.mul(inflow, slope, out=chunk.of(d_v))
-        g.sub_(_entering(chunk, h, start)).mul_(a)
-        torch.mul(g, inflow, out=chunk.of(d_u))
-    return d_p, d_start, is_leaking
-
-
-def _write_start_grads(chunk: _Chunk, a: Tensor, d: Tensor, d_start: Tensor) -> None:
-    at = chunk.resets
-    passed = a.flatten(0, 1)[at] * d.flatten(0, 1)[at]
-    chunk.of(d_start).flatten(0, 1).index_copy_(0, at, passed)
-    if chunk.first == 0:
-        torch.mul(a[0], d[0], out=d_start[0])
+            linear_recurrence.write_start_grads(chunk, torch.rsub(z, 1), d_c, d_start)
+        _write_input_grads(chunk, z, d_c, v, h, start, d_u, d_v)
+    return d_p, d_start
 
 
 def _run_chunk_back(
-    chunk: _Chunk, a: Tensor, grad: Tensor, following: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the chunk's states, and what they pass to the step before it."""
-    masked = a
-    if chunk.resets.numel():
-        masked = a.clone()
-        masked.flatten(0, 1).index_fill_(0, chunk.resets, 0)
-    d, passed = torch.empty_like(a), following.clone()
-    steps = (masked.unbind(), chunk.of(grad).unbind(), d.unbind())
-    for a_t, g_t, d_t in zip(*map(reversed, steps), strict=True):
-        torch.add(g_t, passed, out=d_t)
-        torch.mul(a_t, d_t, out=passed)
-    return d, passed
+    chunk: Chunk, z: Tensor, d: Tensor, entering: Tensor | None, following: Tensor
+) -> Tensor:
+    """Run time backwards through ``d [C, N, F]``, and return the decay of the first step."""
+    # A step passes its gradient on by the decay of the step after it.
+    a = z.new_empty(len(z) + 1, *z.shape[1:])
+    a[-1] = following
+    torch.sub(z.new_ones(()), z, out=a[:-1])
+    chunk.write_rows(a[:-1], None)
+    first = a[0].clone()
+    run_steps(a[1:], d, entering, backwards=True)
+    return first
 
 
-def _coefficients_of(chunk: _Chunk, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    a, b = torch.sigmoid(-chunk.of(u)), candidate(chunk.of(v))
-    return a, torch.addcmul(b, a, b, value=-1, out=b)
+def _write_input_grads(
+    chunk: Chunk,
+    z: Tensor,
+    d: Tensor,
+    v: Tensor,
+    h: Tensor,
+    start: Tensor,
+    d_u: Tensor,
+    d_v: Tensor,
+) -> None:
+    """Write the gradients of ``u`` and ``v`` of a chunk; ``d [C, N, F]`` is overwritten."""
+    above = chunk.of(v).clamp(min=0)
+    below = chunk.of(v).clamp(max=0).sigmoid_()
+    difference = above + below
+    _subtract_previous(chunk, difference, h, start)
+    aten.sigmoid_backward.grad_input(difference.mul_(d), z, grad_input=chunk.of(d_u))
+    # The slope of g is 1 above zero, where that of sigmoid(min(v, 0)) counts as 1/4.
+    inflow = d.mul_(z)
+    by_above = aten.threshold_backward(inflow, above, 0)
+    by_below = aten.sigmoid_backward.grad_input(inflow, below, grad_input=difference)
+    torch.add(by_below, by_above, alpha=0.75, out=chunk.of(d_v))
 
 
-def _apply_resets(chunk: _Chunk, a: Tensor, b: Tensor, start: Tensor) -> None:
-    if chunk.resets.numel():
-        entering = a.flatten(0, 1)[chunk.resets] * chunk.of(start).flatten(0, 1)[chunk.resets]
-        b.flatten(0, 1).index_add_(0, chunk.resets, entering)
-        a.flatten(0, 1).index_fill_(0, chunk.resets, 0)
+def _sigmoid(x: Tensor) -> Tensor:
+    """Return the sigmoid of a view; of contiguous memory it is several times as fast."""
+    return linear_recurrence.copy(x).sigmoid_()
 
 
-def _entering(chunk: _Chunk, h: Tensor, start: Tensor) -> Tensor:
-    """Return the state that enters each step of a chunk."""
-    if chunk.first and not chunk.resets.numel():
-        return h[chunk.first - 1 : chunk.until - 1]
-    first = h[chunk.first - 1 : chunk.first] if chunk.first else start[:1]
-    previous = torch.cat([first, h[chunk.first : chunk.until - 1]])
-    entering = chunk.of(start).flatten(0, 1)[chunk.resets]
-    previous.flatten(0, 1).index_copy_(0, chunk.resets, entering)
-    return previous
-
-
-def _chunks(states: Tensor, resets: Resets) -> Iterator[_Chunk]:
-    """Yield chunks of steps whose tensors fit into the cache, with their resets."""
-    steps, rows, features = states.shape
-    at_once = max(1, _CHUNK // max(1, rows * features))
-    firsts = range(0, steps, at_once)
-    bounds = torch.tensor([*firsts, steps], device=resets.positions.device) * rows
-    ends = torch.searchsorted(resets.positions, bounds).tolist()
-    for k, first in enumerate(firsts):
-        inside = resets.positions[ends[k] : ends[k + 1]] - first * rows
-        yield _Chunk(first, min(first + at_once, steps), inside)
+def _subtract_previous(chunk: Chunk, g: Tensor, h: Tensor, start: Tensor) -> None:
+    """Subtract from ``g [C, N, F]`` the state that enters each step."""
+    rows = None
+    if chunk.has_resets:
+        # Apart from the others, so that nothing of the segment before gets in.
+        rows = chunk.rows_of(g)
+        if chunk.entering is not None:
+            rows -= chunk.entering
+    g[0] -= h[chunk.first - 1] if chunk.first else start[0]
+    g[1:] -= h[chunk.first : chunk.until - 1]
+    if rows is not None:
+        chunk.write_rows(g, rows)

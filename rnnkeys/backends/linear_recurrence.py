@@ -5,46 +5,22 @@ replaced by the stored one, so that a reset is no other operation: ``a_t`` becom
 ``a_t * start_t`` is added to ``b_t``. A zero does not stop a NaN (``0 * NaN`` is NaN); the states
 just before resets are therefore checked afterwards, and where one is not finite, time runs again
 with the previous state replaced by a select.
-
-Time runs as a plain loop where a step has much to compute, and in blocks, side by side, where it
-has little: the block scan computes three times as much in a small fraction of the calls.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-# Elements of a step above which a plain loop is faster than a scan in blocks.
-_MOST_IN_BLOCKS = 2048
-# Steps below which blocks are not worth their passes.
-_FEWEST_STEPS = 32
-
-
-class Resets(NamedTuple):
-    """Where segments start after the first step, as flat positions ``t * N + n``, int64 ``[R]``."""
-
-    positions: Tensor
-    rows: int
-
-    @property
-    def before(self) -> Tensor:
-        """Flat positions of the step before each."""
-        return self.positions - self.rows
-
-
-def find_resets(reset: Tensor) -> Resets:
-    """Return the resets of bool ``[T, N]``; the first step always is one and is left out.
-
-    Examples:
-        >>> find_resets(torch.tensor([[True, False], [False, True]])).positions
-        tensor([3])
-    """
-    index = reset.clone()
-    index[0] = False
-    return Resets(index.flatten().nonzero().squeeze(1), reset.shape[1])
+from .linear_steps import (
+    Chunk,
+    cut_chunks,
+    enter_at_resets,
+    find_resets,
+    is_finite_at,
+    prefers_blocks,
+    run_steps,
+)
 
 
 def scan(a: Tensor, b: Tensor, start: Tensor, reset: Tensor) -> Tensor:
@@ -60,10 +36,16 @@ def scan(a: Tensor, b: Tensor, start: Tensor, reset: Tensor) -> Tensor:
         ``h [T, N, F]``.
     """
     resets = find_resets(reset)
-    decay, drive = _apply_resets(a, b, start, resets)
-    h = _run(decay, drive)
-    if is_leaking(h, resets.before):
-        h = scan_by_select(a, b, start, reset)
+    decays = a.expand_as(b)
+    h = torch.empty_like(b, memory_format=torch.contiguous_format)
+    entering = start[0]
+    for chunk in cut_chunks(start, resets):
+        h_c, a_c = chunk.of(h).copy_(chunk.of(b)), copy(chunk.of(decays))
+        enter_at_resets(chunk, a_c, h_c)
+        run_steps(a_c, h_c, entering)
+        entering = h_c[-1]
+    if _may_overflow(h) or not is_finite_at(h, resets - b.shape[1]):
+        return scan_by_select(a, b, start, reset)
     return h
 
 
@@ -80,137 +62,70 @@ def scan_backward(
     """
     resets = find_resets(reset)
     conjugate = a.conj().resolve_conj()
-    d_b = backward_states(conjugate, grad, reset)
+    d_b = _backward_states(conjugate, grad, start, resets)
+    if _may_overflow(d_b) or not is_finite_at(d_b, resets):
+        d_b = backward_states_by_select(conjugate, grad, reset)
     d_start = start.new_zeros(start.shape if wants_start else 0)
-    if wants_start:
-        at = resets.positions
-        passed = conjugate.flatten(0, 1)[at] if a.ndim == 3 else conjugate
-        d_start.flatten(0, 1).index_copy_(0, at, passed * d_b.flatten(0, 1)[at])
-        d_start[0] = (conjugate[0] if a.ndim == 3 else conjugate) * d_b[0]
-    d_a = d_b * previous_states(h, start, resets).conj()
-    return d_a if a.ndim == 3 else d_a.sum((0, 1)), d_b, d_start
+    d_a = torch.zeros_like(a) if a.ndim == 1 else torch.empty_like(h)
+    decays = conjugate.expand_as(h)
+    for chunk in cut_chunks(start, resets):
+        if wants_start:
+            write_start_grads(chunk, chunk.of(decays), chunk.of(d_b), d_start)
+        previous = _previous_states(chunk, h, start)
+        if previous.is_complex():
+            previous = previous.conj_physical_()
+        if a.ndim == 1:
+            d_a += previous.mul_(chunk.of(d_b)).sum((0, 1))
+        else:
+            torch.mul(previous, chunk.of(d_b), out=chunk.of(d_a))
+    return d_a, d_b, d_start
 
 
-def backward_states(a: Tensor, grad: Tensor, reset: Tensor) -> Tensor:
-    """Return ``d_t = g_t + a_{t+1} d_{t+1}``, nothing passing a segment start backwards."""
-    resets = find_resets(reset)
-    d = _run_back(_mask(a, grad, resets), grad)
-    return _run_back_by_select(a, grad, reset) if is_leaking(d, resets.positions) else d
+def _backward_states(a: Tensor, grad: Tensor, start: Tensor, resets: Tensor) -> Tensor:
+    """Return ``d_t = g_t + a_{t+1} d_{t+1}``; ``a`` is ``[T, N, F]`` or ``[F]``."""
+    d = torch.empty_like(grad, memory_format=torch.contiguous_format)
+    decays = a.expand_as(grad)
+    entering, following = None, torch.zeros_like(d[0])
+    for chunk in reversed(cut_chunks(start, resets)):
+        d_c, a_c = chunk.of(d).copy_(chunk.of(grad)), copy(chunk.of(decays))
+        chunk.write_rows(a_c, None)
+        shifted = torch.cat([a_c[1:], following[None]])
+        run_steps(shifted, d_c, entering, backwards=True)
+        entering, following = d_c[0], a_c[0]
+    return d
 
 
-def prefers_blocks(states: Tensor) -> bool:
-    """Return whether a scan in blocks is faster than a loop for ``[T, N, F]``."""
-    return len(states) >= _FEWEST_STEPS and states[0].numel() <= _MOST_IN_BLOCKS
+def write_start_grads(chunk: Chunk, a: Tensor, d: Tensor, out: Tensor) -> None:
+    """Write ``a_t * d_t`` at the segment starts of a chunk, the first step of all among them.
+
+    Args:
+        chunk: the steps.
+        a: ``[C, N, F]``, their decays, conjugated.
+        d: ``[C, N, F]``, the gradients of their states.
+        out: ``[T, N, F]``, the gradient of the stored states.
+    """
+    if chunk.first == 0:
+        torch.mul(a[0], d[0], out=out[0])
+    if chunk.has_resets:
+        chunk.write_rows(chunk.of(out), chunk.rows_of(a).mul_(chunk.rows_of(d)))
 
 
-def previous_states(h: Tensor, start: Tensor, resets: Resets) -> Tensor:
-    """Return the state that enters each step, ``[T, N, F]``: stored where a segment starts."""
-    previous = torch.cat([start[:1], h[:-1]])
-    entering = start.flatten(0, 1)[resets.positions]
-    previous.flatten(0, 1).index_copy_(0, resets.positions, entering)
+def _previous_states(chunk: Chunk, h: Tensor, start: Tensor) -> Tensor:
+    """Return the state that enters each step of a chunk: the stored one where a segment starts."""
+    first = h[chunk.first - 1 : chunk.first] if chunk.first else start[:1]
+    previous = torch.cat([first, h[chunk.first : chunk.until - 1]])
+    chunk.write_rows(previous, chunk.entering)
     return previous
 
 
-def _apply_resets(a: Tensor, b: Tensor, start: Tensor, resets: Resets) -> tuple[Tensor, Tensor]:
-    """Return decay and drive with the resets in them."""
-    drive = b.clone(memory_format=torch.contiguous_format)
-    first = a[0] if a.ndim == 3 else a
-    drive[0].addcmul_(first.expand_as(start[0]), start[0])
-    if resets.positions.numel():
-        at = a.flatten(0, 1)[resets.positions] if a.ndim == 3 else a
-        entering = at * start.flatten(0, 1)[resets.positions]
-        drive.flatten(0, 1).index_add_(0, resets.positions, entering)
-    return _mask(a, b, resets), drive
+def copy(x: Tensor) -> Tensor:
+    """Return a contiguous copy."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
-def _mask(a: Tensor, like: Tensor, resets: Resets) -> Tensor:
-    """Return the decays, 0 where a segment starts; ``[F]`` stay so if none does."""
-    if not resets.positions.numel():
-        return a
-    masked = a.expand_as(like).clone(memory_format=torch.contiguous_format)
-    masked.flatten(0, 1).index_fill_(0, resets.positions, 0)
-    return masked
-
-
-def is_leaking(values: Tensor, index: Tensor) -> bool:
-    """Return whether a value that is not finite stands where a reset multiplies it by zero."""
-    return bool(index.numel()) and not bool(values.flatten(0, 1)[index].isfinite().all())
-
-
-def _run(a: Tensor, b: Tensor) -> Tensor:
-    """Run time from a zero state."""
-    if prefers_blocks(b):
-        h = _run_blocks(a, b)
-        # Products of decays may overflow where the states do not.
-        if bool(h.sum().isfinite()):
-            return h
-    return _run_loop(a, b)
-
-
-def _run_back(a: Tensor, grad: Tensor) -> Tensor:
-    """Run ``d_t = g_t + a_{t+1} * d_{t+1}``."""
-    if prefers_blocks(grad):
-        backwards = torch.cat([a[:1], a[1:].flip(0)]) if a.ndim == 3 else a
-        d = _run_blocks(backwards, grad.flip(0))
-        if bool(d.sum().isfinite()):
-            return d.flip(0)
-    steps = _steps(a, len(grad))[1:]
-    out = torch.empty_like(grad, memory_format=torch.contiguous_format)
-    d = out[-1].copy_(grad[-1])
-    for a_next, g_t, d_t in zip(
-        reversed(steps), reversed(grad.unbind()[:-1]), reversed(out.unbind()[:-1]), strict=True
-    ):
-        d = torch.addcmul(g_t, a_next, d, out=d_t)
-    return out
-
-
-def _run_loop(a: Tensor, b: Tensor) -> Tensor:
-    out = torch.empty_like(b, memory_format=torch.contiguous_format)
-    h = out[0].copy_(b[0])
-    for a_t, b_t, h_t in zip(_steps(a, len(b))[1:], b.unbind()[1:], out.unbind()[1:], strict=True):
-        h = torch.addcmul(b_t, a_t, h, out=h_t)
-    return out
-
-
-def _steps(a: Tensor, steps: int) -> tuple[Tensor, ...]:
-    return a.unbind() if a.ndim == 3 else (a,) * steps
-
-
-def _run_blocks(a: Tensor, b: Tensor) -> Tensor:
-    """Run blocks of about ``sqrt(T)`` steps side by side, then carry states from block to block.
-
-    The states inside a block that starts from zeros, and the products of decays up to each step,
-    need nothing of the blocks before; ``h = local + product * carried`` joins them. Steps that fill
-    no block run as a loop.
-    """
-    length = 1 << max(2, round(len(b) ** 0.5 - 1).bit_length() - 1)
-    count = len(b) // length
-    whole = count * length
-    constant = a.ndim == 1
-    blocks = b[:whole].view(count, length, *b.shape[1:])
-    decays = None if constant else a[:whole].view(count, length, *b.shape[1:])
-    local = torch.empty_like(blocks, memory_format=torch.contiguous_format)
-    local[:, 0] = blocks[:, 0]
-    product = a.new_empty(length, *a.shape) if constant else torch.empty_like(blocks)
-    powers = product if constant else product.transpose(0, 1)
-    powers[0] = a if decays is None else decays[:, 0]
-    for c in range(1, length):
-        a_c = a if decays is None else decays[:, c]
-        torch.addcmul(blocks[:, c], a_c, local[:, c - 1], out=local[:, c])
-        torch.mul(a_c, powers[c - 1], out=powers[c])
-    carried = torch.zeros_like(local[:, 0])
-    for k in range(1, count):
-        through = powers[-1] if constant else product[k - 1, -1]
-        torch.addcmul(local[k - 1, -1], through, carried[k - 1], out=carried[k])
-    join = product[None, :, None] if constant else product
-    local.addcmul_(join, carried[:, None])
-    h = local.view(whole, *b.shape[1:])
-    if whole == len(b):
-        return h
-    rest = [h]
-    for t in range(whole, len(b)):
-        rest.append(torch.addcmul(b[t], a if constant else a[t], rest[-1][-1])[None])
-    return torch.cat(rest)
+def _may_overflow(h: Tensor) -> bool:
+    """Return whether products of decays in blocks may have overflowed where states do not."""
+    return prefers_blocks(h) and not bool(h.sum().isfinite())
 
 
 def scan_by_select(a: Tensor, b: Tensor, start: Tensor, reset: Tensor) -> Tensor:
@@ -223,7 +138,8 @@ def scan_by_select(a: Tensor, b: Tensor, start: Tensor, reset: Tensor) -> Tensor
     return torch.stack(out)
 
 
-def _run_back_by_select(a: Tensor, grad: Tensor, reset: Tensor) -> Tensor:
+def backward_states_by_select(a: Tensor, grad: Tensor, reset: Tensor) -> Tensor:
+    """Return ``d_t = g_t + a_{t+1} d_{t+1}``, nothing passing a segment start backwards."""
     d, steps = grad[-1], _steps(a, len(grad))
     out: list[Tensor] = [d]
     for t in range(len(grad) - 2, -1, -1):
@@ -231,3 +147,7 @@ def _run_back_by_select(a: Tensor, grad: Tensor, reset: Tensor) -> Tensor:
         d = grad[t] + through.masked_fill(reset[t + 1, :, None], 0)
         out.append(d)
     return torch.stack(out[::-1])
+
+
+def _steps(a: Tensor, steps: int) -> tuple[Tensor, ...]:
+    return a.unbind() if a.ndim == 3 else (a,) * steps

@@ -103,7 +103,7 @@ def candidate(v: Tensor) -> Tensor:
         >>> candidate(torch.tensor([0.0, 1.0]))
         tensor([0.5000, 1.5000])
     """
-    return v.clamp(min=0) + v.clamp(max=0).sigmoid()
+    return v.relu() + v.clamp(max=0).sigmoid()
 
 
 def mix_coefficients(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from rnnkeys import linear_scan
-from rnnkeys.backends import gated_recurrence, scan_ops
+from rnnkeys.backends import linear_steps, scan_ops
 from rnnkeys.cells.linear import mix_coefficients
 from tests.support.tolerances import assert_equal
 
@@ -62,7 +62,7 @@ def test_scan_equals_unrolling_with_gradients(
 def test_gated_scan_equals_unrolling_with_gradients(
     shape: tuple[int, ...], rate: float, chunk: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(gated_recurrence, "_CHUNK", chunk)
+    monkeypatch.setattr(linear_steps, "_CHUNK", chunk)
     _, _, start, reset = draw(shape, torch.float64, rate, False)
     p = torch.randn(*shape[:2], 2 * shape[2], dtype=torch.float64, requires_grad=True)
     h = scan_ops.gated(p, start, reset)
