@@ -5,6 +5,8 @@ from .cells import Cell as Cell
 from .cells import GatedCell as GatedCell
 from .deploy import StatefulPolicy as StatefulPolicy
 from .deploy import export_step as export_step
+from .deploy import load_pretrained as load_pretrained
+from .deploy import save_pretrained as save_pretrained
 from .diagnostics import check_recurrent_policy as check_recurrent_policy
 from .diagnostics import plot_episode_states as plot_episode_states
 from .diagnostics import plot_state_staleness as plot_state_staleness
@@ -37,4 +39,4 @@ from .precision import RecurrentMatmulPrecisionUserMode as RecurrentMatmulPrecis
 from .precision import get_recurrent_matmul_precision as get_recurrent_matmul_precision
 from .precision import set_recurrent_matmul_precision as set_recurrent_matmul_precision
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
