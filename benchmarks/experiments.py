@@ -64,6 +64,13 @@ HILL = (
     *("--reward-scale", "0.05", "--entropy", "0.01", "--noise-correlation", "0.9"),
     *("--eval-every", "20000", "--eval-episodes", "8"),
 )
+CHEETAH = (
+    *("--env", "HalfCheetah-v5", "--hide", *map(str, range(8, 17))),
+    *("--normalize-observation", "--normalize-reward", "--reward-scale", "1", "--num-envs", "8"),
+    *("--steps", "256", "--seq-len", "32", "--learning-rate", "1e-3", "--clip-schedule"),
+    *("constant", "--no-squash", "--log-std-init", "-0.5", "--frames", "200000"),
+    *("--eval-every", "20000", "--eval-episodes", "8"),
+)
 LAST = "Weights are those of the last step."
 BEST = (
     "Weights are those that did best in the regular evaluations (*best evaluation*), tested on "
@@ -178,6 +185,16 @@ EXPERIMENTS = {
             "fresh noise": (*HILL, "--noise-correlation", "0"),
         },
         few={"feed-forward": [0], "fresh noise": [0]},
+    ),
+    "recurrent_ppo_cheetah": Experiment(
+        script="recurrent_ppo",
+        title="PPO on HalfCheetah with its velocities hidden",
+        text=(
+            "The robot of gymnasium[mujoco] shows its positions only. An episode of 1,000 steps "
+            f"returns its way forward less the cost of its actions. {LAST}"
+        ),
+        variants={"recurrent": CHEETAH, "feed-forward": (*CHEETAH, "--cell", "feed_forward")},
+        seeds=range(2),
     ),
     "recurrent_sac": Experiment(
         script="recurrent_sac",
