@@ -16,26 +16,15 @@ Ctrl-C and SIGTERM stop a run after its current round.
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import math
-import pickle
-import signal
 import sys
-import threading
-import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
-import matplotlib
 import torch
-import tyro
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictSequential
 from torch import Tensor, nn
@@ -44,21 +33,15 @@ from torchrl.envs import RewardScaling, RewardSum, TransformedEnv
 from torchrl.objectives import HardUpdate, SoftUpdate
 from tqdm import tqdm
 
-from rnnkeys import CellName, collectors, drqn_policy, get_env_transforms_from_module
+from rnnkeys import CellName, collectors, drqn_policy, get_env_transforms_from_module, runs
 from rnnkeys.environments import EnvError, evaluate_policy, make_gym_env
 from rnnkeys.objectives import R2D2Loss
 from rnnkeys.replay import PrioritizedSampler
 from rnnkeys.transforms import RefreshStates, Windows, measure_staleness
 
-matplotlib.use("Agg")  # pictures go to files: no display is needed
-from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen before pyplot loads)
+logging.getLogger("torchrl").setLevel(logging.ERROR)  # it logs every buffer
 
-# CartPole's velocities; its positions are divided by the values that end an episode.
-CARTPOLE = {"hide": (1, 3), "scale": (1 / 2.4, 1 / 0.2095)}
-FIXED = ("output", "env", "hide", "scale", "cell", "hidden_size", "window_len", "seed")
-MODULES = ("loss", "optimizer")  # in a checkpoint, beside the arguments, the replay and
-PROGRESS = ("frames", "episodes", "trajectories", "seconds", "rows", "best")
-FILES = ("checkpoint.pt", "learning_curve.csv", "learning_curve.png", "result.json")
+FIXED = ("env", "hide", "scale", "cell", "hidden_size", "window_len", "seed")  # --resume keeps them
 SELECTION_SEED = 100_000_000  # of the episodes that choose the best weights
 TEST_SEED = 200_000_000  # of the episodes that neither training nor choice has used
 TEST_EPISODES = 20
@@ -112,6 +95,12 @@ class Args:
     resume: str | None = None  # checkpoint.pt of the run to continue
     overwrite: bool = False  # delete the run in the output folder and start again
 
+    logger: Literal["csv", "tensorboard", "wandb"] | None = None  # log through TorchRL, too
+
+    def __post_init__(self) -> None:
+        if self.env == "CartPole-v1" and self.hide is None:
+            self.hide, self.scale = (1, 3), (1 / 2.4, 1 / 0.2095)  # positions / their limits
+
     @property
     def envs_per_actor(self) -> int:
         return self.num_envs // self.num_actors
@@ -119,52 +108,17 @@ class Args:
 
 def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any]]:
     """Return the arguments and, after --resume, the checkpoint with their defaults."""
-
-    def parse(default: Args) -> Args:
-        args = tyro.cli(Args, args=argv, default=default, description=__doc__)
-        is_cartpole = args.env == "CartPole-v1" and args.hide is None
-        return replace(args, **CARTPOLE) if is_cartpole else args
-
-    args, checkpoint = parse(Args()), {}
-    if args.resume is not None and not args.overwrite:
-        try:
-            checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
-            old = Args(**{**checkpoint["args"], "output": str(Path(args.resume).parent)})
-        except (OSError, EOFError, LookupError, TypeError, RuntimeError, pickle.PickleError):
-            sys.exit(f"error: --resume is {args.resume}, not a checkpoint of this program")
-        args = parse(old)
-        for name in FIXED:
-            if getattr(args, name) != getattr(old, name):
-                sys.exit(f"error: --{name} must be {getattr(old, name)}, as in {args.resume}")
-    elif not args.overwrite and any(Path(args.output, name).exists() for name in FILES):
-        sys.exit(
-            f"error: {args.output} contains a run. Continue it with --resume "
-            f"{args.output}/checkpoint.pt, delete it with --overwrite, or choose another --output."
-        )
-    check_args(args)
+    args, checkpoint = runs.read_args(Args, argv, fixed=FIXED, description=__doc__)
+    limits: dict[str, tuple[float, float]] = {name: (0, 1) for name in SHARES}
+    limits |= {"burn_in": (0, args.window_len - 1), "period": (1, args.window_len)}
+    limits |= {"target_period": (0, math.inf)}
+    runs.check_ranges(args, **limits)
+    if args.actors == "local" and args.num_actors > 1:
+        raise runs.RunError(f"--num_actors is {args.num_actors}: --actors local expects 1")
+    for name, part in (("num_envs", "num_actors"), ("batch_frames", "num_envs")):
+        if getattr(args, name) % getattr(args, part):
+            raise runs.RunError(f"--{name} is {getattr(args, name)}: expected a multiple of {part}")
     return args, checkpoint
-
-
-def check_args(args: Args) -> None:
-    for name, value in vars(args).items():
-        least = 0 if name in ("seed", "burn_in", "target_period") else 1
-        if type(value) is int and value < least:
-            sys.exit(f"error: --{name} is {value}: expected at least {least}")
-        if name in SHARES and not 0 <= value <= 1:
-            sys.exit(f"error: --{name} is {value}: expected a number from 0 to 1")
-    for name, expected, holds in (
-        ("burn_in", "less than window_len", args.burn_in < args.window_len),
-        ("period", "at most window_len", args.period <= args.window_len),
-        (
-            "num_actors",
-            "1 if this process collects",
-            args.actors != "local" or args.num_actors == 1,
-        ),
-        ("num_envs", "a multiple of num_actors", args.num_envs % args.num_actors == 0),
-        ("batch_frames", "a multiple of num_envs", args.batch_frames % args.num_envs == 0),
-    ):
-        if not holds:
-            sys.exit(f"error: --{name} is {getattr(args, name)}: expected {expected}")
 
 
 def make_env(args: Args, num_envs: int, device: str) -> TransformedEnv:
@@ -193,13 +147,14 @@ def make_explorer(args: Args, policy: Any, floor: Tensor, actor: int) -> TensorD
     return TensorDictSequential([policy, explore])
 
 
-def make_actors(args: Args, run: Run) -> collectors.Actors:
-    make_env = partial(make_training_env, args, run.policy)
-    make_policy = partial(make_explorer, args, run.policy, run.epsilon_floor)
+def make_actors(args: Args, learner: Learner, first_frame: int) -> collectors.Actors:
+    """Make what collects: this process, or others on one machine or on Ray."""
+    make_env = partial(make_training_env, args, learner.policy)
+    make_policy = partial(make_explorer, args, learner.policy, learner.epsilon_floor)
     options: dict[str, Any] = {
         "frames_per_batch": args.batch_frames,
-        "seed": args.seed + run.frames,  # a resumed run plays other episodes
-        "first_trajectory": run.trajectories,
+        "seed": args.seed + first_frame,  # a resumed run plays other episodes
+        "first_trajectory": learner.trajectories,
     }
     if args.actors == "local":
         return collectors.LocalActors(make_env, make_policy, **options)
@@ -214,23 +169,6 @@ def evaluate(args: Args, policy: TensorDictSequential, episodes: int, seed: int)
     env = make_env(args, episodes, args.device)
     env.append_transform(get_env_transforms_from_module(policy))
     return evaluate_policy(env, policy, seed)
-
-
-def write_records(args: Args, rows: list[dict[str, float]], test_return: float = math.nan) -> None:
-    """Write learning_curve.csv and draw learning_curve.png."""
-    folder, columns = Path(args.output), {name: [row[name] for row in rows] for name in rows[0]}
-    with (folder / "learning_curve.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([list(columns), *([*row.values()] for row in rows)])
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    x = columns["frames"]
-    ax.fill_between(x, columns["evaluation_min"], columns["evaluation_max"], alpha=0.15, lw=0)
-    ax.plot(x, columns["evaluation"], "o-", ms=3, label="evaluation: mean and range")
-    ax.plot(x, columns["training_return"], "o-", ms=3, label="training, with exploration")
-    ax.axhline(test_return, color="tab:green", ls="--", label=f"test: {test_return:.1f}")
-    ax.set(title=f"{args.env}, {args.cell}, seed {args.seed}", xlabel="frames", ylabel="return")
-    ax.legend(fontsize="small")
-    fig.savefig(folder / "learning_curve.png", dpi=120)
-    plt.close(fig)
 
 
 def make_replay(args: Args, saved: dict[str, Any]) -> TensorDictReplayBuffer:
@@ -257,12 +195,12 @@ def save_replay(replay: Any) -> dict[str, Any]:
         return {}
     oldest = replay.write_count if len(replay) == replay.storage.max_size else 0
     order = torch.arange(len(replay)).roll(-oldest)
-    windows = replay.storage[:][order].to_dict()
+    windows = replay.storage[:][order].exclude("index").to_dict()  # positions in this storage
     return {"windows": windows, "priorities": replay.sampler.get_priorities(order)}
 
 
-class Run:
-    """The networks of a run, their optimizer, the replay, and its progress."""
+class Learner:
+    """The networks, the replay buffer, and a gradient step on its windows."""
 
     def __init__(self, args: Args, checkpoint: dict[str, Any]) -> None:
         torch.manual_seed(args.seed)
@@ -294,51 +232,35 @@ class Run:
         self.optimizer = torch.optim.Adam(self.loss.parameters(), args.learning_rate, eps=1e-5)
         self.epsilon_floor = torch.tensor(args.epsilon_start, device=args.device)
         self.replay = make_replay(args, checkpoint.get("replay", {}))
-        self.frames = 0
-        self.episodes = 0
-        self.trajectories = 0
-        self.seconds = 0.0
+        self.trajectories = checkpoint.get("trajectories", 0)
         self.lag = 0  # policy updates since the latest batch was requested
-        self.rows: list[dict[str, float]] = []  # one for each evaluation
-        self.best: dict[str, Any] = {"return": -math.inf}
-        self.returns: deque[float] = deque(maxlen=100)
-        self.losses: deque[float] = deque(maxlen=100)
-        for name in MODULES if checkpoint else ():
-            getattr(self, name).load_state_dict(checkpoint[name])
-        for name in PROGRESS if checkpoint else ():
-            setattr(self, name, checkpoint[name])
 
-    def save(self) -> None:
-        """Replace the checkpoint at once, so that its file is complete at any time."""
-        modules = {name: getattr(self, name).state_dict() for name in MODULES}
-        progress = {name: getattr(self, name) for name in PROGRESS}
-        progress["replay"] = save_replay(self.replay)
-        part = Path(self.args.output) / "checkpoint.part"
-        torch.save({"args": asdict(self.args), **modules, **progress}, part)
-        part.replace(part.with_suffix(".pt"))
+    def make_run(self, checkpoint: dict[str, Any]) -> runs.Run:
+        args = self.args
+        modules = {"loss": self.loss, "optimizer": self.optimizer}
+        return runs.Run(args, checkpoint, f"{args.env}, {args.cell}, seed {args.seed}", **modules)
 
-    def anneal(self) -> None:
+    def save(self, run: runs.Run) -> None:
+        run.save(replay=save_replay(self.replay), trajectories=self.trajectories)
+
+    def anneal(self, frames: int) -> None:
         """Set the rate of random actions and the learning rate."""
-        args, progress = self.args, self.frames / self.args.epsilon_frames
+        args, progress = self.args, frames / self.args.epsilon_frames
         last = 0.0 if args.exploration == "ladder" else args.epsilon
         left = math.exp(-progress) if args.exploration == "exponential" else max(0, 1 - progress)
         self.epsilon_floor.fill_(last + (args.epsilon_start - last) * left)
         if args.decay == "linear":
             for group in self.optimizer.param_groups:
-                group["lr"] = args.learning_rate * max(0, 1 - self.frames / args.frames)
+                group["lr"] = args.learning_rate * max(0, 1 - frames / args.frames)
 
     def store(self, data: TensorDictBase, actors: collectors.Actors) -> None:
-        """Count a batch ``[num_envs, T]`` of one actor, and cut it into windows to remember."""
-        done = data["next", "done"]
-        self.frames += data.numel()
-        self.episodes += int(done.sum())
+        """Cut a batch ``[num_envs, T]`` of one actor into windows to remember."""
         self.trajectories = actors.num_trajectories
-        self.returns.extend(data["next", "episode_reward"][done].tolist())
         self.lag = actors.policy_version - int(data["collector", "policy_version"][0, 0])
         self.replay.extend(data.select(*self.loss.in_keys, ("collector", "traj_ids")))
 
-    def learn(self) -> None:
-        """Take one gradient step; the loss writes the priorities of the windows."""
+    def learn(self) -> float:
+        """Take one gradient step, and return the loss, which writes priorities of the windows."""
         windows = self.replay.sample()  # [windows, window_len]
         if self.args.state == "zero":
             states = [key for key in self.policy.in_keys if "recurrent_state" in key]
@@ -350,101 +272,60 @@ class Run:
         self.optimizer.step()
         self.target.step()
         self.replay.update_tensordict_priority(windows)
-        self.losses.append(loss.item())
+        return loss.item()
 
-    def summarize(self) -> dict[str, float]:
-        """Return means over the last episodes and gradient steps."""
-        return {
-            "training_return": fmean(self.returns or [math.nan]),
-            "loss": fmean(self.losses or [math.nan]),
-            "epsilon": self.epsilon_floor.item(),
-            "lag": self.lag,
-        }
-
-    def evaluate(self) -> None:
-        """Play without exploration, keep the weights if they are the best, and record it."""
+    def measure(self) -> dict[str, float]:
+        """Return how stale the states are that windows start from, at two steps of them."""
         args = self.args
-        returns = evaluate(args, self.policy, args.eval_episodes, SELECTION_SEED + args.seed)
         is_zero = args.state == "zero"
-        staleness = measure_staleness(self.policy, self.replay, args.burn_in, zero_states=is_zero)
-        if returns.mean() >= self.best["return"]:
-            weights = {name: value.clone() for name, value in self.policy.state_dict().items()}
-            self.best = {"return": returns.mean().item(), "frames": self.frames, "policy": weights}
-        row = {
-            "frames": self.frames,
-            "seconds": round(self.seconds, 1),
-            "episodes": self.episodes,
-            **self.summarize(),
-            **{f"staleness_{step}": value for step, value in staleness.items()},
-            "evaluation": returns.mean().item(),
-            "evaluation_min": returns.min().item(),
-            "evaluation_max": returns.max().item(),
-        }
-        self.rows.append(row)
-        write_records(args, self.rows)
-        self.save()
+        stale = measure_staleness(self.policy, self.replay, args.burn_in, zero_states=is_zero)
+        return {f"staleness_{step}": value for step, value in stale.items()}
 
 
-def train(args: Args, run: Run) -> None:
+def train(args: Args, learner: Learner, run: runs.Run) -> None:
     """Collect, store and learn until all frames are collected, or until Ctrl-C or SIGTERM."""
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):  # the second one ends the program at once
-        signal.signal(number, lambda n, _: stop.set() or signal.signal(n, signal.SIG_DFL))
-    start = time.perf_counter() - run.seconds
-    run.anneal()
-    with tqdm(total=args.frames, initial=run.frames) as bar, make_actors(args, run) as actors:
+    learner.anneal(run.frames)
+    bar = tqdm(total=args.frames, initial=run.frames, unit=" frames")
+    with runs.catch_signals() as stop, bar, make_actors(args, learner, run.frames) as actors:
         while run.frames < args.frames and not stop.is_set():
             data = actors.next()
-            run.store(data, actors)
-            run.anneal()
-            if run.frames >= args.warmup and len(run.replay):
+            run.count(data)
+            learner.store(data, actors)
+            learner.anneal(run.frames)
+            if run.frames >= args.warmup and len(learner.replay):
                 if args.state == "refreshed" and run.frames % args.refresh_every < data.numel():
-                    RefreshStates(run.policy).refresh_buffer(run.replay)
+                    RefreshStates(learner.policy).refresh_buffer(learner.replay)
                 for _ in range(args.updates):
-                    run.learn()
-                actors.update_policy(make_explorer(args, run.policy, run.epsilon_floor, 0))
-            run.seconds = time.perf_counter() - start
+                    run.losses.append(learner.learn())
+                explorer = make_explorer(args, learner.policy, learner.epsilon_floor, 0)
+                actors.update_policy(explorer)
+            shown = {"epsilon": learner.epsilon_floor.item(), "lag": learner.lag}
             if run.frames % args.eval_every < data.numel() or run.frames >= args.frames:
-                run.evaluate()
-            bar.set_postfix(run.summarize(), refresh=False)
+                seed = SELECTION_SEED + args.seed
+                returns = evaluate(args, learner.policy, args.eval_episodes, seed)
+                run.record(returns, learner.policy, **shown, **learner.measure())
+                learner.save(run)
+            bar.set_postfix({**run.summarize(), **shown}, refresh=False)
             bar.update(data.numel())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args, checkpoint = read_args(argv)
-    logging.getLogger("torchrl").setLevel(logging.ERROR)  # it logs every buffer
-    torch.set_num_threads(args.threads)
     try:
-        run = Run(args, checkpoint)
-        Path(args.output).mkdir(parents=True, exist_ok=True)
-        for name in FILES[-1:] if checkpoint else FILES:  # a resumed run has no result yet
-            Path(args.output, name).unlink(missing_ok=True)
+        args, checkpoint = read_args(argv)
+        torch.set_num_threads(args.threads)
+        learner = Learner(args, checkpoint)
+        run = learner.make_run(checkpoint)
         try:
-            train(args, run)
+            train(args, learner, run)
         finally:
-            run.save()
-    except (EnvError, collectors.ActorError, collectors.ActorsLostError) as error:
+            learner.save(run)
+    except (runs.RunError, EnvError, collectors.ActorError, collectors.ActorsLostError) as error:
         sys.exit(f"error: {str(error).strip().splitlines()[-1]}")  # the last line of a traceback
     if run.frames < args.frames or not run.rows:
         print(f"Stopped after {run.frames} frames. Continue: --resume {args.output}/checkpoint.pt")
         return
-    run.policy.load_state_dict(run.best["policy"])
-    returns = evaluate(args, run.policy, TEST_EPISODES, TEST_SEED + args.seed)
-    write_records(args, run.rows, returns.mean().item())
-    result = {
-        "test_return": returns.mean().item(),
-        "test_returns": returns.tolist(),
-        "best_evaluation": run.best["return"],
-        "best_frames": run.best["frames"],
-        "frames": run.frames,
-        "seconds": round(run.seconds, 1),
-        "args": asdict(args),
-    }
-    Path(args.output, "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(
-        f"Best weights, of frame {run.best['frames']}: mean return {returns.mean():.1f} over "
-        f"{TEST_EPISODES} new episodes. Picture: {args.output}/learning_curve.png"
-    )
+    learner.policy.load_state_dict(run.best["policy"])
+    print(run.finish(evaluate(args, learner.policy, TEST_EPISODES, TEST_SEED + args.seed)))
 
 
 if __name__ == "__main__":

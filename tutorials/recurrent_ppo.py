@@ -12,38 +12,31 @@ learning_curve.png, checkpoint.pt and result.json, the returns of new episodes, 
 
 from __future__ import annotations
 
-import json
+import logging
 import math
-import signal
 import sys
-import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from pickle import UnpicklingError
-from statistics import fmean
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import tyro
-from matplotlib.figure import Figure
 from tensordict import TensorDictBase
 from tensordict.nn import AddStateIndependentNormalScale, TensorDictSequential
-from torch import nn
+from torch import Tensor, nn
 from torchrl.collectors import Collector
 from torchrl.envs import TransformedEnv
 from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
-from torchrl.record.loggers import get_logger
 from tqdm import tqdm
 
-from rnnkeys import CellName, get_env_transforms_from_module, recurrent_module
+from rnnkeys import CellName, get_env_transforms_from_module, recurrent_module, runs
 from rnnkeys.environments import EnvError, evaluate_policy, make_gym_env
 from rnnkeys.exploration import CorrelatedNoise, StateDependentNoise, StateDependentScale
 from rnnkeys.objectives import SequenceMinibatches, recurrent_loss
 from rnnkeys.spaces import Choices, ImageEncoder, Layers, RunningNorm, action_distribution
+
+logging.getLogger("torchrl").setLevel(logging.WARNING)  # without a line for each buffer
 
 
 @dataclass
@@ -94,7 +87,8 @@ class Args:
     device: str = "cpu"
     threads: int = 1  # CPU threads of torch: networks this small are fastest with one
     output: str = "runs/recurrent_ppo"
-    resume: str | None = None  # checkpoint.pt of a run to continue
+    resume: str | None = None  # checkpoint.pt of the run to continue
+    overwrite: bool = False  # delete the run in the output folder and start again
     logger: Literal["csv", "tensorboard", "wandb"] | None = None  # one of TorchRL's, in addition
     eval_every: int = 10_000  # frames between two evaluations
     eval_episodes: int = 32
@@ -106,41 +100,22 @@ VELOCITIES: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {
     "Pendulum-v1": ((2,), (1.0, 1.0)),
     "MountainCarContinuous-v0": ((1,), (0.6,)),
 }
-NETWORK_ARGS = ("env", "observation", "cell", "critic", "hidden_size", "num_layers", "net_arch")
-LIMITS = {"seed": (0, math.inf), "sde_sample_freq": (0, math.inf), "log_std_init": (-9, 9)}
+FIXED = ("env", "observation", "hide")  # --resume keeps them, and
+FIXED += ("cell", "critic", "hidden_size", "num_layers", "net_arch")
+LIMITS: dict[str, tuple[float, float]] = {"sde_sample_freq": (0, math.inf), "log_std_init": (-9, 9)}
 LIMITS |= {"gamma": (0, 1), "lmbda": (0, 1), "noise_correlation": (0, 1)}
-EVAL_SEED, TEST_SEED = 100_000_000, 200_000_000
-FILES = ("checkpoint.pt", "learning_curve.csv", "learning_curve.png", "result.json")
-MODULES = ("agent", "optimizer", "return_norm")
-VALUES = ("frames", "episodes", "seconds", "rows")
+EVAL_SEED = 100_000_000  # of the episodes of the learning curve
+TEST_SEED = 200_000_000  # of the episodes that test the last weights
 
 
-class UsageError(Exception):
-    """A bad argument, or a run that cannot continue; the message is one line."""
-
-
-def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any] | None]:
-    """Read the command line; with --resume, its defaults are the arguments of the checkpoint."""
-    args, checkpoint = tyro.cli(Args, args=argv, description=__doc__), None
-    if args.resume is not None:
-        try:
-            checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
-            saved = Args(**checkpoint["args"])
-        except (OSError, EOFError, LookupError, RuntimeError, TypeError, UnpicklingError) as error:
-            raise UsageError(f"--resume {args.resume}: not a checkpoint of this file") from error
-        args = tyro.cli(Args, args=argv, default=saved)
-        for name in NETWORK_ARGS:
-            old, new = getattr(saved, name), getattr(args, name)
-            if old != new:
-                raise UsageError(f"--{name} is {new!r}, but the checkpoint was made with {old!r}")
-    for name, value in asdict(args).items():
-        low, high = LIMITS.get(name, (int(isinstance(value, int)), math.inf))
-        if type(value) in (int, float) and not low <= value <= high:
-            raise UsageError(f"--{name} is {value}: expected {low} to {high}")
-    steps, length = args.minibatch_steps, args.seq_len
-    if steps % length:
-        raise UsageError(
-            f"--minibatch_steps is {steps}: expected a multiple of --seq_len, {length}"
+def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any]]:
+    """Return the arguments and, after --resume, the checkpoint with their defaults."""
+    args, checkpoint = runs.read_args(Args, argv, fixed=FIXED, description=__doc__)
+    runs.check_ranges(args, **LIMITS)
+    if args.minibatch_steps % args.seq_len:
+        raise runs.RunError(
+            f"--minibatch_steps is {args.minibatch_steps}: expected a multiple of --seq_len, "
+            f"{args.seq_len}"
         )
     return args, checkpoint
 
@@ -222,7 +197,9 @@ class Agent(nn.Module):
         layers = self._make_layers(args.hidden_size, *args.net_arch, outputs, gain=0.01)
         keys: Any = ["logits"] if kind is Choices else ["loc", "scale"]
         if kind is Choices and (args.sde or args.noise_correlation):
-            raise UsageError(f"--sde, --noise-correlation: the actions of {args.env} are discrete")
+            raise runs.RunError(
+                f"--sde, --noise-correlation: the actions of {args.env} are discrete"
+            )
         if args.sde:
             scale = StateDependentScale(layers[-1].in_features, outputs, args.log_std_init)
             heads = [
@@ -247,15 +224,11 @@ class Agent(nn.Module):
 
 
 class Trainer:
-    """A run: collect rollouts, learn from them, evaluate in regular intervals."""
+    """The networks, and the gradient steps on a rollout."""
 
-    def __init__(self, args: Args, checkpoint: dict[str, Any] | None = None) -> None:
+    def __init__(self, args: Args, checkpoint: dict[str, Any]) -> None:
         torch.manual_seed(args.seed)
-        self.args, self.folder = args, Path(args.output)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in [self.folder / name for name in (FILES[-1:] if checkpoint else FILES)]:
-            if path.exists():  # of an earlier run
-                path.replace(self.folder / f"previous_{path.name}")
+        self.args = args
         self.evaluation_env = make_env(args, args.eval_episodes)
         self.agent = agent = Agent(args, self.evaluation_env)
         self.evaluation_env.append_transform(get_env_transforms_from_module(agent.actor))
@@ -283,44 +256,38 @@ class Trainer:
         )
         self.optimizer = torch.optim.Adam(self.loss.parameters(), eps=1e-5, fused=True)
         self.return_norm = RunningNorm()
-        self.frames = self.episodes = 0
-        self.seconds = 0.0
-        self.rows: list[dict[str, float]] = []  # of the learning curve
-        self.returns: deque[float] = deque(maxlen=100)  # of the last episodes
-        self.losses: deque[float] = deque(maxlen=100)
         self.unfinished = torch.zeros(2, args.num_envs)  # sum and discounted sum of their rewards
-        self.logger = get_logger(args.logger, str(self.folder), "logger")
-        if checkpoint is not None:
-            for name in MODULES:
-                getattr(self, name).load_state_dict(checkpoint[name])
-            for name in VALUES:
-                setattr(self, name, checkpoint[name])
-            torch.set_rng_state(checkpoint["rng"])
+        modules = {"agent": agent, "optimizer": self.optimizer, "return_norm": self.return_norm}
+        title = f"{args.env}, {args.cell}, seed {args.seed}"
+        self.run = runs.Run(args, checkpoint, title, **modules)
 
-    def run(self, stops: list[int]) -> None:
-        """Collect and learn until ``--frames`` are collected, or until ``stops`` has a signal."""
-        args, size = self.args, self.args.num_envs * self.args.steps
+    def train(self) -> bool:
+        """Collect and learn; return whether all frames are collected, or a signal came before."""
+        args, run, size = self.args, self.run, self.args.num_envs * self.args.steps
         env = make_env(args, args.num_envs)
         env.append_transform(get_env_transforms_from_module(self.agent.collector))
-        env.set_seed(args.seed + self.frames)  # a resumed run plays other episodes
+        env.set_seed(args.seed + run.frames)  # a resumed run plays other episodes
         collector = Collector(env, self.agent.collector, frames_per_batch=size)
-        interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file stays short
-        bar = tqdm(total=args.frames, initial=self.frames, unit=" frames", mininterval=interval)
-        while self.frames < args.frames and not stops:
-            start = time.perf_counter()
-            rollout: Any = collector.next()
-            self.scale_rewards(rollout)
-            self.learn(rollout)
-            self.frames += size
-            self.seconds += time.perf_counter() - start
-            if self.frames % args.eval_every < size or self.frames >= args.frames:
-                self.evaluate()
-            shown = {"return": fmean(self.returns or [math.nan]), "loss": fmean(self.losses)}
-            bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
-            bar.update(size)
-        bar.close()
+        bar = tqdm(total=args.frames, initial=run.frames, unit=" frames")
+        with bar, runs.catch_signals() as stop:
+            while run.frames < args.frames and not stop.is_set():
+                rollout: Any = collector.next()
+                self.scale_rewards(rollout)
+                self.learn(rollout)
+                run.count(rollout)
+                if run.frames % args.eval_every < size or run.frames >= args.frames:
+                    rate = self.optimizer.param_groups[0]["lr"]
+                    run.record(self.evaluate(EVAL_SEED), learning_rate=rate)
+                    run.save()
+                bar.set_postfix(run.summarize(), refresh=False)
+                bar.update(size)
         collector.shutdown()
-        self.save()
+        run.save()
+        return run.frames >= args.frames
+
+    def evaluate(self, seed: int) -> Tensor:
+        """Play without exploration, and return the return of each episode."""
+        return evaluate_policy(self.evaluation_env, self.agent.actor, seed + self.args.seed)
 
     def scale_rewards(self, rollout: TensorDictBase) -> None:
         """Note the returns of episodes that end in a rollout ``[num_envs, T]``; scale rewards."""
@@ -329,9 +296,8 @@ class Trainer:
         for r_t, done_t in zip(reward.unbind(-1), done.unbind(-1), strict=True):
             self.unfinished = self.unfinished * torch.tensor([[1.0], [self.args.gamma]]) + r_t
             discounted.append(self.unfinished[1])
-            self.returns.extend(self.unfinished[0, done_t].tolist())
+            self.run.returns.extend(self.unfinished[0, done_t].tolist())
             self.unfinished = self.unfinished.masked_fill(done_t, 0)
-        self.episodes += int(done.sum())
         reward = rollout["next", "reward"] * self.args.reward_scale
         if self.args.normalize_reward:
             self.return_norm.update(torch.stack(discounted))
@@ -340,7 +306,7 @@ class Trainer:
 
     def learn(self, rollout: TensorDictBase) -> None:
         """Take the gradient steps of all epochs on a rollout ``[num_envs, T]``."""
-        args, left = self.args, 1 - self.frames / self.args.frames
+        args, left = self.args, 1 - self.run.frames / self.args.frames
         rate = args.learning_rate * (left if args.lr_schedule == "linear" else 1)
         self.optimizer.param_groups[0]["lr"] = rate
         self.loss.clip_epsilon.fill_(args.clip * (left if args.clip_schedule == "linear" else 1))
@@ -356,94 +322,26 @@ class Trainer:
             loss: Any = sum(value for key, value in terms.items() if key.startswith("loss_"))
             if not loss.isfinite():
                 bad = [key for key, value in terms.items() if not value.isfinite().all()]
-                raise UsageError(f"not finite at frame {self.frames}: {', '.join(bad)}")
+                raise runs.RunError(f"not finite at frame {self.run.frames}: {', '.join(bad)}")
             self.optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.loss.parameters(), args.max_grad_norm)
             self.optimizer.step()
-            self.losses.append(loss.item())
+            self.run.losses.append(loss.item())
         if self.agent.norm is not None:
             self.agent.norm.update(rollout["observation"])
 
-    def evaluate(self) -> None:
-        """Play episodes without exploration, add a row to the learning curve, and save."""
-        returns = evaluate_policy(self.evaluation_env, self.agent.actor, EVAL_SEED + self.args.seed)
-        row = {
-            "frames": self.frames,
-            "seconds": self.seconds,
-            "episodes": self.episodes,
-            "training_return": fmean(self.returns or [math.nan]),
-            "loss": fmean(self.losses or [math.nan]),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "evaluation": returns.mean().item(),
-            "evaluation_min": returns.min().item(),
-            "evaluation_max": returns.max().item(),
-        }
-        self.rows.append(row)
-        lines = [",".join(f"{value:.9g}" for value in row.values()) for row in self.rows]
-        (self.folder / "learning_curve.csv").write_text("\n".join([",".join(row), *lines, ""]))
-        if self.logger is not None:
-            for name, value in row.items():
-                self.logger.log_scalar(name, value, step=self.frames)
-        self.save()
-
-    def save(self) -> None:
-        """Write a checkpoint; a run that is killed meanwhile keeps the one before."""
-        state = {name: getattr(self, name).state_dict() for name in MODULES}
-        state |= {name: getattr(self, name) for name in VALUES}
-        state |= {"args": asdict(self.args), "rng": torch.get_rng_state()}
-        torch.save(state, self.folder / "checkpoint.part")
-        (self.folder / "checkpoint.part").replace(self.folder / "checkpoint.pt")
-
-    def finish(self) -> None:
-        """Test the last weights on episodes never seen before, and write the result."""
-        returns = evaluate_policy(self.evaluation_env, self.agent.actor, TEST_SEED + self.args.seed)
-        best = max(self.rows, key=lambda row: (row["evaluation"], row["frames"]))
-        result = {
-            "test_return": returns.mean().item(),
-            "test_returns": returns.tolist(),
-            "best_evaluation": best["evaluation"],
-            "best_frames": best["frames"],
-            "frames": self.frames,
-            "seconds": round(self.seconds, 1),
-            "args": asdict(self.args),
-        }
-        (self.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        print(f"The last weights return {returns.mean():.1f} on average in new episodes.")
-
-    def draw(self) -> None:
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        names = ("frames", "evaluation", "evaluation_min", "evaluation_max", "training_return")
-        frames, middle, low, high, training = ([row[n] for row in self.rows] for n in names)
-        axes.fill_between(frames, low, high, alpha=0.15, lw=0)
-        axes.plot(frames, middle, marker="o", ms=3, label="evaluation: mean and range")
-        axes.plot(frames, training, marker="o", ms=3, label="while training, with exploration")
-        axes.set(title=f"{self.args.env}, {self.args.cell}", xlabel="frames", ylabel="return")
-        axes.legend(fontsize="small")
-        figure.savefig(self.folder / "learning_curve.png", dpi=120)
-
 
 def main(argv: Sequence[str] | None = None) -> None:
-    stops: list[int] = []
-
-    def stop(number: int, _: Any) -> None:
-        stops.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
-
     try:
         args, checkpoint = read_args(argv)
         torch.set_num_threads(args.threads)
         trainer = Trainer(args, checkpoint)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
-        trainer.run(stops)
-        trainer.draw()
-        if stops:
-            print(f"Stopped. To continue: --resume {trainer.folder / 'checkpoint.pt'}")
+        if trainer.train():
+            print(trainer.run.finish(trainer.evaluate(TEST_SEED)))
         else:
-            trainer.finish()
-    except (UsageError, EnvError) as error:
+            print(f"Stopped. Continue: --resume {args.output}/checkpoint.pt")
+    except (runs.RunError, EnvError) as error:
         print(f"recurrent_ppo.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 

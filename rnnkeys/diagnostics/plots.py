@@ -328,7 +328,6 @@ def plot_state_staleness(
 
 def _draw_staleness(panel: Axes, name: str, found: Staleness) -> None:
     by_age = [found.difference[found.age == age] for age in range(int(found.age.max()) + 1)]
-    # A value near zero makes one difference huge, which would hide all others in a mean.
     low, middle, high = (
         torch.stack([one.float().quantile(q) for one in by_age]).cpu() for q in (0.1, 0.5, 0.9)
     )

@@ -20,26 +20,34 @@ from .refresh import RefreshStates, read_windows
 from .windows import EPISODE_KEY, FIRST_KEY, Windows
 
 
-def value_discrepancy(stale: Tensor, true: Tensor) -> Tensor:
+def value_discrepancy(stale: Tensor, true: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Compare values from stale states with values from states that are up to date.
 
-    .. math:: \Delta Q = \lVert q(\text{stored}) - q(\text{true}) \rVert_2 / |\max_a q(\text{true})|
+    .. math:: \Delta Q_t = \lVert q_t(\text{stored}) - q_t(\text{true}) \rVert_2
+        / |\max_{a, j} q_j(\text{true})_a|
 
-    See "Recurrent Experience Replay in Distributed Reinforcement Learning", Kapturowski et al.,
-    2019, section 3 (https://openreview.net/forum?id=r1lyTjAqYX).
+    The greatest value of the whole sequence is the scale, because that of a single step may be
+    close to zero. See "Recurrent Experience Replay in Distributed Reinforcement Learning",
+    Kapturowski et al., 2019, section 3 (https://openreview.net/forum?id=r1lyTjAqYX).
 
     Args:
-        stale: values ``[*, A]`` from stored states.
-        true: values ``[*, A]`` from recomputed states.
+        stale: values ``[*, T, A]`` from stored states.
+        true: values ``[*, T, A]`` from recomputed states.
+        mask: bool ``[*, T]``, False at padding, whose values are not part of the scale.
 
     Returns:
-        ``[*]``.
+        ``[*, T]``.
 
     Examples:
-        >>> value_discrepancy(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
-        tensor([0.5000])
+        >>> true = torch.tensor([[0.0, 0.1], [1.0, 4.0]])
+        >>> value_discrepancy(torch.tensor([[0.0, 0.5], [1.0, 2.0]]), true)
+        tensor([0.1000, 0.5000])
     """
-    return (stale - true).norm(dim=-1) / true.amax(-1).abs().clamp_min(1e-12)
+    best = true.amax(-1)
+    if mask is not None:
+        best = best.masked_fill(~mask, -math.inf)
+    scale = best.amax(-1, keepdim=True).abs().clamp_min(1e-12)
+    return (stale - true).norm(dim=-1) / scale
 
 
 @torch.no_grad()
@@ -92,9 +100,10 @@ def state_staleness(
         recurrent.run_sequences(prepare_sequences(windows, recurrent.pairs, "state_staleness"))
         for windows in (stored, refreshed)
     )
-    discrepancy = value_discrepancy(stale.get(value_key), true.get(value_key))[:, burn_in:]
+    q_stale, q_true = (run.get(value_key)[:, burn_in:] for run in (stale, true))
     mask = stored.get(MASK_KEY, None)
-    mask = torch.ones_like(discrepancy, dtype=torch.bool) if mask is None else mask[:, burn_in:]
+    mask = q_true.new_ones(q_true.shape[:2]).bool() if mask is None else mask[:, burn_in:]
+    discrepancy = value_discrepancy(q_stale, q_true, mask)
     discrepancy = discrepancy.masked_fill(~mask, float("nan"))
     row = torch.arange(len(discrepancy), device=mask.device)
     first = mask.int().argmax(-1)

@@ -438,7 +438,7 @@ def test_staleness_by_step_equals_the_definition() -> None:
         view = batch.exclude("next").reshape(-1)
         view["is_init"] = torch.zeros_like(view["is_init"])
         stored = wiring.policy(view)["action_value"].reshape(q.shape)
-    expected = (stored - q).norm(dim=-1) / q.amax(-1).abs()
+    expected = (stored - q).norm(dim=-1) / q.amax((1, 2)).abs().unsqueeze(1)
     torch.testing.assert_close(found.difference.reshape(batch.shape), expected)
     starts = batch["is_init"].squeeze(-1)
     assert (found.difference[found.age == 0] < 1e-4).all()

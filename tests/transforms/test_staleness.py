@@ -24,8 +24,8 @@ def test_compute_staleness_equals_the_papers_measure():
     true = Windows(8, "null")(RefreshStates(policy)(data))
     found = state_staleness(policy, stored, true, burn_in=2)
     q, q_true = (recurrently(policy, w)["action_value"] for w in (stored, true))
+    top = q_true[:, 2:].flatten(1).max(-1).values.abs()  # of the learned steps
     for name, t in (("first", 2), ("last", 7)):
-        top = q_true[:, t].max(-1).values.abs()
         expected = ((q[:, t] - q_true[:, t]) ** 2).sum(-1).sqrt() / top
         assert_equal(found[name], expected, torch.float32, name)
     assert found["first"][0] == 0  # the first window starts with its episode
@@ -42,6 +42,9 @@ def test_compute_staleness_padding_is_not_measured():
     whole = state_staleness(policy, stored, other, burn_in=1)
     assert (whole["first"] > 0).all() and (whole["last"] > 0).all()
     assert torch.equal(whole["first"][1], whole["last"][1])  # one valid step after the burn-in
+    padded = other.clone()
+    padded["observation"][1, 2:] = 100.0
+    assert torch.equal(state_staleness(policy, stored, padded, 1)["first"], whole["first"])
     nothing = state_staleness(policy, stored, other, burn_in=3)
     assert nothing["first"][0] > 0 and nothing["first"][1].isnan() and nothing["last"][1].isnan()
 

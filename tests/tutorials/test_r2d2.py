@@ -54,9 +54,15 @@ def run(tmp_path: Path) -> Run:
     return main
 
 
-def make_run(folder: Path, *argv: str, checkpoint: Any = None) -> Any:
+def make_learner(folder: Path, *argv: str) -> Any:
     args, _ = tutorial.read_args([*argv, "--output", str(folder / "new")])
-    return tutorial.Run(args, checkpoint or {})
+    return tutorial.Learner(args, {})
+
+
+def load_learner(saved: dict[str, Any], **changes: Any) -> Any:
+    learner = tutorial.Learner(tutorial.Args(**{**saved["args"], **changes}), saved)
+    learner.make_run(saved)
+    return learner
 
 
 def count_gradient_steps(checkpoint: dict[str, Any]) -> int:
@@ -82,7 +88,7 @@ def test_run_writes_all_files(
     assert read_rows(folder)[1]["staleness_first"] > 0
     out, bar = capsys.readouterr()
     assert f"mean return {read_result(folder)['test_return']:.1f} over 20 new episodes" in out
-    for shown in ("384/384", "it/s", "training_return=", "loss=", "epsilon=", "lag="):
+    for shown in ("384/384", "frames/s", "training_return=", "loss=", "epsilon=", "lag="):
         assert shown in bar
 
 
@@ -123,8 +129,8 @@ def test_resume_restores_the_saved_state(run: Run, tmp_path: Path, capacity: str
     folder = run(*SHORT, "--capacity", capacity)
     saved = read_checkpoint(folder)
     assert len(saved["replay"]["priorities"]) <= int(capacity)
-    args = tutorial.Args(**saved["args"])
-    tutorial.Run(args, saved).save()
+    learner = load_learner(saved)
+    learner.save(learner.make_run(saved))
     again = read_checkpoint(folder)
     old, new = saved["replay"].pop("priorities"), again["replay"].pop("priorities")
     torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-7)
@@ -135,7 +141,7 @@ def test_resume_that_stops_early_leaves_no_old_result(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run(*SHORT)
-    monkeypatch.setattr(tutorial, "train", lambda args, run: None)
+    monkeypatch.setattr(tutorial, "train", lambda *_: None)
     tutorial.main(["--resume", str(folder / "checkpoint.pt"), "--frames", "512"])
     assert "Stopped after 384 frames" in capsys.readouterr().out
     assert not (folder / "result.json").exists() and len(read_rows(folder)) == 3
@@ -205,8 +211,7 @@ TestReplayMachine = ReplayMachine.TestCase
 def test_learn_starts_windows_from_zero_or_stored_states(run: Run, tmp_path: Path) -> None:
     saved = read_checkpoint(run(*SHORT))
     for state in ("zero", "stored"):
-        args = tutorial.Args(**{**saved["args"], "state": state, "windows": 200})
-        one = tutorial.Run(args, saved)
+        one = load_learner(saved, state=state, windows=200)
         seen = []
         one.loss.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         one.learn()
@@ -215,15 +220,14 @@ def test_learn_starts_windows_from_zero_or_stored_states(run: Run, tmp_path: Pat
 
 
 def test_make_explorer_gives_each_actor_its_part_of_the_ladder(tmp_path: Path) -> None:
-    one = make_run(tmp_path, *SHORT, "--actors", "process", "--num-actors", "2")
+    one = make_learner(tmp_path, *SHORT, "--actors", "process", "--num-actors", "2")
     explorers = [
         tutorial.make_explorer(one.args, one.policy, one.epsilon_floor, actor)[-1]
         for actor in range(2)
     ]
     rates = torch.cat([explorer.epsilons for explorer in explorers])
     assert len(rates) == 4 and (rates.diff() < 0).all() and rates[0] == pytest.approx(0.4)
-    one.frames = 7_500
-    one.anneal()
+    one.anneal(7_500)
     assert explorers[0].floor == explorers[1].floor == 0.5
 
 
@@ -235,16 +239,15 @@ def test_anneal_follows_the_exploration_schedule(
     tmp_path: Path, exploration: str, rate: float
 ) -> None:
     argv = ["--exploration", exploration, "--epsilon", "0.05", "--epsilon-start", "0.95"]
-    one = make_run(tmp_path, *SHORT, *argv, "--epsilon-frames", "1000")
-    one.frames = 500
-    one.anneal()
+    one = make_learner(tmp_path, *SHORT, *argv, "--epsilon-frames", "1000")
+    one.anneal(500)
     explorer = tutorial.make_explorer(one.args, one.policy, one.epsilon_floor, 0)[-1]
     assert explorer.floor.item() == pytest.approx(rate) and not explorer.epsilons.any()
 
 
 def test_run_with_a_target_period_copies_the_network_at_once(run: Run, tmp_path: Path) -> None:
     saved = read_checkpoint(run(*SHORT, "--decay", "constant"))
-    one = tutorial.Run(tutorial.Args(**{**saved["args"], "target_period": 3}), saved)
+    one = load_learner(saved, target_period=3)
 
     def is_equal() -> bool:
         online, target = one.loss.value_network_params, one.loss.target_value_network_params
@@ -295,9 +298,9 @@ def test_run_with_infinite_loss_names_the_remedy(run: Run) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--burn-in", "40"], "--burn_in is 40: expected less than window_len"),
-        (["--period", "41"], "--period is 41: expected at most window_len"),
-        (["--num-actors", "2"], "--num_actors is 2: expected 1 if this process collects"),
+        (["--burn-in", "40"], "--burn_in is 40: expected a number from 0 to 39"),
+        (["--period", "41"], "--period is 41: expected a number from 1 to 40"),
+        (["--num-actors", "2"], "--num_actors is 2: --actors local expects 1"),
         (["--actors", "ray", "--num-actors", "3"], "--num_envs is 16: expected a multiple"),
         (["--batch-frames", "100"], "--batch_frames is 100: expected a multiple of num_envs"),
         (["--eta", "1.5"], "--eta is 1.5: expected a number from 0 to 1"),
@@ -308,7 +311,7 @@ def test_run_with_infinite_loss_names_the_remedy(run: Run) -> None:
         (["--env", odd_environments.action_id("Binary")], "action space MultiBinary"),
         (["--env", "CartPole-v9"], "error: .*CartPole-v9"),
         (["--env", "nowhere:It-v0"], "error: .*nowhere"),
-        (["--resume", str(SCRIPT)], "not a checkpoint of this program"),
+        (["--resume", str(SCRIPT)], "expected a checkpoint of this program"),
     ],
 )
 def test_main_with_a_bad_value_raises_and_writes_nothing(
