@@ -65,7 +65,7 @@ def recurrent_module(
     hidden_size: int,
     num_layers: int = 1,
     dropout: float = 0.0,
-    block: str = "plain",
+    block: str | None = None,
     **arguments: Any,
 ) -> RecurrentModule:
     """Make a recurrent module by the name of its cell, so that a network changes it by one word.
@@ -80,8 +80,8 @@ def recurrent_module(
         hidden_size: size ``H`` of the output.
         num_layers: number ``L`` of layers.
         dropout: probability of dropout between layers, in training.
-        block: ``"plain"``, or ``"residual"`` to put each layer of a linear cell inside the block
-            that deep stacks of them need; see :class:`rnnkeys.cells.ResidualBlock`.
+        block: ``"residual"`` (the default of linear cells) puts each layer of a linear cell inside
+            :class:`rnnkeys.cells.ResidualBlock`; ``"plain"`` is the cell alone.
         **arguments: of the module's class (``LSTMModule``, ``LRUModule``, ...): ``in_key=``,
             ``out_key=``, ``state_key=``, ...
 
@@ -102,8 +102,9 @@ def recurrent_module(
         )
     arguments = {"num_layers": num_layers, "dropout": dropout, **arguments}
     if kind in _LINEAR:
+        block = "residual" if block is None else block
         return _LINEAR[kind](input_size, hidden_size, block=block, **arguments)
-    if block != "plain":
+    if block not in (None, "plain"):
         raise ValueError(
             f"block must be 'plain', or 'residual' with one of the linear cells {list(_LINEAR)}. "
             f"Got block={block!r} with kind={kind!r}."

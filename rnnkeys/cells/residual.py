@@ -14,12 +14,14 @@ from .linear import LinearCell, Parameters, projection_shapes
 class ResidualBlock(LinearCell):
     r"""A linear cell inside the block that deep stacks of linear layers need.
 
-    .. math:: z_t = \operatorname{GELU}(\mathrm{cell}(\operatorname{LN}(x_t))), \quad
-        y_t = W_r x_t + (W_1 z_t + b_1) \odot \sigma(W_2 z_t + b_2)
+    .. math:: e_t = W_e x_t + b_e, \quad
+        z_t = \operatorname{GELU}(\mathrm{cell}(\operatorname{LN}(e_t))), \quad
+        y_t = e_t + (W_1 z_t + b_1) \odot \sigma(W_2 z_t + b_2)
 
-    :math:`W_r` is the identity where the input has the size of the output. Normalization,
-    recurrence, gated linear unit and skip connection are the block of "Resurrecting Recurrent
-    Neural Networks for Long Sequences", Orvieto et al., 2023 (arXiv:2303.06349), and of S5.
+    Encoder, normalization, recurrence, gated linear unit and skip connection are those of
+    "Resurrecting Recurrent Neural Networks for Long Sequences", Orvieto et al., 2023
+    (arXiv:2303.06349), and of S5. Where the input has the size of the output already, as between
+    layers, :math:`e_t = x_t`.
 
     Args:
         cell: the linear cell inside.
@@ -44,17 +46,24 @@ class ResidualBlock(LinearCell):
     def parameter_shapes(
         self, input_size: int, hidden_size: int, bias: bool = True
     ) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the cell's parameters, the norm, the gated linear unit, the skip."""
-        shapes = self.cell.parameter_shapes(input_size, hidden_size, bias)
-        shapes |= {"weight_norm": (input_size,), "bias_norm": (input_size,)}
+        """Return the shapes of the cell, the norm, the gated linear unit and the encoder."""
+        shapes = self.cell.parameter_shapes(hidden_size, hidden_size, bias)
+        shapes |= {"weight_norm": (hidden_size,), "bias_norm": (hidden_size,)}
         shapes |= projection_shapes("glu", 2 * hidden_size, hidden_size, bias)
         if input_size != hidden_size:
-            shapes["weight_residual"] = (hidden_size, input_size)
+            shapes |= projection_shapes("encoder", hidden_size, input_size, bias)
         return shapes
 
     def reset_parameters(self, parameters: dict[str, Tensor], hidden_size: int) -> None:
         """Initialize the norm as the identity and maps as those of ``nn.Linear``."""
-        own = ("weight_norm", "bias_norm", "weight_glu", "bias_glu", "weight_residual")
+        own = (
+            "weight_norm",
+            "bias_norm",
+            "weight_glu",
+            "bias_glu",
+            "weight_encoder",
+            "bias_encoder",
+        )
         inner = {name: value for name, value in parameters.items() if name not in own}
         self.cell.reset_parameters(inner, hidden_size)
         with torch.no_grad():
@@ -69,9 +78,10 @@ class ResidualBlock(LinearCell):
 
     def project_input(self, weights: Parameters, x: Tensor) -> Tensor:
         """Return ``[skip (H) | projected input of the cell]``."""
+        if "weight_encoder" in weights:
+            x = F.linear(x, weights["weight_encoder"], weights.get("bias_encoder"))
         norm = F.layer_norm(x, x.shape[-1:], weights["weight_norm"], weights["bias_norm"])
-        skip = F.linear(x, weights["weight_residual"]) if "weight_residual" in weights else x
-        return torch.cat([skip, self.cell.project_input(weights, norm)], -1)
+        return torch.cat([x, self.cell.project_input(weights, norm)], -1)
 
     def window_input(self, weights: Parameters, input_t: Tensor) -> Tensor:
         """See the base."""

@@ -108,8 +108,8 @@ class MinGRUModule(_CellModule):
         num_layers: number ``L`` of layers.
         bias: whether layers have biases.
         dropout: probability of dropout between layers, in training.
-        block: ``"plain"``, or ``"residual"`` to put every layer inside the block that deep stacks
-            need, :class:`rnnkeys.cells.ResidualBlock`.
+        block: ``"residual"`` puts every layer inside :class:`rnnkeys.cells.ResidualBlock`, without
+            which a linear layer has no nonlinearity; ``"plain"`` is the cell alone.
         device: of the parameters.
         dtype: of the parameters.
         **arguments: keys, backend and modes, as for :class:`RecurrentModule`.
@@ -131,7 +131,7 @@ class MinGRUModule(_CellModule):
         num_layers: int = 1,
         bias: bool = True,
         dropout: float = 0.0,
-        block: str = "plain",
+        block: str = "residual",
         *,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -153,8 +153,8 @@ class MinLSTMModule(_CellModule):
         num_layers: number ``L`` of layers.
         bias: whether layers have biases.
         dropout: probability of dropout between layers, in training.
-        block: ``"plain"``, or ``"residual"`` to put every layer inside the block that deep stacks
-            need, :class:`rnnkeys.cells.ResidualBlock`.
+        block: ``"residual"`` puts every layer inside :class:`rnnkeys.cells.ResidualBlock`, without
+            which a linear layer has no nonlinearity; ``"plain"`` is the cell alone.
         device: of the parameters.
         dtype: of the parameters.
         **arguments: keys, backend and modes, as for :class:`RecurrentModule`.
@@ -176,7 +176,7 @@ class MinLSTMModule(_CellModule):
         num_layers: int = 1,
         bias: bool = True,
         dropout: float = 0.0,
-        block: str = "plain",
+        block: str = "residual",
         *,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -199,8 +199,8 @@ class LRUModule(_CellModule):
         num_layers: number ``L`` of layers.
         bias: whether layers have biases.
         dropout: probability of dropout between layers, in training.
-        block: ``"plain"``, or ``"residual"`` to put every layer inside the block that deep stacks
-            need, :class:`rnnkeys.cells.ResidualBlock`.
+        block: ``"residual"`` puts every layer inside :class:`rnnkeys.cells.ResidualBlock`, without
+            which a linear layer has no nonlinearity; ``"plain"`` is the cell alone.
         min_radius: as for :class:`rnnkeys.cells.LRU`.
         max_radius: as for :class:`rnnkeys.cells.LRU`.
         max_phase: as for :class:`rnnkeys.cells.LRU`.
@@ -225,7 +225,7 @@ class LRUModule(_CellModule):
         num_layers: int = 1,
         bias: bool = True,
         dropout: float = 0.0,
-        block: str = "plain",
+        block: str = "residual",
         *,
         min_radius: float = 0.9,
         max_radius: float = 0.999,
@@ -251,8 +251,8 @@ class S5Module(_CellModule):
         num_layers: number ``L`` of layers.
         bias: whether layers have biases.
         dropout: probability of dropout between layers, in training.
-        block: ``"plain"``, or ``"residual"`` to put every layer inside the block that deep stacks
-            need, :class:`rnnkeys.cells.ResidualBlock`.
+        block: ``"residual"`` puts every layer inside :class:`rnnkeys.cells.ResidualBlock`, without
+            which a linear layer has no nonlinearity; ``"plain"`` is the cell alone.
         min_step: as for :class:`rnnkeys.cells.S5`.
         max_step: as for :class:`rnnkeys.cells.S5`.
         device: of the parameters.
@@ -264,7 +264,7 @@ class S5Module(_CellModule):
         RuntimeError: if the backend cannot run here, with the reason and the one that can.
 
     Examples:
-        >>> module = S5Module(3, 6, 2, block="residual", in_key="observation", out_key="embed")
+        >>> module = S5Module(3, 6, 2, in_key="observation", out_key="embed")
         >>> module.state_sizes
         (6,)
     """
@@ -276,7 +276,7 @@ class S5Module(_CellModule):
         num_layers: int = 1,
         bias: bool = True,
         dropout: float = 0.0,
-        block: str = "plain",
+        block: str = "residual",
         *,
         min_step: float = 1e-3,
         max_step: float = 1e-1,
@@ -301,8 +301,8 @@ class FFMModule(_CellModule):
         num_layers: number ``L`` of layers.
         bias: whether layers have biases.
         dropout: probability of dropout between layers, in training.
-        block: ``"plain"``, or ``"residual"`` to put every layer inside the block that deep stacks
-            need, :class:`rnnkeys.cells.ResidualBlock`.
+        block: ``"residual"`` puts every layer inside :class:`rnnkeys.cells.ResidualBlock`, without
+            which a linear layer has no nonlinearity; ``"plain"`` is the cell alone.
         num_contexts: as for :class:`rnnkeys.cells.FFM`.
         max_period: as for :class:`rnnkeys.cells.FFM`.
         device: of the parameters.
@@ -326,7 +326,7 @@ class FFMModule(_CellModule):
         num_layers: int = 1,
         bias: bool = True,
         dropout: float = 0.0,
-        block: str = "plain",
+        block: str = "residual",
         *,
         num_contexts: int = 4,
         max_period: float = 1024.0,
@@ -351,8 +351,8 @@ class S6Module(_CellModule):
         num_layers: number ``L`` of layers.
         bias: whether layers have biases.
         dropout: probability of dropout between layers, in training.
-        block: ``"plain"``, or ``"residual"`` to put every layer inside the block that deep stacks
-            need, :class:`rnnkeys.cells.ResidualBlock`.
+        block: ``"residual"`` puts every layer inside :class:`rnnkeys.cells.ResidualBlock`, without
+            which a linear layer has no nonlinearity; ``"plain"`` is the cell alone.
         state_size: as for :class:`rnnkeys.cells.S6`.
         window_len: as for :class:`rnnkeys.cells.S6`.
         min_step: as for :class:`rnnkeys.cells.S6`.
@@ -378,7 +378,7 @@ class S6Module(_CellModule):
         num_layers: int = 1,
         bias: bool = True,
         dropout: float = 0.0,
-        block: str = "plain",
+        block: str = "residual",
         *,
         state_size: int = 16,
         window_len: int = 4,
