@@ -50,7 +50,7 @@ def make_calls(shape: Shape) -> dict[str, Call]:
 
 
 def _module_call(name: str, x: torch.Tensor, hidden: int, rate: float) -> Call:
-    module = recurrent_module(name, x.shape[-1], hidden, in_key="x", out_key="y")
+    module = recurrent_module(name, x.shape[-1], hidden, block="plain", in_key="x", out_key="y")
     shape = x.shape[:2]
     states = {
         key: torch.zeros(*shape, 1, size)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cells import ConvexCell, LinearCell, State
+from ..cells import LinearCell, State
 from . import scan_ops
 
 
@@ -34,8 +34,9 @@ def run(
         previous = look_back(newest, start[1].chunk(cell.window_len - 1, -1), reset)
         window = (torch.cat([newest, *previous[:-1]], -1),)
         p = cell.convolve(weights, p, previous)
-    if isinstance(cell, ConvexCell):
-        h = scan_ops.run_gated(cell.gates(p), start[0], reset)
+    gates = cell.convex_gates(weights, p)
+    if gates is not None:
+        h = scan_ops.run_gated(gates, start[0], reset)
     elif cell.is_complex:
         h = _run_complex(*cell.coefficients(weights, p), start[0], reset)
     else:

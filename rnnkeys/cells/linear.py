@@ -64,6 +64,10 @@ class LinearCell(Cell):
             input_t: ``[..., F]``, from ``project_input``; of one time step or of all.
         """
 
+    def convex_gates(self, weights: Parameters, input_t: Tensor) -> Tensor | None:
+        """Return ``u`` and ``v`` if the fused scan of :class:`ConvexCell` can run, else None."""
+        return None
+
     def read_out(self, weights: Parameters, input_t: Tensor, h: Tensor) -> Tensor:
         """Return the output ``[..., H]`` from states ``h [..., S]``; by default the states."""
         return h
@@ -131,6 +135,10 @@ class ConvexCell(LinearCell):
     def coefficients(self, weights: Parameters, input_t: Tensor) -> tuple[Tensor, Tensor]:
         """See the base."""
         return mix_coefficients(*self.gates(input_t).chunk(2, -1))
+
+    def convex_gates(self, weights: Parameters, input_t: Tensor) -> Tensor | None:
+        """See the base."""
+        return self.gates(input_t)
 
     def project_input(self, weights: Parameters, x: Tensor) -> Tensor:
         """Project inputs ``x [..., I]`` to all gates."""

@@ -29,7 +29,7 @@ class ResidualBlock(LinearCell):
     Examples:
         >>> from rnnkeys.cells import MinGRU
         >>> sorted(ResidualBlock(MinGRU()).parameter_shapes(3, 5))[:3]
-        ['bias_glu', 'bias_ih', 'bias_norm']
+        ['bias_encoder', 'bias_glu', 'bias_ih']
     """
 
     def __init__(self, cell: LinearCell) -> None:
@@ -95,6 +95,10 @@ class ResidualBlock(LinearCell):
     def coefficients(self, weights: Parameters, input_t: Tensor) -> tuple[Tensor, Tensor]:
         """See the base."""
         return self.cell.coefficients(weights, input_t[..., self._width(weights) :])
+
+    def convex_gates(self, weights: Parameters, input_t: Tensor) -> Tensor | None:
+        """See the base."""
+        return self.cell.convex_gates(weights, input_t[..., self._width(weights) :])
 
     def read_out(self, weights: Parameters, input_t: Tensor, h: Tensor) -> Tensor:
         """See the base."""
