@@ -13,6 +13,7 @@ Results go to ``benchmarks/results/soak.md``.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import random
 import sys
@@ -39,18 +40,37 @@ PARTS = 20
 CLIENTS = 16
 
 
+class Malloc(ctypes.Structure):
+    """What glibc's ``mallinfo2`` returns."""
+
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
+
+
+def count_given_out() -> int:
+    """Return the bytes that malloc has given out; 0 with another C library than glibc."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        return 0
+    mallinfo.restype = Malloc
+    found = mallinfo()
+    return found.uordblks + found.hblkhd
+
+
 class Sample(NamedTuple):
     """What the process holds after a part of the run.
 
     Attributes:
         done: steps or updates until then.
-        resident: bytes of the process in physical memory.
+        resident: bytes of the process in physical memory, with what malloc keeps for later.
+        given_out: bytes that malloc has given out, to torch, oneDNN and Python.
         blocks: pieces of memory that Python holds.
         tensors: tensors that are alive.
     """
 
     done: int
     resident: int
+    given_out: int
     blocks: int
     tensors: int
 
@@ -62,7 +82,7 @@ def take_sample(done: int) -> Sample:
     pages = int(statm.read_text().split()[1]) if statm.exists() else 0
     # By type alone: isinstance asks an object for its __class__, which some answer with a warning.
     tensors = sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
-    return Sample(done, pages * 4096, sys.getallocatedblocks(), tensors)
+    return Sample(done, pages * 4096, count_given_out(), sys.getallocatedblocks(), tensors)
 
 
 def growth(values: Sequence[int]) -> int:
@@ -169,13 +189,22 @@ def watch(make: Callable[[random.Random], Iterator[None]], number: int) -> list[
 def report(what: str, samples: Sequence[Sample], minutes: float) -> str:
     """Return a table of the samples, with their growth in the second half in its last row."""
     rows = [
-        [f"{s.done:,}", f"{s.resident / 2**20:.1f}", f"{s.blocks:,}", f"{s.tensors:,}"]
-        for s in samples
+        [
+            f"{sample.done:,}",
+            f"{sample.resident / 2**20:.1f}",
+            f"{sample.given_out / 2**20:.1f}",
+            f"{sample.blocks:,}",
+            f"{sample.tensors:,}",
+        ]
+        for sample in samples
     ]
-    resident, blocks, tensors = (growth(column) for column in list(zip(*samples, strict=True))[1:])
-    grown = [f"{resident / 2**20:+.1f}", f"{blocks:+,}", f"{tensors:+}"]
+    resident, given_out, blocks, tensors = (
+        growth(column) for column in list(zip(*samples, strict=True))[1:]
+    )
+    grown = [f"{resident / 2**20:+.1f}", f"{given_out / 2**20:+.1f}"]
+    grown += [f"{blocks:+,}", f"{tensors:+}"]
     rows.append(["growth in the second half", *grown])
-    head = (what, "resident memory (MiB)", "pieces of memory of Python", "tensors")
+    head = (what, "resident (MiB)", "given out by malloc (MiB)", "pieces of Python", "tensors")
     return f"{samples[-1].done:,} {what} in {minutes:.0f} minutes:\n\n{table(head, rows)}"
 
 
