@@ -77,9 +77,10 @@ class EpsilonGreedy(TensorDictModuleBase):
                 "action_mask_key masks one discrete action: spec must be OneHot or Categorical. "
                 f"Got {spec}."
             )
-        keys: list[Any] = [action_key]
-        self.in_keys = keys if action_mask_key is None else [action_key, action_mask_key]
-        self.out_keys = keys
+        out_keys: list[Any] = [action_key]
+        in_keys: list[Any] = [key for key in (action_key, action_mask_key) if key is not None]
+        self.in_keys = in_keys
+        self.out_keys = out_keys
         self.action_key = action_key
         self.action_mask_key = action_mask_key
         self.spec = spec

@@ -75,7 +75,7 @@ def test_sequences_with_previous_actions_equal_the_steps_that_were_collected() -
     env.append_transform(
         Compose(
             PreviousActionReward(),
-            CatTensors(keys, "inputs", del_keys=False),
+            CatTensors(in_keys=keys, out_key="inputs", del_keys=False),
             get_env_transforms_from_module(policy),
         )
     )
