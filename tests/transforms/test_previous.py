@@ -72,10 +72,11 @@ def test_sequences_with_previous_actions_equal_the_steps_that_were_collected() -
     )
     env = make_gym_env(action_id("Choice"), 2)
     keys = ["observation", "previous_action", "previous_reward"]
+    cat_tensors: Any = CatTensors  # its annotations hide its arguments
     env.append_transform(
         Compose(
             PreviousActionReward(),
-            CatTensors(in_keys=keys, out_key="inputs", del_keys=False),
+            cat_tensors(keys, "inputs", del_keys=False),
             get_env_transforms_from_module(policy),
         )
     )
