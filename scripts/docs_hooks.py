@@ -90,12 +90,16 @@ def to_site(target: str, path: str) -> str:
     Examples:
         >>> to_site("../tutorials/r2d2.py", "docs/agents.md")
         'tutorials/r2d2.md'
+        >>> to_site("../first.ipynb", "docs/tutorials/start.md")
+        'first.md'
         >>> to_site("docs/backends.md", "README.md")
         'backends.md'
     """
     full = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
     if full.startswith("tutorials/"):
         return re.sub(r"\.py$", ".md", full)
+    if full.endswith(".ipynb") and posixpath.splitext(full)[0] != posixpath.splitext(path)[0]:
+        full = re.sub(r"\.ipynb$", ".md", full)
     return full.removeprefix("docs/")
 
 

@@ -92,7 +92,8 @@ def check_recurrent_policy(
         report.add(find_wiring_problems(loss, layers, batch if runnable else None))
     data = batch if runnable else rollout if batch is None else None
     if network is not None and data is not None and is_sound and not _has_lost_states(report):
-        _check_runs(network, data, report, batch is not None, max_staleness)
+        # A rollout that was made outside of no_grad has entries with gradients.
+        _check_runs(network, data.detach(), report, batch is not None, max_staleness)
     return report
 
 

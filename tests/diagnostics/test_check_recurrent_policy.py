@@ -121,6 +121,14 @@ def test_check_each_part_alone_gives_empty_report() -> None:
     assert not Wiring(wiring.policy).check()
 
 
+def test_check_rollout_with_gradients_gives_empty_report() -> None:
+    wiring = right()
+    rows = [wiring.env.rollout(6, wiring.policy, break_when_any_done=False) for _ in range(2)]
+    rollout: Any = torch.stack(rows)
+    assert rollout["actor_embed"].requires_grad
+    assert not Wiring(wiring.policy, batch=rollout).check()
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_check_batched_environment_gives_empty_report(inside: bool) -> None:
     policy = right().policy
