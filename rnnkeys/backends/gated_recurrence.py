@@ -23,6 +23,7 @@ from .linear_steps import (
     enter_at_resets,
     find_resets,
     is_finite_at,
+    run_chunk_back,
     run_steps,
 )
 
@@ -95,7 +96,9 @@ def _backward_in_chunks(
         z = _sigmoid(chunk.of(u))
         if d is None:
             d_c = linear_recurrence.copy(chunk.of(grad))
-            following = _run_chunk_back(chunk, z, d_c, entering, following)
+            a = z.new_empty(len(z) + 1, *z.shape[1:])
+            torch.sub(z.new_ones(()), z, out=a[:-1])
+            following = run_chunk_back(chunk, a, d_c, entering, following)
             entering = d_c[0].clone()
         else:
             d_c = linear_recurrence.copy(chunk.of(d))
@@ -103,20 +106,6 @@ def _backward_in_chunks(
             linear_recurrence.write_start_grads(chunk, torch.rsub(z, 1), d_c, d_start)
         _write_input_grads(chunk, z, d_c, v, h, start, d_u, d_v)
     return d_p, d_start
-
-
-def _run_chunk_back(
-    chunk: Chunk, z: Tensor, d: Tensor, entering: Tensor | None, following: Tensor
-) -> Tensor:
-    """Run time backwards through ``d [C, N, F]``, and return the decay of the first step."""
-    # A step passes its gradient on by the decay of the step after it.
-    a = z.new_empty(len(z) + 1, *z.shape[1:])
-    a[-1] = following
-    torch.sub(z.new_ones(()), z, out=a[:-1])
-    chunk.write_rows(a[:-1], None)
-    first = a[0].clone()
-    run_steps(a[1:], d, entering, backwards=True)
-    return first
 
 
 def _write_input_grads(

@@ -34,15 +34,13 @@ def run(
         previous = look_back(newest, start[1].chunk(cell.window_len - 1, -1), reset)
         window = (torch.cat([newest, *previous[:-1]], -1),)
         p = cell.convolve(weights, p, previous)
-    gates = cell.convex_gates(weights, p)
+    drive, rest = cell.split_input(weights, p)
+    gates = cell.convex_gates(weights, drive)
     if gates is not None:
         h = scan_ops.run_gated(gates, start[0], reset)
-    elif cell.is_complex:
-        h = _run_complex(*cell.coefficients(weights, p), start[0], reset)
     else:
-        a, b = cell.coefficients(weights, p)
-        h = scan_ops.run(_per_step(a, b), b, start[0], reset)
-    return cell.read_out(weights, p, h), (h, *window)
+        h = _run_scan(cell, *cell.coefficients(weights, drive), start[0], reset)
+    return cell.read_out(weights, rest, h), (h, *window)
 
 
 def look_back(x: Tensor, stored: Sequence[Tensor], reset: Tensor) -> list[Tensor]:
@@ -66,17 +64,11 @@ def look_back(x: Tensor, stored: Sequence[Tensor], reset: Tensor) -> list[Tensor
     return values[1:]
 
 
-def _run_complex(a: Tensor, b: Tensor, start: Tensor, reset: Tensor) -> Tensor:
-    """Scan states that are kept as ``[real parts | imaginary parts]``."""
-    a, drive, initial = (torch.complex(*_wide(x).chunk(2, -1)) for x in (_per_step(a, b), b, start))
-    h = scan_ops.run(a, drive, initial, reset)
-    return torch.cat([h.real, h.imag], -1).to(b.dtype)
-
-
-def _per_step(a: Tensor, b: Tensor) -> Tensor:
-    return a if a.ndim == 1 else a.expand_as(b)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Cast to a dtype that has a complex counterpart."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+def _run_scan(cell: LinearCell, a: Tensor, b: Tensor, start: Tensor, reset: Tensor) -> Tensor:
+    dtype = b.dtype
+    if a.ndim > 1:
+        a = a.expand_as(b)
+    if cell.is_complex and dtype not in (torch.float32, torch.float64):
+        # There is no complex counterpart.
+        a, b, start = a.float(), b.float(), start.float()
+    return scan_ops.run(a, b, start, reset, paired=cell.is_complex).to(dtype)

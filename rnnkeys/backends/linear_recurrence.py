@@ -19,6 +19,7 @@ from .linear_steps import (
     find_resets,
     is_finite_at,
     prefers_blocks,
+    run_chunk_back,
     run_steps,
 )
 
@@ -87,11 +88,11 @@ def _backward_states(a: Tensor, grad: Tensor, start: Tensor, resets: Tensor) -> 
     decays = a.expand_as(grad)
     entering, following = None, torch.zeros_like(d[0])
     for chunk in reversed(cut_chunks(start, resets)):
-        d_c, a_c = chunk.of(d).copy_(chunk.of(grad)), copy(chunk.of(decays))
-        chunk.write_rows(a_c, None)
-        shifted = torch.cat([a_c[1:], following[None]])
-        run_steps(shifted, d_c, entering, backwards=True)
-        entering, following = d_c[0], a_c[0]
+        d_c, a_c = chunk.of(d).copy_(chunk.of(grad)), chunk.of(decays)
+        shifted = a_c.new_empty(len(a_c) + 1, *a_c.shape[1:])
+        shifted[:-1] = a_c
+        following = run_chunk_back(chunk, shifted, d_c, entering, following)
+        entering = d_c[0]
     return d
 
 
@@ -112,8 +113,9 @@ def write_start_grads(chunk: Chunk, a: Tensor, d: Tensor, out: Tensor) -> None:
 
 def _previous_states(chunk: Chunk, h: Tensor, start: Tensor) -> Tensor:
     """Return the state that enters each step of a chunk: the stored one where a segment starts."""
-    first = h[chunk.first - 1 : chunk.first] if chunk.first else start[:1]
-    previous = torch.cat([first, h[chunk.first : chunk.until - 1]])
+    previous = h.new_empty(chunk.until - chunk.first, *h.shape[1:])
+    previous[0] = h[chunk.first - 1] if chunk.first else start[0]
+    previous[1:] = h[chunk.first : chunk.until - 1]
     chunk.write_rows(previous, chunk.entering)
     return previous
 

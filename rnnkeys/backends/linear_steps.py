@@ -122,6 +122,28 @@ def run_steps(a: Tensor, h: Tensor, entering: Tensor | None, backwards: bool = F
         _run_loop(a, h, backwards)
 
 
+def run_chunk_back(
+    chunk: Chunk, a: Tensor, d: Tensor, entering: Tensor | None, following: Tensor
+) -> Tensor:
+    """Run ``d_t += a_{t+1} * d_{t+1}`` in place, nothing passing a segment start backwards.
+
+    Args:
+        chunk: the steps.
+        a: ``[C + 1, N, F]``, the decays of the chunk in the first ``C``; overwritten.
+        d: ``[C, N, F]``.
+        entering: ``[N, F]``, the ``d`` of the step after the chunk, or None for zeros.
+        following: ``[N, F]``, the decay of that step, zero where a segment starts.
+
+    Returns:
+        The decay of the chunk's first step, zero where a segment starts.
+    """
+    a[-1] = following
+    chunk.write_rows(a[:-1], None)
+    first = a[0].clone()
+    run_steps(a[1:], d, entering, backwards=True)
+    return first
+
+
 def _run_loop(a: Tensor, h: Tensor, backwards: bool) -> None:
     decays, states = _in_order(a, 0, backwards), _in_order(h, 0, backwards)
     addcmul_in_order(states[1:], decays[1:], states[:-1])

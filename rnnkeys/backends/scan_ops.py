@@ -8,24 +8,48 @@ import torch
 from torch import Tensor
 
 from .._compat import in_derivative
-from ..cells.linear import mix_coefficients
+from ..cells.linear import join_pairs, mix_coefficients, split_pairs
 from . import gated_recurrence
 from . import linear_recurrence as plain
 from .ops import raise_second_derivative
 
 
 @torch.library.custom_op("rnnkeys::linear_scan", mutates_args=())
-def scan(a: Tensor, b: Tensor, start: Tensor, reset: Tensor) -> Tensor:
-    """Run ``linear_recurrence.scan``."""
-    return plain.scan(a, b, start, reset)
+def scan(a: Tensor, b: Tensor, start: Tensor, reset: Tensor, paired: bool) -> Tensor:
+    """Run ``linear_recurrence.scan``; with ``paired``, real tensors hold complex pairs."""
+    if not paired:
+        return plain.scan(a, b, start, reset)
+    return _as_pairs(plain.scan(_as_complex(a), _as_complex(b), _as_complex(start), reset))
 
 
 @torch.library.custom_op("rnnkeys::linear_scan_backward", mutates_args=())
 def scan_backward(
-    grad: Tensor, a: Tensor, h: Tensor, start: Tensor, reset: Tensor, wants_start: bool
+    grad: Tensor,
+    a: Tensor,
+    h: Tensor,
+    start: Tensor,
+    reset: Tensor,
+    wants_start: bool,
+    paired: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run ``linear_recurrence.scan_backward``."""
-    return plain.scan_backward(grad, a, h, start, reset, wants_start)
+    """Run ``linear_recurrence.scan_backward``; ``paired`` as in :func:`scan`."""
+    if not paired:
+        return plain.scan_backward(grad, a, h, start, reset, wants_start)
+    grad, a, h, start = (_as_complex(x) for x in (grad, a, h, start))
+    d_a, d_b, d_start = plain.scan_backward(grad, a, h, start, reset, wants_start)
+    return _as_pairs(d_a), _as_pairs(d_b), _as_pairs(d_start)
+
+
+def _as_complex(x: Tensor) -> Tensor:
+    """View pairs ``[..., 2 F]`` as complex ``[..., F]``, of a copy where strides are odd."""
+    if x.storage_offset() % 2 or any(stride % 2 for stride in x.stride()[:-1]) or x.stride(-1) != 1:
+        x = x.contiguous()
+        x = x.clone() if x.storage_offset() % 2 else x
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+
+def _as_pairs(x: Tensor) -> Tensor:
+    return torch.view_as_real(x).flatten(-2)
 
 
 @torch.library.custom_op("rnnkeys::gated_scan", mutates_args=())
@@ -48,13 +72,19 @@ def _like(x: Tensor) -> Tensor:
 
 
 @scan.register_fake
-def _(a: Tensor, b: Tensor, start: Tensor, reset: Tensor) -> Tensor:
+def _(a: Tensor, b: Tensor, start: Tensor, reset: Tensor, paired: bool) -> Tensor:
     return _like(b)
 
 
 @scan_backward.register_fake
 def _(
-    grad: Tensor, a: Tensor, h: Tensor, start: Tensor, reset: Tensor, wants_start: bool
+    grad: Tensor,
+    a: Tensor,
+    h: Tensor,
+    start: Tensor,
+    reset: Tensor,
+    wants_start: bool,
+    paired: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _like(a), _like(h), _like(start) if wants_start else start.new_empty(0)
 
@@ -71,15 +101,15 @@ def _(
     return _like(p), _like(start) if wants_start else start.new_empty(0)
 
 
-def _keep_scan(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    a, _, start, reset = inputs
+def _keep_scan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, _, start, reset, ctx.paired = inputs
     ctx.save_for_backward(a, output, start, reset)
 
 
 def _grad_scan(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wants_start = bool(ctx.needs_input_grad[2])
-    d_a, d_b, d_start = scan_backward(grad, *ctx.saved_tensors, wants_start)
-    return d_a, d_b, d_start if wants_start else None, None
+    d_a, d_b, d_start = scan_backward(grad, *ctx.saved_tensors, wants_start, ctx.paired)
+    return d_a, d_b, d_start if wants_start else None, None, None
 
 
 def _keep_gated(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -103,10 +133,11 @@ def _unfold(x: Tensor, size: int) -> Tensor:
     return x.unflatten(1, (size, -1))
 
 
-def _map_scan(info: Any, dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
+def _map_scan(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    *tensors, paired = args
     a, size = _decay_per_row(args[0], dims[0], args[1], dims[1]), info.batch_size
-    rest = (_fold(x, dim, size) for x, dim in zip(args[1:], dims[1:], strict=True))
-    return _unfold(scan(_fold(a, 0, size), *rest), size), 1
+    rest = (_fold(x, dim, size) for x, dim in zip(tensors[1:], dims[1:4], strict=True))
+    return _unfold(scan(_fold(a, 0, size), *rest, paired), size), 1
 
 
 def _decay_per_row(a: Tensor, dim: int | None, b: Tensor, b_dim: int | None) -> Tensor:
@@ -121,13 +152,13 @@ def _decay_per_row(a: Tensor, dim: int | None, b: Tensor, b_dim: int | None) -> 
 def _map_scan_backward(
     info: Any, dims: tuple[int | None, ...], *args: Any
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
-    grad, a, h, start, reset, wants_start = args
+    grad, a, h, start, reset, wants_start, paired = args
     size, is_constant = info.batch_size, a.ndim - (dims[1] is not None) == 1
     decays = _decay_per_row(a, dims[1], h, dims[2]).expand(size, -1, -1, -1)
     kept = zip((h, start, reset), dims[2:5], strict=True)
     folded = (_fold(x, dim, size) for x, dim in kept)
-    found = scan_backward(_fold(grad, dims[0], size), _fold(decays, 0, size), *folded, wants_start)
-    d_a, d_b, d_start = found
+    folded_grad, folded_decays = _fold(grad, dims[0], size), _fold(decays, 0, size)
+    d_a, d_b, d_start = scan_backward(folded_grad, folded_decays, *folded, wants_start, paired)
     d_a, d_b = _unfold(d_a, size), _unfold(d_b, size)
     d_start = _unfold(d_start, size) if wants_start else d_start.expand(size, 0).T
     return (d_a.sum((0, 2)) if is_constant else d_a, d_b, d_start), (0 if is_constant else 1, 1, 1)
@@ -198,13 +229,27 @@ def linear_scan(
     start = torch.zeros_like(b) if initial is None else initial
     if start.ndim == 2:
         start = torch.cat([start[:, None], b.new_zeros(batch, steps - 1, b.shape[2])], 1)
-    major = (x.transpose(0, 1) for x in (b, start, is_init))
-    return run(a if a.ndim == 1 else a.transpose(0, 1), *major).transpose(0, 1)
+    b, start, is_init = (x.transpose(0, 1) for x in (b, start, is_init))
+    return run(a if a.ndim == 1 else a.transpose(0, 1), b, start, is_init).transpose(0, 1)
 
 
-def run(a: Tensor, b: Tensor, start: Tensor, reset: Tensor) -> Tensor:
-    """Run ``linear_recurrence.scan`` with gradients: as one operator where its rules allow."""
-    return plain.scan_by_select(a, b, start, reset) if in_derivative() else scan(a, b, start, reset)
+def run(a: Tensor, b: Tensor, start: Tensor, reset: Tensor, paired: bool = False) -> Tensor:
+    """Run ``linear_recurrence.scan`` with gradients: as one operator where its rules allow.
+
+    Args:
+        a: ``[T, N, F]`` or ``[F]``.
+        b: ``[T, N, F]``.
+        start: ``[T, N, F]``.
+        reset: bool ``[T, N]``.
+        paired: whether real tensors hold complex numbers, in pairs of real and imaginary part.
+    """
+    if not in_derivative():
+        return scan(a, b, start, reset, paired)
+    if paired:
+        a, b, start = (torch.complex(*split_pairs(x)) for x in (a, b, start))
+        h = plain.scan_by_select(a, b, start, reset)
+        return join_pairs(h.real, h.imag)
+    return plain.scan_by_select(a, b, start, reset)
 
 
 def run_gated(p: Tensor, start: Tensor, reset: Tensor) -> Tensor:

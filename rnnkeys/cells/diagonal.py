@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .linear import LinearCell, Parameters, check_ordered, check_positive, projection_shapes
+from .linear import (
+    LinearCell,
+    Parameters,
+    check_ordered,
+    check_positive,
+    join_pairs,
+    projection_shapes,
+    split_pairs,
+)
 
 
 class _Modes(NamedTuple):
@@ -39,7 +47,7 @@ class _DiagonalCell(LinearCell):
         """Return decays and input factors."""
 
     def state_sizes(self, hidden_size: int) -> tuple[int, ...]:
-        """Return ``2 N``: real and imaginary parts."""
+        """Return ``2 N``: pairs of real and imaginary part."""
         return (2 * self.num_modes(hidden_size),)
 
     def parameter_shapes(
@@ -67,23 +75,29 @@ class _DiagonalCell(LinearCell):
     def project_input(self, weights: Parameters, x: Tensor) -> Tensor:
         """Project inputs to the state, each mode scaled, and to the output."""
         modes = self.modes(weights)
-        re, im = weights["weight_ih"].chunk(2)
-        scale_re, scale_im = modes.scale_re[:, None], modes.scale_im[:, None]
-        scaled = [re * scale_re - im * scale_im, re * scale_im + im * scale_re]
+        re, im = split_pairs(weights["weight_ih"].T)
+        scaled = join_pairs(
+            re * modes.scale_re - im * modes.scale_im, re * modes.scale_im + im * modes.scale_re
+        ).T
         bias = weights.get("bias_skip")
         if bias is not None:
-            bias = torch.cat([bias.new_zeros(2 * len(re)), bias])
-        return F.linear(x, torch.cat([*scaled, weights["weight_skip"]]), bias)
+            bias = torch.cat([bias.new_zeros(len(scaled)), bias])
+        return F.linear(x, torch.cat([scaled, weights["weight_skip"]]), bias)
+
+    def split_input(self, weights: Parameters, input_t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the input of the state and the skip connection."""
+        hidden, size = weights["weight_out"].shape
+        drive, skip = input_t.split([size, hidden], -1)
+        return drive, skip
 
     def coefficients(self, weights: Parameters, input_t: Tensor) -> tuple[Tensor, Tensor]:
         """See the base; decays are the same at every step."""
         modes = self.modes(weights)
-        decay = torch.cat([modes.decay_re, modes.decay_im])
-        return decay, input_t[..., : decay.shape[0]]
+        return join_pairs(modes.decay_re, modes.decay_im), input_t
 
     def read_out(self, weights: Parameters, input_t: Tensor, h: Tensor) -> Tensor:
         """Return the real part of a linear map of the state, plus the skip connection."""
-        return F.linear(h, weights["weight_out"]) + input_t[..., h.shape[-1] :]
+        return F.linear(h, weights["weight_out"]) + input_t
 
 
 class LRU(_DiagonalCell):
@@ -96,7 +110,8 @@ class LRU(_DiagonalCell):
     with :math:`\gamma = \exp(\log \gamma)` learned from :math:`\sqrt{1 - |\lambda|^2}` on. See
     "Resurrecting Recurrent Neural Networks for Long Sequences", Orvieto et al., 2023
     (arXiv:2303.06349); decays start uniformly on the ring of radii 0.9 and 0.999, phases up to
-    :math:`\pi / 10`, the paper's choice for long sequences. ``weight_out`` is ``[Re C | -Im C]``.
+    :math:`\pi / 10`, the paper's choice for long sequences. ``weight_ih`` holds pairs
+    of rows (Re B, Im B), and ``weight_out`` of columns (Re C, -Im C).
 
     Args:
         min_radius: smallest absolute value of a decay at the start, in [0, 1).
@@ -176,7 +191,7 @@ class S5(_DiagonalCell):
     .001 to .1, one for each mode. See "Simplified State Space Layers for Sequence Modeling", Smith
     et al., 2023 (arXiv:2208.04933), and, for resets in reinforcement learning, "Structured State
     Space Models for In-Context Reinforcement Learning", Lu et al., 2023 (arXiv:2303.03982).
-    ``weight_out`` holds ``[2 Re C | -2 Im C]``.
+    ``weight_ih`` holds pairs of rows (Re B, Im B), and ``weight_out`` of columns (2 Re C, -2 Im C).
 
     Args:
         min_step: smallest :math:`\Delta` at the start, > 0. A state lasts about

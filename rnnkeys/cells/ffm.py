@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..checks.arguments import as_int
-from .linear import LinearCell, Parameters, projection_shapes
+from .linear import LinearCell, Parameters, join_pairs, projection_shapes
 
 
 class FFM(LinearCell):
@@ -85,27 +85,31 @@ class FFM(LinearCell):
                 torch.nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
 
     def project_input(self, weights: Parameters, x: Tensor) -> Tensor:
-        """Return ``[gated trace input (M) | output gate (H) | skip (H)]``."""
-        traces = weights["rate"].shape[0]
-        p = F.linear(x, weights["weight_ih"], weights.get("bias_ih"))
-        trace, gate, rest = p[..., :traces], p[..., traces : 2 * traces], p[..., 2 * traces :]
-        return torch.cat([trace * gate.sigmoid(), rest], -1)
+        """Return ``[trace input (M) | its gate (M) | output gate (H) | skip (H)]``."""
+        return F.linear(x, weights["weight_ih"], weights.get("bias_ih"))
+
+    def split_input(
+        self, weights: Parameters, input_t: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return the gated trace input, and output gate and skip."""
+        traces, hidden = weights["rate"].shape[0], weights["weight_out"].shape[0]
+        trace, gate, output_gate, skip = input_t.split([traces, traces, hidden, hidden], -1)
+        return trace * gate.sigmoid(), (output_gate, skip)
 
     def coefficients(self, weights: Parameters, input_t: Tensor) -> tuple[Tensor, Tensor]:
         """See the base; decays are the same at every step."""
         radius = torch.exp(-weights["rate"].abs())[:, None]
         phase = weights["frequency"]
-        decay = torch.cat([(radius * phase.cos()).flatten(), (-radius * phase.sin()).flatten()])
-        trace = input_t[..., : len(radius)]
-        b_re = trace.repeat_interleave(len(phase), -1)
-        return decay, torch.cat([b_re, torch.zeros_like(b_re)], -1)
+        decay = join_pairs((radius * phase.cos()).flatten(), (-radius * phase.sin()).flatten())
+        pairs = F.pad(input_t.unsqueeze(-1), (0, 1))
+        contexts = pairs.unsqueeze(-2).expand(*pairs.shape[:-1], len(phase), 2)
+        return decay, contexts.flatten(-3)
 
-    def read_out(self, weights: Parameters, input_t: Tensor, h: Tensor) -> Tensor:
+    def read_out(self, weights: Parameters, input_t: tuple[Tensor, Tensor], h: Tensor) -> Tensor:
         """Return normalized, gated traces and the gated skip connection."""
         z = F.linear(h, weights["weight_out"], weights.get("bias_out"))
-        _, gate, skip = input_t.split([input_t.shape[-1] - 2 * z.shape[-1], *z.shape[-1:] * 2], -1)
-        gate = gate.sigmoid()
-        return F.layer_norm(z, z.shape[-1:]) * gate + skip * (1 - gate)
+        output_gate, skip = input_t
+        return torch.lerp(skip, F.layer_norm(z, z.shape[-1:]), output_gate.sigmoid())
 
 
 FFM_CELL = FFM()

@@ -4,7 +4,7 @@ r"""Linear cells, whose time runs as a parallel scan.
 
 The coefficients depend on the input alone, never on the state. So all of them are computed at once,
 and the recurrence itself is a scan (``rnnkeys.linear_scan``). A complex state of ``N`` numbers is
-kept as ``2 N`` real ones, first all real and then all imaginary parts, so that it is an ordinary
+kept as ``2 N`` real ones, in pairs of real and imaginary part, so that it is an ordinary
 floating-point entry.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class LinearCell(Cell):
     overrides ``window_input``, ``convolve`` and ``state_sizes``; see :class:`S6`.
 
     Attributes:
-        is_complex: whether the state is complex, as ``[real parts | imaginary parts]``.
+        is_complex: whether the state is complex, kept in pairs of real and imaginary part.
         window_len: number of steps that a step's coefficients depend on: 1 without convolution.
     """
 
@@ -55,21 +56,34 @@ class LinearCell(Cell):
         """
         return input_t
 
+    def split_input(self, weights: Parameters, input_t: Tensor) -> tuple[Tensor, Any]:
+        """Return the parts of projected inputs for ``coefficients`` and for ``read_out``.
+
+        By default both read all of them. The gradient of a split costs less than that of slices.
+        """
+        return input_t, input_t
+
     @abstractmethod
     def coefficients(self, weights: Parameters, input_t: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``a``, ``[S]`` or ``[..., S]``, and ``b [..., S]`` of projected inputs.
 
         Args:
             weights: of one layer.
-            input_t: ``[..., F]``, from ``project_input``; of one time step or of all.
+            input_t: ``[..., F]``, the first part of ``split_input``; of one time step or of all.
         """
 
     def convex_gates(self, weights: Parameters, input_t: Tensor) -> Tensor | None:
         """Return ``u`` and ``v`` if the fused scan of :class:`ConvexCell` can run, else None."""
         return None
 
-    def read_out(self, weights: Parameters, input_t: Tensor, h: Tensor) -> Tensor:
-        """Return the output ``[..., H]`` from states ``h [..., S]``; by default the states."""
+    def read_out(self, weights: Parameters, input_t: Any, h: Tensor) -> Tensor:
+        """Return the output ``[..., H]`` from states ``h [..., S]``; by default the states.
+
+        Args:
+            weights: of one layer.
+            input_t: the second part of ``split_input``.
+            h: the states.
+        """
         return h
 
     def step(self, weights: Parameters, input_t: Tensor, state: State) -> tuple[Tensor, State]:
@@ -80,22 +94,39 @@ class LinearCell(Cell):
             newest = self.window_input(weights, input_t)
             window = (torch.cat([newest, *previous[:-1]], -1),)
             input_t = self.convolve(weights, input_t, previous)
-        a, b = self.coefficients(weights, input_t)
+        drive, rest = self.split_input(weights, input_t)
+        a, b = self.coefficients(weights, drive)
         decayed = multiply_complex(a, state[0]) if self.is_complex else a * state[0]
         h = decayed + b
-        return self.read_out(weights, input_t, h), (h, *window)
+        return self.read_out(weights, rest, h), (h, *window)
 
 
 def multiply_complex(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply complex numbers that are kept as ``[real parts | imaginary parts]``.
+    """Multiply complex numbers that are kept in pairs of real and imaginary part.
 
     Examples:
         >>> multiply_complex(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))  # (1+2i)(3+4i)
         tensor([-5., 10.])
     """
-    a_re, a_im = a.chunk(2, -1)
-    b_re, b_im = b.chunk(2, -1)
-    return torch.cat([a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re], -1)
+    a_re, a_im = split_pairs(a)
+    b_re, b_im = split_pairs(b)
+    return join_pairs(a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re)
+
+
+def split_pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return real and imaginary parts, each ``[..., N]``, of pairs ``[..., 2 N]``."""
+    re, im = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return re, im
+
+
+def join_pairs(re: Tensor, im: Tensor) -> Tensor:
+    """Return pairs ``[..., 2 N]`` of real and imaginary parts, each ``[..., N]``.
+
+    Examples:
+        >>> join_pairs(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 4.0]))
+        tensor([1., 2., 3., 4.])
+    """
+    return torch.stack([re, im], -1).flatten(-2)
 
 
 def candidate(v: Tensor) -> Tensor:

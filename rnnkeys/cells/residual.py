@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,20 +93,25 @@ class ResidualBlock(LinearCell):
         skip, inner = input_t.tensor_split([self._width(weights)], -1)
         return torch.cat([skip, self.cell.convolve(weights, inner, previous)], -1)
 
+    def split_input(self, weights: Parameters, input_t: Tensor) -> tuple[Tensor, Any]:
+        """Return the first part of the cell's, and the skip with the second."""
+        skip, inner = input_t.tensor_split([self._width(weights)], -1)
+        drive, rest = self.cell.split_input(weights, inner)
+        return drive, (skip, rest)
+
     def coefficients(self, weights: Parameters, input_t: Tensor) -> tuple[Tensor, Tensor]:
         """See the base."""
-        return self.cell.coefficients(weights, input_t[..., self._width(weights) :])
+        return self.cell.coefficients(weights, input_t)
 
     def convex_gates(self, weights: Parameters, input_t: Tensor) -> Tensor | None:
         """See the base."""
-        return self.cell.convex_gates(weights, input_t[..., self._width(weights) :])
+        return self.cell.convex_gates(weights, input_t)
 
-    def read_out(self, weights: Parameters, input_t: Tensor, h: Tensor) -> Tensor:
+    def read_out(self, weights: Parameters, input_t: Any, h: Tensor) -> Tensor:
         """See the base."""
-        width = self._width(weights)
-        y = F.gelu(self.cell.read_out(weights, input_t[..., width:], h))
-        gated = F.glu(F.linear(y, weights["weight_glu"], weights.get("bias_glu")), -1)
-        return input_t[..., :width] + gated
+        skip, rest = input_t
+        y = F.gelu(self.cell.read_out(weights, rest, h))
+        return skip + F.glu(F.linear(y, weights["weight_glu"], weights.get("bias_glu")), -1)
 
     def _width(self, weights: Parameters) -> int:
         return weights["weight_glu"].shape[1]

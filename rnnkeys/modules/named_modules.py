@@ -191,7 +191,7 @@ class LRUModule(_CellModule):
     """A linear recurrent unit (LRU) whose state lives in the TensorDict.
 
     Time runs as a parallel scan. Equation and source are in :class:`rnnkeys.cells.LRU`. The
-    state is ``[real parts | imaginary parts]``, ``2 H`` numbers.
+    state is in pairs of real and imaginary part, ``2 H`` numbers.
 
     Args:
         input_size: size ``I`` of the input's last dimension.
@@ -243,7 +243,7 @@ class S5Module(_CellModule):
     """A simplified state space layer (S5) whose state lives in the TensorDict.
 
     Time runs as a parallel scan. Equation and source are in :class:`rnnkeys.cells.S5`. The
-    state is ``[real parts | imaginary parts]``, ``H`` numbers.
+    state is in pairs of real and imaginary part, ``H`` numbers.
 
     Args:
         input_size: size ``I`` of the input's last dimension.
@@ -293,7 +293,7 @@ class FFMModule(_CellModule):
     """Fast and forgetful memory (FFM) whose state lives in the TensorDict.
 
     Time runs as a parallel scan. Equation and source are in :class:`rnnkeys.cells.FFM`. The
-    state is ``[real parts | imaginary parts]``, ``2 H`` numbers if ``num_contexts`` divides ``H``.
+    state is in pairs of real and imaginary part, ``2 H`` numbers if ``num_contexts`` divides ``H``.
 
     Args:
         input_size: size ``I`` of the input's last dimension.

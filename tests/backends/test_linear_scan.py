@@ -49,7 +49,7 @@ def test_scan_equals_unrolling_with_gradients(
     shape: tuple[int, ...], dtype: torch.dtype, constant: bool, rate: float
 ):
     a, b, start, reset = draw(shape, dtype, rate, constant)
-    h, expected = scan_ops.scan(a, b, start, reset), unroll(a, b, start, reset)
+    h, expected = scan_ops.run(a, b, start, reset), unroll(a, b, start, reset)
     torch.testing.assert_close(h, expected, rtol=1e-12, atol=1e-12)
     pairs = zip(grads_of(h, (a, b, start)), grads_of(expected, (a, b, start)), strict=True)
     for actual, grad in pairs:
@@ -79,15 +79,15 @@ def test_gated_scan_equals_unrolling_with_gradients(
 def test_scan_value_that_is_not_finite_does_not_pass_a_reset(shape: tuple[int, ...], bad: float):
     a, b, start, reset = draw(shape, torch.float64, 0.1, False)
     reset[20, 0] = True
-    clean = scan_ops.scan(a, b, start, reset)
+    clean = scan_ops.run(a, b, start, reset)
     spoiled = b.detach().clone()
     spoiled[18, 0] = bad
-    h = scan_ops.scan(a, spoiled, start, reset)
+    h = scan_ops.run(a, spoiled, start, reset)
     assert_equal(h[20:], clean[20:], torch.float64)
     grad = torch.randn_like(clean)
-    expected = scan_ops.scan_backward(grad, a, clean, start, reset, True)[1]
+    expected = scan_ops.scan_backward(grad, a, clean, start, reset, True, False)[1]
     grad[20, 0] = bad
-    actual = scan_ops.scan_backward(grad, a, clean, start, reset, True)[1]
+    actual = scan_ops.scan_backward(grad, a, clean, start, reset, True, False)[1]
     assert_equal(actual[:20], expected[:20], torch.float64)
 
 
@@ -95,14 +95,14 @@ def test_scan_whose_products_of_decays_overflow_is_right():
     a = torch.full((64, 1, 1), 1e30, dtype=torch.float64)
     b = torch.zeros(64, 1, 1, dtype=torch.float64)
     reset = torch.zeros(64, 1, dtype=torch.bool)
-    assert not scan_ops.scan(a, b, b, reset).any()
+    assert not scan_ops.run(a, b, b, reset).any()
 
 
 def test_scan_operators_pass_opcheck():
     a, b, start, reset = draw((40, 3, 4), torch.float64, 0.2, False)
     p = torch.randn(40, 3, 8, dtype=torch.float64, requires_grad=True)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    opcheck(scan_ops.scan, (a, b, start, reset), test_utils=tests)
+    opcheck(scan_ops.scan, (a, b, start, reset, False), test_utils=tests)
     opcheck(scan_ops.gated, (p, start, reset), test_utils=tests)
 
 
@@ -185,7 +185,7 @@ def test_linear_scan_names_a_bad_argument(change: dict[str, Tensor], error: Any,
 def test_scan_second_derivative_names_the_backend_that_has_it():
     a, b, start, reset = draw((5, 2, 3), torch.float64, 0.2, False)
     (grad,) = torch.autograd.grad(
-        scan_ops.scan(a, b, start, reset).square().sum(), a, create_graph=True
+        scan_ops.run(a, b, start, reset).square().sum(), a, create_graph=True
     )
     with pytest.raises(RuntimeError, match="recurrent_backend='loop'"):
         grad.sum().backward()

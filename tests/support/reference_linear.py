@@ -22,12 +22,11 @@ def candidate(v: np.ndarray) -> np.ndarray:
 
 
 def as_complex(h: np.ndarray) -> np.ndarray:
-    half = h.shape[-1] // 2
-    return h[..., :half] + 1j * h[..., half:]
+    return h[..., ::2] + 1j * h[..., 1::2]
 
 
 def as_real(h: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.real(h), np.imag(h)], -1)
+    return np.stack([np.real(h), np.imag(h)], -1).reshape(*h.shape[:-1], -1)
 
 
 def mingru(w: Parameters, x: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -45,9 +44,8 @@ def minlstm(w: Parameters, x: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _output(w: Parameters, x: np.ndarray, h: np.ndarray) -> np.ndarray:
-    """``Re(C h) + D x + b``, where ``weight_out`` is ``[Re C | -Im C]``."""
-    half = h.shape[-1]
-    c = w["weight_out"][:, :half] - 1j * w["weight_out"][:, half:]
+    """``Re(C h) + D x + b``, where ``weight_out`` has pairs of columns (Re C, -Im C)."""
+    c = as_complex(w["weight_out"]).conj()
     return (h @ c.T).real + x @ w["weight_skip"].T + w["bias_skip"]
 
 
