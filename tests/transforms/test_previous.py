@@ -9,7 +9,7 @@ import torch
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.collectors import Collector
-from torchrl.envs import CatTensors, Compose, RewardScaling, SerialEnv, TransformedEnv
+from torchrl.envs import CatTensors, RewardScaling, SerialEnv, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from rnnkeys import GRUModule, get_env_transforms_from_module, set_recurrent_mode
@@ -72,14 +72,9 @@ def test_sequences_with_previous_actions_equal_the_steps_that_were_collected() -
     )
     env = make_gym_env(action_id("Choice"), 2)
     keys = ["observation", "previous_action", "previous_reward"]
-    cat_tensors: Any = CatTensors  # its annotations hide its arguments
-    env.append_transform(
-        Compose(
-            PreviousActionReward(),
-            cat_tensors(keys, "inputs", del_keys=False),
-            get_env_transforms_from_module(policy),
-        )
-    )
+    env.append_transform(PreviousActionReward())
+    env.append_transform(CatTensors(keys, "inputs", del_keys=False))
+    env.append_transform(get_env_transforms_from_module(policy))
     collector: Any = Collector(env, policy, frames_per_batch=70, total_frames=70)
     [data] = list(collector)
     assert data["is_init"].sum() > 2
