@@ -6,7 +6,7 @@
 Single steps: modules step batches whose size changes, and every tenth step is one of a
 :class:`rnnkeys.deploy.StatefulPolicy` that clients join and leave. Updates: forward, backward and
 optimizer step on sequences whose shape, resets and stored states change. The second half of each
-run repeats the draws of the first, which filled every cache: what grows there is kept for ever.
+run repeats the draws of the first, which filled every cache: what grows there is never freed.
 Results go to ``benchmarks/results/soak.md``.
 """
 

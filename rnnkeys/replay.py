@@ -2,7 +2,7 @@
 
 TorchRL keeps priorities in trees of its compiled extension, and the extension loads only beside the
 build of torch that it was compiled with: elsewhere (torchrl 0.14.1 with torch 2.13.0, for one)
-``PrioritizedSampler`` refuses to be built. The samplers here are TorchRL's, with the same arguments
+``PrioritizedSampler`` cannot be made. The samplers here are TorchRL's, with the same arguments
 and states; only the trees are NumPy's where the extension is missing.
 """
 

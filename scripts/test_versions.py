@@ -52,7 +52,7 @@ class Lane(NamedTuple):
 
 # The nightly builds are distributions of another name, which the packaging tests look for in vain.
 NIGHTLY = {"torchrl": "torchrl-nightly", "tensordict": "tensordict-nightly"}
-# torch 2.11 refuses newer setuptools, and the interpreter of its triton, 3.6, newer NumPy.
+# torch 2.11 rejects newer setuptools, and the interpreter of its triton, 3.6, newer NumPy.
 OLDEST = {
     "torch": "torch==2.11.*",
     "triton": "triton",

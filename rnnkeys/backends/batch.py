@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..cells import State
+from ..cells import Cell, State
 
 
 class LayerRun(NamedTuple):
@@ -78,11 +78,13 @@ class DenseBatch(Batch):
     """A batch run in place, time first, with resets.
 
     Args:
+        cell: the equations.
         reset_state: each ``[B, T, L, H]``.
         is_init: bool ``[B, T]``.
     """
 
-    def __init__(self, reset_state: State, is_init: Tensor) -> None:
+    def __init__(self, cell: Cell, reset_state: State, is_init: Tensor) -> None:
+        self.cell = cell
         self.reset = is_init.transpose(0, 1)
         self.reset_state = tuple(s.transpose(0, 1) for s in reset_state)
 

@@ -129,42 +129,6 @@ def choose(name: str, options: Options, cell: Cell | None = None) -> str:
     return name
 
 
-def unroll(
-    cell: Cell,
-    weights: Any,
-    x: Tensor,
-    reset_state: State,
-    is_init: Tensor,
-    options: Options | None = None,
-    backend: str = "loop",
-) -> tuple[Tensor, State]:
-    """Run one layer over a batch.
-
-    Args:
-        cell: the equations.
-        weights: of the layer.
-        x: ``[B, T, I]``.
-        reset_state: per state name ``[B, T, H]``, read at t=0 and where ``is_init``.
-        is_init: bool ``[B, T]``.
-        options: how to run.
-        backend: ``"loop"``, ``"pad"``, ``"scan"`` or ``"triton"``.
-
-    Returns:
-        Outputs ``[B, T, H]`` and, per state name, the states after every step, ``[B, T, H]``.
-
-    Examples:
-        >>> from rnnkeys.cells import GRU_CELL, Weights
-        >>> weights = Weights(torch.zeros(3, 1), torch.zeros(3, 1))
-        >>> ones = torch.ones(1, 2, 1)
-        >>> y, (h,) = unroll(GRU_CELL, weights, ones, (ones,), torch.tensor([[True, False]]))
-        >>> y.flatten()
-        tensor([0.5000, 0.2500])
-    """
-    states = tuple(s.unsqueeze(2) for s in reset_state)
-    y, out = unroll_layers(cell, [weights], x, states, is_init, options or Options(), backend)
-    return y, tuple(s.squeeze(2) for s in out)
-
-
 def unroll_layers(
     cell: Cell,
     layers: list[Any],
@@ -174,7 +138,29 @@ def unroll_layers(
     options: Options,
     backend: str,
 ) -> tuple[Tensor, State]:
-    """Run a stack of layers: as :func:`unroll`, with states ``[B, T, L, H]``."""
+    """Run a stack of layers over a batch.
+
+    Args:
+        cell: the equations.
+        layers: weights of each layer.
+        x: ``[B, T, I]``.
+        reset_state: per state name ``[B, T, L, H]``, read at t=0 and where ``is_init``.
+        is_init: bool ``[B, T]``.
+        options: how to run.
+        backend: one of ``BACKENDS``.
+
+    Returns:
+        Outputs ``[B, T, H]`` and, per state name, the states after every step, ``[B, T, L, H]``.
+
+    Examples:
+        >>> from rnnkeys.cells import GRU_CELL, Weights
+        >>> layers = [Weights(torch.zeros(3, 1), torch.zeros(3, 1))]
+        >>> x, stored = torch.ones(1, 2, 1), torch.ones(1, 2, 1, 1)
+        >>> starts = torch.tensor([[True, False]])
+        >>> y, (h,) = unroll_layers(GRU_CELL, layers, x, (stored,), starts, Options(), "loop")
+        >>> y.flatten()
+        tensor([0.5000, 0.2500])
+    """
     if not cell.state_names:
         return run_step(cell, layers, x, (), options.dropout, native=False)
     # "triton" recomputes by itself, without running time again. Transforms allow no checkpoint.

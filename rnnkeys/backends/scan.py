@@ -62,17 +62,7 @@ def _records(inputs: Sequence[Tensor | None]) -> bool:
 
 
 class ScanBatch(DenseBatch):
-    """A batch for the operators.
-
-    Args:
-        cell: the equations.
-        reset_state: each ``[B, T, L, H]``.
-        is_init: bool ``[B, T]``.
-    """
-
-    def __init__(self, cell: Cell, reset_state: State, is_init: Tensor) -> None:
-        super().__init__(reset_state, is_init)
-        self.cell = cell
+    """A batch for the operators."""
 
     def run_layer(self, weights: Any, x: Tensor, layer: int) -> LayerRun:
         """Run one layer over ``x [T, B, I]``."""

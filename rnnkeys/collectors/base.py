@@ -25,7 +25,7 @@ AnyActors = TypeVar("AnyActors", bound="Actors")
 
 
 class Actors(ABC):
-    """Collect batches ``[num_envs, T]``, each of one actor, for ever.
+    """Collect batches ``[num_envs, T]``, each of one actor, without end.
 
     Every batch has three entries, int64 ``[num_envs, T]``, beside those of the environment and the
     policy:

@@ -215,7 +215,7 @@ class StatefulPolicy:
         return data
 
     def _check_states(self, ids: list[Hashable], data: TensorDict, out: TensorDictBase) -> None:
-        """Raise ValueError if a next state is not finite; it would be so for ever."""
+        """Raise ValueError if a next state is not finite, as all later ones would be."""
         for key in self.network.state_keys:
             state = out.get(next_key(key))
             if bool(state.isfinite().all()):

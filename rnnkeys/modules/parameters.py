@@ -42,9 +42,10 @@ class Layers(ABC):
         self.num_layers = num_layers
 
     @property
-    @abstractmethod
     def dropout(self) -> float:
         """Probability of dropout between layers now: 0 where ``module`` is in eval mode."""
+        module: Any = self.module
+        return module.dropout if module.training else 0.0
 
     @property
     @abstractmethod

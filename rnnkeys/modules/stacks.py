@@ -97,11 +97,6 @@ class CellLayers(Layers):
         super().__init__(stack, stack.cell, stack.input_size, sizes, stack.num_layers)
 
     @property
-    def dropout(self) -> float:
-        """Probability of dropout between layers now."""
-        return self.module.dropout if self.module.training else 0.0
-
-    @property
     def sample(self) -> Tensor:
         """A parameter."""
         return getattr(self.module, f"{self.module.parameter_names[0][0]}_l0")
@@ -240,11 +235,6 @@ class StepLayers(Layers):
     def __init__(self, stack: StepStack) -> None:
         sizes = tuple(stack.state_sizes.values())
         super().__init__(stack, stack.cell, stack.input_size, sizes, stack.num_layers)
-
-    @property
-    def dropout(self) -> float:
-        """Probability of dropout between layers now."""
-        return self.module.dropout if self.module.training else 0.0
 
     @property
     def sample(self) -> Tensor:

@@ -38,7 +38,7 @@ def find_continuity_problems(
 
     - trajectory ids ``("collector", "traj_ids")`` must not change inside a segment;
     - a recurrent state must be the one that the step before wrote, ``("next", state)``;
-    - a counter at ``"step_count"`` must go on as ``("next", "step_count")`` does;
+    - a counter at ``"step_count"`` must continue as ``("next", "step_count")`` does;
     - the ``"index"`` that a replay buffer writes must grow by one, if nothing else is there.
 
     Args:

@@ -92,8 +92,8 @@ def test_compiled_module_with_other_flags_is_not_recompiled(kind):
     module, loop = _pair(kind)
     graphs = _Graphs()
     compiled = _compiled(in_mode(module), graphs.backend)
-    for marks in (0.0, 0.3, 1.0):
-        data = recurrent.batch(module, (3, 6), marks=marks)
+    for flag_rate in (0.0, 0.3, 1.0):
+        data = recurrent.batch(module, (3, 6), flag_rate=flag_rate)
         assert_same(
             run_with_gradients(module, compiled, data),
             run_with_gradients(loop, in_mode(loop), data),

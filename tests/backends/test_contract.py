@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rnnkeys.backends import Options, choose, fused, unroll, why_not
+from rnnkeys.backends import Options, choose, fused, unroll_layers, why_not
 from rnnkeys.cells import GatedCell, Weights
 from tests.support import problems
 from tests.support.problems import (
@@ -258,11 +258,11 @@ def test_backend_runs_a_custom_cell(way):
     x = torch.ones(2, 6, 1)
     stored = 10 * torch.arange(12.0).view(2, 6, 1)
     is_init = torch.tensor([[1, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]]).bool()
-    y, (h,) = unroll(
-        Counter(), weights, x, (stored,), is_init, WAYS[way].options, WAYS[way].backend
-    )
+    states = (stored.unsqueeze(2),)
+    options, backend = WAYS[way].options, WAYS[way].backend
+    y, (h,) = unroll_layers(Counter(), [weights], x, states, is_init, options, backend)
     assert y.squeeze(-1).tolist() == [[1, 2, 3, 31, 41, 42], [61, 62, 63, 64, 65, 111]]
-    assert torch.equal(h, y)
+    assert torch.equal(h.squeeze(2), y)
 
 
 @in_every_way_once

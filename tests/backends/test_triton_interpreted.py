@@ -50,5 +50,5 @@ def test_interpreted_kernels_are_right_in_every_form():
 @pytest.mark.parametrize("form", ["split", "stepwise"])
 def test_one_problem_at_a_glance(form):
     """What the seeded faults are shown to; the other tests see more and take longer."""
-    case = f"test_every_form_equals_the_reference[{form}-lstm-random]"
+    case = f"test_form_equals_the_reference[{form}-lstm-random]"
     assert _passed(_pytest_interpreted(f"tests/support/triton_kernels.py::{case}")) == 1

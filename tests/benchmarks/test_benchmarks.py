@@ -133,10 +133,10 @@ def test_state_entries_are_the_primer_s() -> None:
 
 @pytest.mark.parametrize("resets", [0.0, 0.1, SHORT, LONG])
 def test_every_row_starts_and_draws_repeat(resets: float | str) -> None:
-    marks = starts(resets, 50, 1000)
-    assert marks.shape == (50, 1000)
-    assert marks[:, 0].all()
-    assert torch.equal(marks, starts(resets, 50, 1000))
+    flags = starts(resets, 50, 1000)
+    assert flags.shape == (50, 1000)
+    assert flags[:, 0].all()
+    assert torch.equal(flags, starts(resets, 50, 1000))
 
 
 def test_starts_are_as_frequent_as_asked() -> None:
@@ -265,7 +265,7 @@ def _timings(seconds: dict[str, float]) -> dict[str, Timing]:
 
 
 def _record(resets: float, T: int = 64, cell: str = "LSTM", **changes: float) -> Record:
-    """A case in which ``auto`` takes a second, and everybody else as long as told."""
+    """A case in which ``auto`` takes a second, and others as long as the test says."""
     seconds = {
         AUTO: 1.0,
         PAD: 1.0,

@@ -1,4 +1,4 @@
-"""The watch of memory over long use runs, and shows what is kept for ever."""
+"""The watch of memory over long use runs, and shows what is never freed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each recurrent-PPO configuration of rl-baselines3-zoo, told to the tutorial.
+"""Each recurrent-PPO configuration of rl-baselines3-zoo, as arguments of the tutorial.
 
 Where the package of an environment is missing, one with the same spaces stands in.
 """

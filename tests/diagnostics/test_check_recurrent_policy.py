@@ -263,17 +263,17 @@ def half_a_state() -> Wiring:
     return Wiring(wiring.policy, batch=wiring.batch.exclude("actor_c"))
 
 
-def unmarked(case: cases.Case = DQN) -> Wiring:
+def without_flags(case: cases.Case = DQN) -> Wiring:
     setup = case.make(rnnkeys, "gru")
     return Wiring(setup.policy, batch=cases.flat(case, setup.policy), loss=setup.loss)
 
 
-def unmarked_loss_alone() -> Wiring:
-    return dataclasses.replace(unmarked(), batch=None)
+def without_flags_loss_alone() -> Wiring:
+    return dataclasses.replace(without_flags(), batch=None)
 
 
-def unmarked_by_torchrls_prioritised_sampler() -> Wiring:
-    wiring = unmarked()
+def without_flags_of_torchrls_prioritised_sampler() -> Wiring:
+    wiring = without_flags()
     data = cases.collect(DQN, wiring.policy, 80)
     sampler = PrioritizedSliceSampler(80, 0.7, 0.9, slice_len=4)
     wiring.batch = cases.sampled(data, 40, sampler)
@@ -287,7 +287,7 @@ def target_without_states() -> Wiring:
 
 
 def dropped_critic_state() -> Wiring:
-    wiring = unmarked(TD3)
+    wiring = without_flags(TD3)
     wiring.batch = set_next_is_init(wiring.batch)
     return wiring
 
@@ -313,7 +313,7 @@ def estimator_that_changed() -> Wiring:
 
 
 def estimator_in_single_steps() -> Wiring:
-    return unmarked(GAE_CASE)
+    return without_flags(GAE_CASE)
 
 
 def chunks_of_time() -> Wiring:
@@ -359,7 +359,7 @@ FAULTS: dict[str, tuple[Callable[[], Wiring], str, str]] = {
     "out key without next": (state_not_carried, "state-not-carried", r"\('next', 'actor_h'\)"),
     "no memory": (no_memory, "no-recurrent-module", "LSTMModule"),
     "frozen in the wrong mode": (frozen, "mode", "default_recurrent_mode=None"),
-    "no marks in the batch": (
+    "no flags in the batch": (
         batch_with(lambda batch: batch.exclude("is_init")),
         "init-key",
         "InitTracker",
@@ -378,14 +378,18 @@ FAULTS: dict[str, tuple[Callable[[], Wiring], str, str]] = {
     ),
     "states not stored": (states_not_stored, "state-missing", "actor_h.*with the primer"),
     "half a state": (half_a_state, "state-missing", "Store .'actor_c'"),
-    "next view not marked": (unmarked, "next-is-init", "recurrent_loss"),
-    "loss alone": (unmarked_loss_alone, "next-is-init", "recurrent_loss"),
-    "no slice marked": (unmarked_by_torchrls_prioritised_sampler, "next-is-init", "recurrent_loss"),
+    "no flags in next": (without_flags, "next-is-init", "recurrent_loss"),
+    "loss alone": (without_flags_loss_alone, "next-is-init", "recurrent_loss"),
+    "no slice flagged": (
+        without_flags_of_torchrls_prioritised_sampler,
+        "next-is-init",
+        "recurrent_loss",
+    ),
     "target without states": (target_without_states, "next-state-missing", "'next', 'critic_h'"),
     "critic's state dropped": (dropped_critic_state, "critic-state", "recurrent_loss"),
     "multi-step data": (multi_step, "multi-step", "TDLambda"),
-    "refused loss": (loss_that_cannot_be_right, "unsupported-loss", ""),
-    "refused estimator": (estimator_that_changed, "unsupported-loss", ""),
+    "unsupported loss": (loss_that_cannot_be_right, "unsupported-loss", ""),
+    "unsupported estimator": (estimator_that_changed, "unsupported-loss", ""),
     "chunks of time": (chunks_of_time, "chunks-of-time", ""),
     "estimator in single steps": (estimator_in_single_steps, "mode", "recurrent_loss"),
     "steps mixed": (mixed_steps, "single-step", "mixes steps"),
@@ -413,7 +417,7 @@ def test_check_mode_in_force_is_found() -> None:
 
 
 def test_check_finds_all_mistakes_together() -> None:
-    wiring = unmarked(TD3)
+    wiring = without_flags(TD3)
     env = make_env(kind="continuous")
     report = check_recurrent_policy(wiring.policy, env, wiring.batch, wiring.loss)
     assert set(report.checks()) == {"init-tracker", "primer", "critic-state", "next-is-init"}
@@ -426,7 +430,7 @@ def test_check_states_are_optional_where_sequences_start_with_episodes() -> None
     first = int(data["is_init"].flatten().nonzero()[0])
     batch = data[first:].exclude("actor_h", ("next", "actor_h"))
     assert not Wiring(policy, batch=batch).check()
-    # Without a step count, rows of a collector are known to go on, and slices may.
+    # Without a step count, rows of a collector are known to continue, and slices may.
     later = data[first + 1 :].exclude("actor_h", "step_count", "collector")
     assert Wiring(policy, batch=later).check().checks() == ["state-missing"]
 

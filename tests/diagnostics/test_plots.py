@@ -36,12 +36,12 @@ def test_plot_episode_states_draws_norms_and_starts(cell: str) -> None:
     norms, gates, reach = figure.axes
     for key in ("actor_h", "actor_c")[: 2 if cell == "lstm" else 1]:
         torch.testing.assert_close(line(norms, key), data[key].flatten(1).norm(dim=-1))
-    marked = [
+    drawn = [
         torch.as_tensor(one.get_xdata())[0].item()
         for one in norms.get_lines()
         if one.get_linestyle() == ":"
     ]
-    assert marked == data["is_init"].flatten().nonzero().flatten().tolist()
+    assert drawn == data["is_init"].flatten().nonzero().flatten().tolist()
     drawn = [str(one.get_label()) for one in gates.get_lines()]
     assert drawn[:2] == (["i", "f"] if cell == "lstm" else ["r", "z"])
     assert "age" in reach.get_xlabel()

@@ -63,7 +63,7 @@ def everything(module: Any, data: Any, cotangent: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("cell", GROUP)
 def test_agents_do_not_affect_each_other(cell, backend, change):
     module = make_agents(cell, backend)
-    data = batch(module, (2, 7), agents=(AGENTS,), shared_marks=False)
+    data = batch(module, (2, 7), agents=(AGENTS,), shared_flags=False)
     cotangent = torch.randn(2, 7, AGENTS, 5, dtype=F64)
     before = everything(module, data, cotangent)
     changed = data.clone()
@@ -82,7 +82,7 @@ def test_agents_do_not_affect_each_other(cell, backend, change):
 @pytest.mark.parametrize("cell", GROUP)
 def test_agents_shared_is_init_resets_all(cell):
     module = make_agents(cell, "auto")
-    own = batch(module, (2, 7), agents=(AGENTS,), shared_marks=False)
+    own = batch(module, (2, 7), agents=(AGENTS,), shared_flags=False)
     is_init = own["agents", "is_init"][:, :, :1]
     every = own.clone()
     every["agents", "is_init"] = is_init.expand(2, 7, AGENTS, 1).clone()

@@ -133,7 +133,7 @@ def test_sequences_equal_steps_with_every_gradient(kind, backend, agents):
 @of_every_kind
 def test_custom_cell_segment_start_blocks_earlier_steps_and_nan(kind, backend):
     module = KINDS[kind](recurrent_backend=backend)
-    data = batch(module, marks=0.0)
+    data = batch(module, flag_rate=0.0)
     data["is_init"][:, 4] = True
     clean = recurrently(module, data)
     data["observation"][:, :4] = float("nan")
@@ -269,7 +269,7 @@ def test_step_module_trial_call_leaves_no_trace():
 
 
 class Wrong(nn.Module):
-    """Returns whatever it is told to."""
+    """Return what the test passes."""
 
     input_size, state_sizes = 3, {"h": 5}
 

@@ -49,7 +49,7 @@ def _assert_same(
 @of_both_cells
 def test_sequences_equal_those_in_float64(kind, backend, dtype):
     module = recurrent.make(kind, dtype=dtype, recurrent_backend=backend, num_layers=2)
-    data = recurrent.batch(module, (4, 12), marks=0.2)
+    data = recurrent.batch(module, (4, 12), flag_rate=0.2)
     exact, exact_data = _as_double(module, data)
     out, expected = recurrent.recurrently(module, data), recurrent.by_hand(exact, exact_data)
     _assert_same(recurrent.outputs(module, out), recurrent.outputs(module, expected), dtype)
@@ -62,7 +62,7 @@ def test_sequences_equal_those_in_float64(kind, backend, dtype):
 def test_sequences_equal_single_steps(kind, backend, dtype):
     """What a policy saw while it collected is what its loss sees."""
     module = recurrent.make(kind, dtype=dtype, recurrent_backend=backend)
-    data = recurrent.batch(module, (4, 12), marks=0.2)
+    data = recurrent.batch(module, (4, 12), flag_rate=0.2)
     out, steps = recurrent.recurrently(module, data), recurrent.by_hand(module, data)
     _assert_same(recurrent.outputs(module, out), recurrent.outputs(module, steps), dtype)
 
@@ -73,7 +73,7 @@ def test_sequences_equal_single_steps(kind, backend, dtype):
 def test_outputs_and_states_have_the_dtype_of_the_parameters(kind, dtype, in_sequences):
     module = recurrent.make(kind, dtype=dtype, num_layers=2)
     for states in (True, False):
-        data = recurrent.batch(module, (4, 12), states=states, marks=1.0)
+        data = recurrent.batch(module, (4, 12), states=states, flag_rate=1.0)
         with set_recurrent_mode(in_sequences):
             out = module(data)
         assert {t.dtype for t in recurrent.outputs(module, out).values()} == {dtype}
@@ -119,7 +119,7 @@ def _autocast() -> torch.autocast:
 def test_autocast_computes_in_bfloat16_and_keeps_states_in_float32(kind, backend):
     """States are written as the primer made them: a collector's entries do not change dtype."""
     module = recurrent.make(kind, recurrent_backend=backend, num_layers=2)
-    data = recurrent.batch(module, (4, 12), marks=0.2)
+    data = recurrent.batch(module, (4, 12), flag_rate=0.2)
     exact, exact_data = _as_double(module, data)
     with _autocast():
         out, steps = recurrent.recurrently(module, data), recurrent.by_hand(module, data)
@@ -137,7 +137,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_states_in_float32(kind, backend
 @of_both_cells
 def test_autocast_leaves_float64_alone(kind, backend):
     module = recurrent.make(kind, recurrent_backend=backend, dtype=torch.float64)
-    data = recurrent.batch(module, (4, 12), marks=0.2)
+    data = recurrent.batch(module, (4, 12), flag_rate=0.2)
     expected = recurrent.recurrently(module, data)
     with _autocast():
         out, steps = recurrent.recurrently(module, data), recurrent.by_hand(module, data)

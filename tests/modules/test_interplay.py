@@ -221,7 +221,7 @@ def test_data_collected_in_inference_mode_may_be_learned_from(kind, recurrent):
 @in_both_modes
 def test_stored_states_may_require_gradients(kind, recurrent):
     module = make(kind)
-    data = batch(module, marks=0.0)
+    data = batch(module, flag_rate=0.0)
     for key in module.state_keys:
         data.get(key).requires_grad_()
     with set_recurrent_mode(recurrent):

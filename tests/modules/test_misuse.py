@@ -88,7 +88,7 @@ def test_lstm_with_one_state_only_raises(missing, recurrent):
 @in_both_kinds
 def test_module_with_lost_states_warns_once(kind, recwarn):
     module = make(kind)
-    step = batch(module, (2,), states=False, marks=1.0)
+    step = batch(module, (2,), states=False, flag_rate=1.0)
     module(step.clone())
     assert not recwarn.list, "an episode starts from zeros, state or no state"
     step["is_init"][0] = False
@@ -175,7 +175,7 @@ def test_sequences_with_time_not_last_raise(kind):
 @pytest.mark.parametrize("masked", [True, False])
 def test_single_transitions_as_sequences_are_rejected(kind, masked):
     module = make(kind)
-    data = batch(module, marks=0.0)
+    data = batch(module, flag_rate=0.0)
     ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [2, 2, 2, 2, 2, 2, 3]])
     data["collector", "traj_ids"] = ids
     if masked:

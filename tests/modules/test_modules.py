@@ -326,11 +326,11 @@ def test_nested_keys(kind):
 
 @in_both_kinds
 @pytest.mark.parametrize("init_key", ["start", ("agents", "is_init"), ("a", "b", "start")])
-@pytest.mark.parametrize("shared_marks", [True, False])
-def test_the_init_key_has_any_name_and_is_shared_or_per_agent(kind, init_key, shared_marks):
+@pytest.mark.parametrize("shared_flags", [True, False])
+def test_the_init_key_has_any_name_and_is_shared_or_per_agent(kind, init_key, shared_flags):
     module = make(kind, init_key=init_key, dtype=F64)
     assert module.in_keys[-1] == module.init_key == init_key
-    data = batch(module, (2, 6), agents=(3,), shared_marks=shared_marks)
+    data = batch(module, (2, 6), agents=(3,), shared_flags=shared_flags)
     assert_equal(recurrently(module, data)["embed"], by_hand(module, data)["embed"], F64)
     step = module(data[:, 0].clone())
     fresh = data.get(init_key)[:, 0].view(2, -1).expand(2, 3)
@@ -430,10 +430,10 @@ def test_a_missing_state_counts_as_zeros(kind):
 
 @in_both_kinds
 @pytest.mark.parametrize("agents", [(), (3,)])
-@pytest.mark.parametrize("shared_marks", [True, False])
-def test_sequences_with_done_and_no_flag_start_a_segment(kind, agents, shared_marks):
+@pytest.mark.parametrize("shared_flags", [True, False])
+def test_sequences_with_done_and_no_flag_start_a_segment(kind, agents, shared_flags):
     module = make(kind, dtype=F64)
-    data = batch(module, agents=agents, marks=0.0, shared_marks=shared_marks)
+    data = batch(module, agents=agents, flag_rate=0.0, shared_flags=shared_flags)
     done = torch.zeros(2, 7, 1, dtype=torch.bool)
     done[0, 2] = done[1, 4] = done[1, 6] = True
     flagged = data.clone()
@@ -508,7 +508,7 @@ def test_written_states_are_detached_unless_asked_for(kind, backend):
 @pytest.mark.parametrize("recurrent", [True, False])
 def test_stored_nan_that_is_not_read_has_no_effect(kind, recurrent):
     module = make(kind)
-    data = batch(module, marks=0.0)
+    data = batch(module, flag_rate=0.0)
     data["is_init"][:, 0] = True
     for key in module.state_keys:
         data.get(key)[:, 1:] = float("nan")

@@ -310,8 +310,8 @@ def test_env_transforms_write_flags_at_the_init_key_of_the_modules(key):
     policy = chain(_keyed("gru", "a", init_key=key), _keyed("lstm", "b", init_key=key))
     transforms: Any = get_env_transforms_from_module(policy)
     assert [t.init_key for t in transforms if isinstance(t, InitTracker)] == ["start"]
-    told: Any = get_env_transforms_from_module(policy, init_key="other")
-    assert [t.init_key for t in told if isinstance(t, InitTracker)] == ["other"]
+    transforms: Any = get_env_transforms_from_module(policy, init_key="other")
+    assert [t.init_key for t in transforms if isinstance(t, InitTracker)] == ["other"]
 
 
 def test_env_transforms_of_modules_with_several_init_keys_write_all():

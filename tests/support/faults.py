@@ -2,7 +2,7 @@
 
 A fault wraps a function with a stable meaning and spoils its arguments or its result. Where a
 function or a test gets another name, its name is changed here; a fault without a test to catch it
-is an invariant that nobody checks.
+is an invariant that no test checks.
 """
 
 from __future__ import annotations
@@ -205,12 +205,12 @@ def layers_share_the_top_state(original: Any, self: Any, runs: Any, y: Tensor):
     target=BACKENDS + "unroll_layers",
 )
 def states_not_detached(original: Any, *args: Any):
-    """Written states carry a gradient although nobody asked for it."""
+    """Written states carry a gradient although ``state_grad`` is False."""
     return original(*args[:5], args[5]._replace(state_grad=True), *args[6:])
 
 
 @seen_by(
-    "tests/support/triton_kernels.py::test_every_form_equals_the_reference[split-lstm-random]",
+    "tests/support/triton_kernels.py::test_form_equals_the_reference[split-lstm-random]",
     target=TRITON + "unroll",
 )
 def triton_drops_resets(

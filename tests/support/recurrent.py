@@ -45,15 +45,15 @@ def batch(
     agents: tuple[int, ...] = (),
     *,
     states: bool = True,
-    marks: float = 0.3,
-    shared_marks: bool = True,
+    flag_rate: float = 0.3,
+    shared_flags: bool = True,
 ) -> TensorDict:
     """Return random sequences ``[*shape]`` (time last) for a module, stored states included."""
     dtype = next(module.parameters()).dtype
     data = TensorDict({}, batch_size=shape)
     data.set(module.in_keys[0], torch.randn(*shape, *agents, module.layers.input_size, dtype=dtype))
-    mark_shape = (*shape, 1) if shared_marks else (*shape, *agents, 1)
-    data.set(module.in_keys[-1], torch.rand(mark_shape) < marks)
+    flag_shape = (*shape, 1) if shared_flags else (*shape, *agents, 1)
+    data.set(module.in_keys[-1], torch.rand(flag_shape) < flag_rate)
     if states:
         for key, size in zip(module.state_keys, module.state_sizes, strict=True):
             layers = module.layers.num_layers
@@ -64,14 +64,14 @@ def batch(
 def by_hand(module: Any, data: TensorDictBase) -> TensorDictBase:
     """Run sequences one step at a time, segments from the state stored at their first step."""
     time = data.ndim - 1
-    marks = data.get(module.in_keys[-1])
+    flags = data.get(module.in_keys[-1])
     read = data.select(*module.in_keys, strict=False)
     steps: list[TensorDictBase] = []
     with set_recurrent_mode(False):
         for t in range(data.shape[-1]):
             step = read[(..., t)].clone()
             if t:
-                _carry(module, step, steps[-1], marks.select(time, t))
+                _carry(module, step, steps[-1], flags.select(time, t))
             # The state is chosen here, so that single-step mode must not reset it to zero.
             step.set(module.in_keys[-1], torch.zeros_like(step.get(module.in_keys[-1])))
             steps.append(module(step))

@@ -504,10 +504,10 @@ def expect_shifted(setup: Setup, batch: TensorDictBase, starts: Tensor) -> Tenso
     put_in = done & ~terminated
     put_in[..., -1] = True
     stored = batch.get("next")
-    marked = (put_in & starts)[..., None, None]
+    flagged = (put_in & starts)[..., None, None]
     for key in ("value_h", "value_c"):
         if stored.get(key, None) is not None:
-            view.set(key, torch.where(marked, stored.get(key), view.get(key)))
+            view.set(key, torch.where(flagged, stored.get(key), view.get(key)))
     return oracle.run(value, view, torch.ones_like(starts)).get("state_value")
 
 

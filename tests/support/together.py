@@ -2,7 +2,7 @@
 
 The interpreter finishes a program before it begins the next, so programs that wait for each other
 never end in it. Here each runs in a thread of its own, one at a time; whenever a program polls, a
-random other one goes on. A schedule in which nobody makes progress is an error, not a hang.
+random other one continues. A schedule without progress raises an error instead of hanging.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Polls in a row without an arrival, per program, after which all are taken to wait for ever.
+# Polls in a row without an arrival, per program, after which all count as stuck.
 _PATIENCE = 50
 
 

@@ -82,9 +82,9 @@ def _together(form: str, seed: int = 0) -> AbstractContextManager[Any]:
     return programs_together(seed) if INTERPRETED and form == "split" else nullcontext()
 
 
-def _make(cell: str, marks: str | Tensor = "random", **sizes: Any) -> Problem:
+def _make(cell: str, flags: str | Tensor = "random", **sizes: Any) -> Problem:
     sizes = {"dtype": F32, "hidden": 18, "steps": 3, **sizes}
-    return problems.for_way("triton", cell, marks, **sizes)
+    return problems.for_way("triton", cell, flags, **sizes)
 
 
 def _check(problem: Problem, way: Way = WAY, tolerance: torch.dtype | str = F32) -> None:
@@ -93,21 +93,21 @@ def _check(problem: Problem, way: Way = WAY, tolerance: torch.dtype | str = F32)
     assert_same_run(problems.run(problem, way, d_y, d_states), expected, tolerance)
 
 
-@pytest.mark.parametrize("marks", ["random", "one long among short"])
+@pytest.mark.parametrize("flags", ["random", "one long among short"])
 @both_cells
 @pytest.mark.parametrize("form", FORMS, indirect=True)
-def test_every_form_equals_the_reference(form, cell, marks):
-    _check(_make(cell, marks, batch=5))
+def test_form_equals_the_reference(form, cell, flags):
+    _check(_make(cell, flags, batch=5))
 
 
 @both_cells
-def test_every_form_runs_without_biases_and_sizes_of_one(form, cell):
+def test_form_without_biases_and_with_sizes_of_one_runs(form, cell):
     _check(_make(cell, bias=False, hidden=17, inputs=3))
     _check(_make(cell, batch=1, steps=1))
 
 
 @both_cells
-def test_every_form_writes_all_of_its_outputs(form, cell):
+def test_form_writes_all_of_its_outputs(form, cell):
     """Buffers come filled with NaN, which nothing may be left of."""
     torch.use_deterministic_algorithms(True)
     try:
@@ -121,7 +121,7 @@ def test_every_form_writes_all_of_its_outputs(form, cell):
 
 
 @both_cells
-def test_every_form_reads_no_stale_state(form, cell):
+def test_form_reads_no_stale_state(form, cell):
     """What is stored where no segment starts may be NaN, and inputs of other segments too."""
     problem = _make(cell, "two in a row")
     d_y, d_states = problem.cotangents()
@@ -136,7 +136,7 @@ def test_every_form_reads_no_stale_state(form, cell):
 
 
 @both_cells
-def test_stored_states_may_lie_further_apart_than_32_bits_count(form, cell):
+def test_unroll_with_strides_beyond_32_bits_equals_contiguous_states(form, cell):
     """In 4 GB that are asked for and, on a CPU, never touched."""
     problem, apart = _make(cell, "everywhere", batch=1), 2**30
     lake = torch.empty(2 * apart + 18, dtype=BF16, device=problem.x.device)
@@ -157,7 +157,7 @@ def test_stored_states_may_lie_further_apart_than_32_bits_count(form, cell):
 
 @pytest.mark.parametrize("form", ["stepwise"], indirect=True)
 @both_cells
-def test_the_default_dtype_changes_nothing(form, cell):
+def test_form_with_another_default_dtype_returns_the_same(form, cell):
     problem = _make(cell)
     torch.set_default_dtype(F16)
     try:
@@ -167,7 +167,7 @@ def test_the_default_dtype_changes_nothing(form, cell):
 
 
 @both_cells
-def test_every_form_keeps_segments_apart(form, cell):
+def test_form_keeps_segments_apart(form, cell):
     """A segment that is not finite changes no bit of the others."""
     problem = _make(cell, batch=4, steps=4)
     problem.is_init[1] = torch.tensor([1, 0, 0, 1]).bool()
@@ -188,7 +188,7 @@ def test_every_form_keeps_segments_apart(form, cell):
 @pytest.mark.skipif(not INTERPRETED, reason="emulates in the interpreter")
 @pytest.mark.parametrize("mode", ["tf32x3", "tf32"])
 @both_cells
-def test_every_form_multiplies_in_the_mode_it_is_given(form, cell, mode):
+def test_form_multiplies_in_the_mode_it_is_given(form, cell, mode):
     way = WAY._replace(options=WAY.options._replace(precision=mode))
     with tensor_cores() as modes:
         _check(_make(cell), way, TOLERANCES[mode])
@@ -197,7 +197,7 @@ def test_every_form_multiplies_in_the_mode_it_is_given(form, cell, mode):
 
 @pytest.mark.skipif(not INTERPRETED, reason="emulates in the interpreter")
 @both_cells
-def test_rounded_products_are_told_from_exact_ones(cell):
+def test_rounded_products_differ_from_exact_ones(cell):
     way = WAY._replace(options=WAY.options._replace(precision="tf32"))
     with tensor_cores(), pytest.raises(AssertionError, match="relative error"):
         _check(_make(cell), way, F32)
@@ -206,14 +206,14 @@ def test_rounded_products_are_told_from_exact_ones(cell):
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter rounds nothing")
 @pytest.mark.parametrize("mode", ["ieee", "tf32x3", "tf32"])
 @both_cells
-def test_modes_keep_their_tolerance(cell, mode):
+def test_mode_keeps_its_tolerance(cell, mode):
     way = WAY._replace(options=WAY.options._replace(precision=mode))
     _check(_make(cell), way, TOLERANCES[mode])
 
 
 @pytest.mark.parametrize(("dtype", "recompute"), [(BF16, "none"), (F16, "full")])
 @both_cells
-def test_every_form_computes_in_half_precision(form, cell, dtype, recompute):
+def test_form_in_half_precision_is_within_tolerance(form, cell, dtype, recompute):
     options = WAY.options._replace(compute_dtype=dtype, recompute=recompute)
     problem = _make(cell)
     with tensor_cores() if INTERPRETED else nullcontext():
@@ -224,7 +224,7 @@ def test_every_form_computes_in_half_precision(form, cell, dtype, recompute):
 
 @pytest.mark.parametrize("size", [1e-9, 1e7])
 @both_cells
-def test_float16_keeps_gradients_that_it_could_not_hold(form, cell, size):
+def test_form_in_float16_returns_gradients_beyond_its_range(form, cell, size):
     """Those of a mean over a large batch are smaller than its least number."""
     way = WAY._replace(options=WAY.options._replace(compute_dtype=F16))
     problem = _make(cell)
@@ -237,7 +237,7 @@ def test_float16_keeps_gradients_that_it_could_not_hold(form, cell, size):
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @both_cells
-def test_parameters_may_be_of_half_precision(cell, dtype):
+def test_form_with_parameters_of_half_precision_runs(cell, dtype):
     problem = _make(cell, dtype=dtype, hidden=8)
     with tensor_cores() if INTERPRETED else nullcontext():
         _check(problem, tolerance=BF16)
@@ -248,7 +248,7 @@ def test_parameters_may_be_of_half_precision(cell, dtype):
 @pytest.mark.skipif(not INTERPRETED, reason="schedules programs itself")
 @pytest.mark.parametrize("seed", range(3))
 @both_cells
-def test_programs_that_share_rows_meet_in_any_order(cell, seed, monkeypatch):
+def test_programs_that_share_rows_in_any_order_equal_the_reference(cell, seed, monkeypatch):
     _set_form("split", monkeypatch, processors=3 + 3 * (seed % 2))
     with programs_together(seed) as launches:
         _check(_make(cell, batch=4))
@@ -256,7 +256,7 @@ def test_programs_that_share_rows_meet_in_any_order(cell, seed, monkeypatch):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="schedules programs itself")
-def test_a_schedule_that_waits_for_ever_is_an_error_not_a_hang(monkeypatch):
+def test_schedule_without_progress_raises(monkeypatch):
     """With an arrival more to wait for than programs arrive."""
     from triton.runtime.errors import InterpreterError
 
@@ -274,9 +274,9 @@ def test_a_schedule_that_waits_for_ever_is_an_error_not_a_hang(monkeypatch):
         problems.outputs(_make("lstm"), WAY)
 
 
-def test_segments_come_longest_first():
-    for name, marks in FLAGS.items():
-        is_init = marks(4, 6)
+def test_order_puts_the_longest_segments_first():
+    for name, flags in FLAGS.items():
+        is_init = flags(4, 6)
         starts, lengths, count = order_segments(is_init).split([24, 24, 1])
         lengths_by_start = dict(zip(starts.tolist(), lengths.tolist(), strict=True))
         expected = {}
@@ -289,7 +289,7 @@ def test_segments_come_longest_first():
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_dropout_between_layers_is_that_of_the_other_backends(kind, monkeypatch):
+def test_dropout_between_layers_equals_that_of_other_backends(kind, monkeypatch):
     """With a mask that is known: the same units, in whatever order a backend lays time out."""
     keep = torch.tensor([1.0, 0, 1, 1, 0], device=problems.DEVICE)
     monkeypatch.setattr(contract.F, "dropout", lambda rows, p: rows * keep / (1 - p))
@@ -308,7 +308,7 @@ def test_dropout_between_layers_is_that_of_the_other_backends(kind, monkeypatch)
 
 
 @both_cells
-def test_the_precision_of_a_forward_rules_its_backward_on_any_thread(cell, monkeypatch):
+def test_backward_on_any_thread_uses_the_precision_of_its_forward(cell, monkeypatch):
     from rnnkeys.backends.triton import launch, products
 
     seen: list[tuple[str, str]] = []
@@ -341,7 +341,7 @@ def test_the_precision_of_a_forward_rules_its_backward_on_any_thread(cell, monke
 @pytest.mark.skipif(not INTERPRETED, reason="the GPU itself is asked below")
 @pytest.mark.parametrize(("dtype", "recompute"), [(F32, "none"), (F16, "full")])
 @both_cells
-def test_the_host_never_waits(cell, dtype, recompute, monkeypatch):
+def test_call_does_not_wait_for_a_device(cell, dtype, recompute, monkeypatch):
     """Outside of the operators, and inside, without the kernels: those run on the host here."""
     from rnnkeys.backends.triton import launch, ops
 
@@ -360,9 +360,9 @@ def test_the_host_never_waits(cell, dtype, recompute, monkeypatch):
         ops.layer_backward._init_fn(h, None, cell, *inputs, h, c, act, kept, True, True, True)
 
 
-def test_what_waits_is_told():
-    marks = torch.ones(3, dtype=torch.bool)
-    for waits in (lambda: bool(marks.any()), lambda: marks[marks], marks.nonzero):
+def test_watch_of_waits_raises_at_each_operation_that_waits():
+    flags = torch.ones(3, dtype=torch.bool)
+    for waits in (lambda: bool(flags.any()), lambda: flags[flags], flags.nonzero):
         with pytest.raises(Waits), never_waiting():
             waits()
 
@@ -370,7 +370,7 @@ def test_what_waits_is_told():
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @both_cells
-def test_the_host_never_waits_for_a_gpu(cell):
+def test_call_on_a_gpu_does_not_wait_for_it(cell):
     for dtype in (F32, F16):
         way = WAY._replace(options=WAY.options._replace(compute_dtype=dtype))
         problem = _make(cell)
@@ -384,7 +384,7 @@ def test_the_host_never_waits_for_a_gpu(cell):
 
 @pytest.mark.gpu
 @both_cells
-def test_a_cuda_graph_replays_a_layer(cell):
+def test_cuda_graph_replays_a_layer(cell):
     problem = _make(cell, hidden=200, batch=9, steps=20)
     with torch.no_grad():
         problems.outputs(problem, WAY)  # compiles
@@ -403,14 +403,14 @@ def test_a_cuda_graph_replays_a_layer(cell):
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @both_cells
-def test_a_layer_runs_on_a_gpu_that_is_not_the_current_one(cell, monkeypatch):
+def test_layer_on_a_gpu_that_is_not_the_current_one_runs(cell, monkeypatch):
     monkeypatch.setattr(problems, "DEVICE", "cuda:1")
     assert torch.cuda.current_device() == 0
     _check(_make(cell, hidden=200))
 
 
 @both_cells
-def test_a_second_derivative_raises_and_names_who_has_it(cell):
+def test_second_derivative_raises_and_names_loop(cell):
     problem = _make(cell, hidden=4)
     y, _ = problems.outputs(problem, WAY)
     (grad,) = torch.autograd.grad(y.sum(), problem.x, create_graph=True)
@@ -424,20 +424,20 @@ def _unroll(problem: Problem, x: Tensor, is_init: Tensor, w_hh: Tensor) -> tuple
     return triton.unroll(problem.cell, weights, x, states, is_init, WAY.options)[1]
 
 
-@pytest.mark.parametrize("mapped", ["x", "marks", "parameters"])
+@pytest.mark.parametrize("mapped", ["x", "flags", "parameters"])
 @both_cells
 def test_vmap_equals_a_loop_and_has_gradients(cell, mapped):
     problem = _make(cell, hidden=4, steps=4)
     device = problem.x.device
     x = torch.randn(2, *problem.x.shape, device=device, requires_grad=True)
-    marks = torch.rand(2, *problem.is_init.shape, device=device) < 0.4
+    flags = torch.rand(2, *problem.is_init.shape, device=device) < 0.4
     w_hh = problem.layers[0].w_hh.detach().repeat(2, 1, 1)
     w_hh[1] *= 0.5
     w_hh.requires_grad_()
-    each = {"x": (x, marks[:1].expand(2, -1, -1), w_hh[:1].expand(2, -1, -1))}
-    each["marks"] = (x, marks, w_hh[:1].expand(2, -1, -1))
-    each["parameters"] = (x, marks, w_hh)
-    in_dims = {"x": (0, None, None), "marks": (0, 0, None), "parameters": (0, 0, 0)}[mapped]
+    each = {"x": (x, flags[:1].expand(2, -1, -1), w_hh[:1].expand(2, -1, -1))}
+    each["flags"] = (x, flags, w_hh[:1].expand(2, -1, -1))
+    each["parameters"] = (x, flags, w_hh)
+    in_dims = {"x": (0, None, None), "flags": (0, 0, None), "parameters": (0, 0, 0)}[mapped]
     shown = (a if d == 0 else a[0] for a, d in zip(each[mapped], in_dims, strict=True))
     actual = torch.vmap(lambda x, m, w: _unroll(problem, x, m, w), in_dims)(*shown)
     each_x, each_marks, each_w = each[mapped]
@@ -450,7 +450,7 @@ def test_vmap_equals_a_loop_and_has_gradients(cell, mapped):
         assert_equal(a, b, F32)
 
 
-def test_transforms_that_differentiate_are_refused_by_name():
+def test_transform_that_differentiates_raises_with_its_name():
     problem = _make("gru", hidden=4)
 
     def loss(x: Tensor) -> Tensor:
@@ -461,7 +461,7 @@ def test_transforms_that_differentiate_are_refused_by_name():
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_a_compiled_module_is_one_graph_with_one_node_for_time(kind):
+def test_compiled_module_is_one_graph_with_one_node_for_time(kind):
     module = recurrent.make(kind, recurrent_backend="triton").to(problems.DEVICE)
     data = recurrent.batch(module).to(problems.DEVICE)
     graphs: list[Any] = []
@@ -514,7 +514,7 @@ def _call(**changes: Any) -> None:
          "takes parameters in float32, bfloat16 or float16, got float64.*'pad' or 'auto'"),
     ],
 )  # fmt: skip
-def test_bad_input_is_named_with_what_is_taken(changes, error, message):
+def test_unroll_with_bad_input_raises(changes, error, message):
     _call()
     with pytest.raises(error, match=message):
         _call(**changes)
@@ -524,7 +524,7 @@ def test_bad_input_is_named_with_what_is_taken(changes, error, message):
 @pytest.mark.parametrize("hidden", [64, 200, 512, 1024])
 @pytest.mark.parametrize("batch", [1, 33, 300])
 @both_cells
-def test_equals_the_reference_at_full_size(cell, batch, hidden):
+def test_form_at_full_size_equals_the_reference(cell, batch, hidden):
     """In every mode, beside one run of the reference, which takes longest."""
     is_init = torch.rand(batch, 130) < 0.02
     problem = _make(cell, is_init, batch=batch, steps=130, hidden=hidden, inputs=64)

@@ -1,4 +1,4 @@
-"""Tells where a host would wait for a GPU, without one."""
+"""Detect operations that make a host wait for a GPU, without a GPU."""
 
 from __future__ import annotations
 

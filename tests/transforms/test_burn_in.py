@@ -45,14 +45,14 @@ def _with_next(module: Any, data: TensorDictBase) -> TensorDictBase:
     return data
 
 
-@pytest.mark.parametrize("marks", [0.0, 0.4])
+@pytest.mark.parametrize("flag_rate", [0.0, 0.4])
 @pytest.mark.parametrize("states", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_burn_in_remaining_steps_equal_the_whole_sequence_by_hand(kind, states, marks):
+def test_burn_in_remaining_steps_equal_the_whole_sequence_by_hand(kind, states, flag_rate):
     """With resets anywhere, step K included."""
     module = _module(kind)
-    data = batch(module, (6, 9), states=states, marks=marks)
-    if marks:
+    data = batch(module, (6, 9), states=states, flag_rate=flag_rate)
+    if flag_rate:
         data["is_init"][0, 4] = data["is_init"][1, 2] = True
     zeros = {key: torch.zeros(6, 9, 2, 5, dtype=F64) for key in module.state_keys}
     expected = by_hand(module, data if states else data.copy().update(zeros))
@@ -65,7 +65,7 @@ def test_burn_in_remaining_steps_equal_the_whole_sequence_by_hand(kind, states, 
 
 def test_burn_in_updates_the_first_next_state():
     module = _module()
-    data = _with_next(module, batch(module, (3, 9), marks=0.0))
+    data = _with_next(module, batch(module, (3, 9), flag_rate=0.0))
     expected = by_hand(module, data)["next", "recurrent_state"]
     left = BurnIn(module, 4)(data)
     assert_equal(left["next", "recurrent_state"][:, 0], expected[:, 4], F64)
@@ -111,7 +111,7 @@ def test_burn_in_nested_keys_of_agents_and_two_networks():
 def test_sequences_done_without_a_flag_ends_an_episode(run):
     """TorchRL's PrioritizedSliceSampler sets no flags."""
     module = _module()
-    data = _with_next(module, batch(module, (2, 20), marks=0.0))
+    data = _with_next(module, batch(module, (2, 20), flag_rate=0.0))
     data["is_init"][:, [0, 5, 10, 15]] = True
     data["next", "done"] = data["is_init"].roll(-1, 1)
     data["recurrent_state"][:, [5, 10, 15]] = 0
@@ -126,7 +126,7 @@ def test_sequences_done_without_a_flag_ends_an_episode(run):
 @pytest.mark.parametrize("run", [lambda m: BurnIn(m, 2), RefreshStates], ids=["burn-in", "refresh"])
 def test_sequences_unflagged_trajectory_change_raises(run):
     module = _module()
-    data = batch(module, (2, 8), marks=0.0)
+    data = batch(module, (2, 8), flag_rate=0.0)
     data["collector", "traj_ids"] = torch.tensor([[1] * 4 + [2] * 4] * 2)
     with pytest.raises(ValueError, match="not contiguous"):
         run(module)(data)
@@ -197,7 +197,7 @@ def test_burn_in_feed_forward_network_raises():
 
 def test_burn_in_nan_in_later_padding_changes_nothing():
     module = recurrent_module("gru", 3, 5, in_key="observation", out_key="embed")
-    data = batch(module, (2, 7), marks=0.0)
+    data = batch(module, (2, 7), flag_rate=0.0)
     dirty = data.clone()
     dirty["observation"][:, 5:] = float("nan")
     clean, left = BurnIn(module, 2)(data), BurnIn(module, 2)(dirty)
@@ -209,7 +209,7 @@ def test_burn_in_nan_in_later_padding_changes_nothing():
 @pytest.mark.parametrize("layout", ["stepwise", "one state", "one state copied"])
 def test_burn_in_of_a_batch_leaves_a_sequence_without_problems(layout):
     module = _module()
-    data = _with_next(module, batch(module, (3, 9), marks=0.0))
+    data = _with_next(module, batch(module, (3, 9), flag_rate=0.0))
     if layout != "stepwise":
         for key in ("recurrent_state", ("next", "recurrent_state")):
             data[key] = data[key][:, :1].expand(3, 9, 2, 5)

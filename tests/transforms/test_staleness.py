@@ -57,7 +57,7 @@ def test_compute_staleness_invalid_windows_raise():
     with pytest.raises(ValueError, match="burn_in=8 leaves no step"):
         state_staleness(policy, data, data, burn_in=8)
     module = recurrent_module("gru", 3, 5, in_key="observation", out_key="embed")
-    mixed = batch(module, marks=0.0)
+    mixed = batch(module, flag_rate=0.0)
     mixed["collector", "traj_ids"] = torch.tensor([[1] * 4 + [2] * 3] * 2)
     with pytest.raises(ValueError, match="not contiguous"):
         state_staleness(module, mixed, mixed, value_key="embed")
