@@ -1,7 +1,7 @@
 """Extension of griffe: turn the reStructuredText in docstrings into Markdown.
 
 Roles (``:class:`Cell```) become links where their target is on the site, equations what the
-Markdown extension ``arithmatex`` reads, and numbers of arXiv links.
+Markdown extension ``arithmatex`` reads, and numbers of arXiv and pages of ``docs/`` links.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from scripts.public_names import public_modules, public_names
 _ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|obj):`([^`]+)`")
 _INLINE_MATH = re.compile(r":math:`([^`]+)`", re.DOTALL)
 _MATH = re.compile(r"^( *)\.\. math::(.*(?:\n\1 +\S.*)*)", re.MULTILINE)
+_PAGE = re.compile(r"``docs/([\w/]+)\.md``")
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 
@@ -50,6 +51,8 @@ def to_markdown(text: str, link: Callable[[str], str]) -> str:
     text = _MATH.sub(_display, text)
     text = _INLINE_MATH.sub(lambda match: rf"\({' '.join(match[1].split())}\)", text)
     text = _ROLE.sub(lambda match: link(match[1]), text)
+    # Docstrings are shown on pages at reference/<name>/.
+    text = _PAGE.sub(r"[`docs/\1.md`](../../\1/)", text)
     return _ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
 
 

@@ -1,8 +1,8 @@
 """Checks of batches, networks and losses: one check and one text for each mistake.
 
 A check yields :class:`Problem`; :func:`raise_first` raises the first one. The call
-``set_value_checks(False)`` switches off the checks that read values. ``docs/what_is_checked.md``
-lists all checks by name.
+``set_value_checks(False)`` switches off the checks that read values. ``docs/errors.md`` lists all
+checks by name.
 """
 
 from __future__ import annotations

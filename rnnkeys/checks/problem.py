@@ -15,8 +15,7 @@ class Problem:
     (:func:`raise_first`); ``check_recurrent_policy`` collects all of them.
 
     Attributes:
-        check: stable name of the check, such as ``"init-key"``; ``docs/what_is_checked.md`` lists
-            the names.
+        check: stable name of the check, such as ``"init-key"``; ``docs/errors.md`` explains each.
         message: the key or argument, its value, and what was expected.
         remedy: what to change.
         error: exception type to raise, or a warning category.

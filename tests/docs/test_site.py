@@ -78,6 +78,12 @@ def test_scripts_of_the_site_pass_their_doctests(name):
     assert result.failed == 0 and result.attempted > 0
 
 
+def test_pages_that_the_source_names_exist():
+    sources = [path for name in ("rnnkeys", "tutorials") for path in (PROJECT / name).rglob("*.py")]
+    named = {page for path in sources for page in re.findall(r"docs/[\w/]+\.md", path.read_text())}
+    assert named and [page for page in named if not (PROJECT / page).is_file()] == []
+
+
 def _pages(nav: list[Any]) -> Iterator[str]:
     for entry in nav:
         for value in entry.values():
