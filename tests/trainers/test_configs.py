@@ -1,0 +1,143 @@
+"""Configs for Hydra make the objects that they name, and a YAML file trains recurrent PPO."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("hydra", reason="needs the extra rnnkeys[hydra]")
+
+import hydra
+from torchrl.modules import QValueModule
+from torchrl.objectives import DQNLoss
+
+from rnnkeys.trainers import configs
+from tests.support.recurrent import chain
+
+FOLDER = Path(__file__).parents[2] / "tutorials" / "recurrent_ppo_yaml"
+SMALL = [
+    *("trainer.total_frames=64", "trainer.frames_per_batch=32", "trainer.env.num_envs=2"),
+    *("trainer.seq_len=8", "trainer.minibatch_steps=16", "trainer.num_epochs=2", "eval_episodes=2"),
+    "trainer.progress_bar=false",
+]
+
+
+@pytest.fixture(autouse=True)
+def trainers_are_experimental() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*experimental/prototype", UserWarning)
+        warnings.filterwarnings("ignore", ".*hook stage will be replaced", FutureWarning)
+        yield
+
+
+def load_script() -> ModuleType:
+    spec = spec_from_file_location("recurrent_ppo_yaml", FOLDER / "train.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compose(*overrides: str) -> Any:
+    with hydra.initialize_config_dir(str(FOLDER), version_base=None):
+        return hydra.compose("config", overrides=[*SMALL, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "keys"),
+    [
+        (configs.LSTMModuleConfig, "LSTMModule", ("layer_h", "layer_c")),
+        (configs.GRUModuleConfig, "GRUModule", ("layer",)),
+        (configs.RecurrentModuleConfig, "LSTMModule", ("layer_h", "layer_c")),
+    ],
+)
+def test_module_configs_make_the_module_with_its_keys(config: Any, name: str, keys: Any) -> None:
+    made = hydra.utils.instantiate(
+        config(
+            input_size=3,
+            hidden_size=5,
+            num_layers=2,
+            in_key=["agents", "observation"],
+            out_key=["agents", "embed"],
+            state_key=["agents", "layer"],
+            recurrent_backend="loop",
+        )
+    )
+    assert type(made).__name__ == name
+    assert made.state_keys == tuple(("agents", key) for key in keys)
+    assert made.in_keys[0] == ("agents", "observation")
+    assert made.layers.num_layers == 2 and made.recurrent_backend == "loop"
+
+
+def test_recurrent_module_config_makes_any_cell() -> None:
+    config = configs.RecurrentModuleConfig(
+        kind="mingru", input_size=3, hidden_size=5, in_key="x", out_key="y"
+    )
+    assert type(hydra.utils.instantiate(config)).__name__ == "MinGRUModule"
+
+
+def make_loss(layer: Any) -> DQNLoss:
+    return DQNLoss(chain(layer, QValueModule("one_hot")), action_space="one_hot")
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_recurrent_loss_config_wires_the_loss_that_it_makes(partial: bool) -> None:
+    layer = configs.GRUModuleConfig(
+        input_size=3, hidden_size=8, in_key="observation", out_key="action_value"
+    )
+    loss = {"_target_": f"{__name__}.make_loss", "_partial_": partial, "layer": layer}
+    made = hydra.utils.instantiate(configs.RecurrentLossConfig(loss=loss))
+    made = made() if partial else made
+    assert isinstance(made, DQNLoss) and type(made).__name__ == "RecurrentDQNLoss"
+
+
+def test_transform_configs_make_transforms_of_an_environment() -> None:
+    layer = configs.GRUModuleConfig(
+        input_size=4, hidden_size=8, in_key="observation", out_key="embed"
+    )
+    env = hydra.utils.instantiate(configs.GymVectorEnvConfig(name="CartPole-v1", num_envs=2))
+    for config in (
+        configs.PreviousActionRewardConfig(),
+        configs.RecurrentTransformsConfig(module=layer),
+    ):
+        env = env.append_transform(hydra.utils.instantiate(config))
+    assert {"is_init", "recurrent_state", "previous_reward"} <= {str(k) for k in env.reset().keys()}
+
+
+def test_yaml_trains_recurrent_ppo_and_evaluates_it() -> None:
+    torch.manual_seed(0)
+    assert 1 <= load_script().run(compose()) <= 500
+
+
+def test_yaml_takes_another_layer_by_one_word() -> None:
+    trainer = hydra.utils.instantiate(compose("model@layers.actor=gru").trainer)
+    assert [type(one).__name__ for one in _layers(trainer.collector.policy)] == [
+        "GRUModule",
+        "LSTMModule",
+    ]
+
+
+def _layers(policy: Any) -> list[Any]:
+    return [one for one in policy.modules() if hasattr(one, "make_tensordict_primer")]
+
+
+def test_yaml_makes_every_network_once() -> None:
+    trainer = hydra.utils.instantiate(compose().trainer)
+    played = {id(parameter) for parameter in trainer.collector.policy.parameters()}
+    assert played == {id(parameter) for parameter in trainer.loss_module.parameters()}
+
+
+def test_configs_without_hydra_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hydra.core.config_store", None)
+    spec = find_spec("rnnkeys.trainers.configs")
+    assert spec is not None and spec.loader is not None
+    with pytest.raises(ImportError, match=r"needs hydra-core: pip install 'rnnkeys\[hydra\]'"):
+        spec.loader.exec_module(module_from_spec(spec))
