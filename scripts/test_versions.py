@@ -149,6 +149,7 @@ def run(lane: Lane, python: Path, arguments: Sequence[str]) -> dict[str, Any]:
     return {
         "versions": _versions(python),
         "commit": _commit(),
+        "tests": " ".join(one for one in arguments if one.startswith("tests")) or "all",
         **read_counts(log.read_text(encoding="utf-8")),
         "minutes": round((time.monotonic() - began) / 60, 1),
     }
@@ -215,14 +216,15 @@ def check_lane(name: str, arguments: Sequence[str], keep: bool = False) -> dict[
 
 def render(results: dict[str, dict[str, Any]]) -> str:
     """Return the results as a Markdown page."""
-    head = ["lane", "Python", *SHOWN, "passed", "failed", "skipped", "minutes", "commit"]
+    counted = ["passed", "failed", "skipped", "minutes", "commit", "tests"]
+    head = ["lane", "Python", *SHOWN, *counted]
     lines = ["# Versions", "", "The test suite with other versions, from `make test-versions`.", ""]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, result in results.items():
         if "not run" in result:
             continue
         versions = [result["versions"].get(one, "") for one in ("python", *SHOWN)]
-        counts = [str(result[one]) for one in head[-5:]]
+        counts = [str(result[one]) for one in counted]
         lines.append(f"| {' | '.join([name, *versions, *counts])} |")
     for name, result in results.items():
         if "not run" in result:

@@ -88,8 +88,9 @@ def test_check_lane_that_keeps_its_environment_builds_once(monkeypatch, tmp_path
 
 def test_render_shows_versions_counts_failures_and_lanes_not_run():
     versions = {"python": "3.11.7", "torch": "2.14.1"}
-    result = {**script.read_counts(OUTPUT), "versions": versions, "minutes": 1.1, "commit": "abc"}
+    result = {**script.read_counts(OUTPUT), "versions": versions, "minutes": 1.1}
+    result |= {"commit": "abc", "tests": "all"}
     page = script.render({"torch 2.14": result, "python 3.14": {"not run": "it is absent"}})
-    assert "| torch 2.14 | 3.11.7 | 2.14.1 |  |  |  |  | 3 | 2 | 2 | 1.1 | abc |" in page
+    assert "| torch 2.14 | 3.11.7 | 2.14.1 |  |  |  |  | 3 | 2 | 2 | 1.1 | abc | all |" in page
     assert "- `tests/c.py::test_d`" in page
     assert "Not run, python 3.14: it is absent" in page
