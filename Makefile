@@ -99,7 +99,7 @@ faults: $(DEV_READY)
 test-gpu: export CUBLAS_WORKSPACE_CONFIG := :4096:8
 test-gpu: $(DEV_READY)
 	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("no CUDA device")'
-	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests/backends/test_contract.py tests/support/triton_kernels.py \
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests/backends/test_contract.py tests/support/triton_kernels.py tests/support/triton_linear.py \
 		tests/backends/test_precision.py -k "triton or precision" --durations=10 \
 		-o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true $(PYTEST_ARGS)
 

@@ -93,6 +93,11 @@ def why_not(
             "native kernel has a workspace of its own. Use recurrent_backend='scan', or "
             "recurrent_recompute='none'."
         )
+    if name == "triton" and isinstance(cell, LinearCell):
+        return RuntimeError(
+            f"recurrent_backend='triton' runs LSTM and GRU, got the linear cell {cell.name!r}, "
+            "whose scan has Triton kernels of its own on a GPU. Use 'scan' or 'auto'."
+        )
     if name == "triton":
         reason = triton.why_not(cell, weights, compute_dtype=compute_dtype)
         return None if reason is None else RuntimeError(reason)

@@ -12,11 +12,14 @@ from ..cells.linear import join_pairs, mix_coefficients, split_pairs
 from . import gated_recurrence
 from . import linear_recurrence as plain
 from .ops import raise_second_derivative
+from .triton import linear_launch as kernels
 
 
 @torch.library.custom_op("rnnkeys::linear_scan", mutates_args=())
 def scan(a: Tensor, b: Tensor, start: Tensor, reset: Tensor, paired: bool) -> Tensor:
     """Run ``linear_recurrence.scan``; with ``paired``, real tensors hold complex pairs."""
+    if kernels.can_run(b):
+        return kernels.scan(a, b, start, reset, paired)
     if not paired:
         return plain.scan(a, b, start, reset)
     return _as_pairs(plain.scan(_as_complex(a), _as_complex(b), _as_complex(start), reset))
@@ -33,6 +36,8 @@ def scan_backward(
     paired: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run ``linear_recurrence.scan_backward``; ``paired`` as in :func:`scan`."""
+    if kernels.can_run(h):
+        return kernels.scan_backward(grad, a, h, start, reset, wants_start, paired)
     if not paired:
         return plain.scan_backward(grad, a, h, start, reset, wants_start)
     grad, a, h, start = (_as_complex(x) for x in (grad, a, h, start))
@@ -55,6 +60,8 @@ def _as_pairs(x: Tensor) -> Tensor:
 @torch.library.custom_op("rnnkeys::gated_scan", mutates_args=())
 def gated(p: Tensor, start: Tensor, reset: Tensor) -> Tensor:
     """Run ``gated_recurrence.forward``."""
+    if kernels.can_run(p):
+        return kernels.gated_scan(p, start, reset)
     return gated_recurrence.forward(p, start, reset)
 
 
@@ -63,6 +70,8 @@ def gated_backward(
     grad: Tensor, p: Tensor, h: Tensor, start: Tensor, reset: Tensor, wants_start: bool
 ) -> tuple[Tensor, Tensor]:
     """Run ``gated_recurrence.backward``."""
+    if kernels.can_run(p):
+        return kernels.gated_scan_backward(grad, p, h, start, reset, wants_start)
     return gated_recurrence.backward(grad, p, h, start, reset, wants_start)
 
 

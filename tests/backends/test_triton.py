@@ -51,6 +51,29 @@ def test_kernels_compile_for_hopper_and_fit_it(case, instruction):
 
 
 @needs_triton
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_linear_kernels_compile_for_hopper(direction, constant):
+    import triton as compiler
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from rnnkeys.backends.triton import linear
+
+    kernel = getattr(linear, direction)
+    constants = {"CONSTANT": constant, "PAIRED": True, "LOCAL": False, "BLOCK": 128}
+    if direction == "backward":
+        constants["WANT_START"] = True
+    scalars = dict.fromkeys(["T", "N", "F", "length", "stride_t", "stride_n", "stride_f"], "i32")
+    special = scalars | {"reset": "*i1", "cuts": "*i1"} | dict.fromkeys(constants, "constexpr")
+    signature = {name: special.get(name, "*fp32") for name in kernel.arg_names}
+    compiled = compiler.compile(
+        ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32)
+    )
+    assert "fma.rn" in compiled.asm["ptx"]
+
+
+@needs_triton
 @pytest.mark.parametrize(("mode", "rounds"), [("tf32", False), ("tf32x3", True)])
 def test_operands_are_rounded_as_the_emulation_does(mode, rounds):
     """Otherwise the emulation in ``tests/support`` shows tolerances of something else."""
@@ -147,7 +170,7 @@ def test_triton_unsupported_argument_raises_by_name(weights, message):
 
 
 def test_a_constructor_names_a_dtype_that_is_not_computed_in(monkeypatch):
-    monkeypatch.setattr(triton, "_why_not_machine", lambda device: None)
+    monkeypatch.setattr(triton, "why_not_machine", lambda device: None)
     with pytest.raises(RuntimeError, match="got recurrent_compute_dtype=float64"):
         recurrent.make("gru", recurrent_backend="triton", recurrent_compute_dtype=torch.float64)
 
@@ -175,7 +198,7 @@ def test_triton_on_amd_gpu_raises(monkeypatch):
 
 def test_triton_with_cpu_data_raises(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(triton, "_why_not_machine", lambda device: None)
+    monkeypatch.setattr(triton, "why_not_machine", lambda device: None)
     module = recurrent.make("gru", recurrent_backend="triton")
     with pytest.raises(RuntimeError, match=r"runs on CUDA tensors, got x on 'cpu'"):
         recurrent.recurrently(module, recurrent.batch(module))

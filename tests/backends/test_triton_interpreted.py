@@ -1,4 +1,4 @@
-"""Runs the contract test and ``triton_kernels.py`` with kernels in Triton's interpreter."""
+"""Runs the contract test and ``tests/support/triton_*.py`` in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -44,6 +44,12 @@ def test_interpreted_kernels_keep_the_contract_of_all_backends():
 @pytest.mark.slow
 def test_interpreted_kernels_are_right_in_every_form():
     assert _passed(_pytest_interpreted("tests/support/triton_kernels.py")) > 60
+
+
+@needs_triton
+@pytest.mark.slow
+def test_interpreted_linear_kernels_equal_the_cpu():
+    assert _passed(_pytest_interpreted("tests/support/triton_linear.py")) > 20
 
 
 @needs_triton

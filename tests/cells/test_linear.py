@@ -152,6 +152,7 @@ def test_linear_cells_name_what_they_cannot_do():
         CellModule(S5_CELL, 3, 5, in_key="x", out_key="y")
     weights = make_module(LRU_CELL).layers
     assert "recurrent_recompute='full'" in str(why_not("scan", LRU_CELL, weights, "full"))
+    assert "Use 'scan' or 'auto'" in str(why_not("triton", LRU_CELL, weights))
 
 
 @pytest.mark.parametrize("cell", PLAIN, ids=NAMES[: len(PLAIN)])

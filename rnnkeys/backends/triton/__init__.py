@@ -70,7 +70,7 @@ def why_not(
         "recurrent_backend='triton' takes parameters in float32, bfloat16 or float16, ..."
     """
     reason = _why_not_layer(cell, weights, compute_dtype)
-    return reason or _why_not_machine(device or weights.w_hh.device)
+    return reason or why_not_machine(device or weights.w_hh.device)
 
 
 def _why_not_layer(cell: Cell, weights: Any, compute_dtype: torch.dtype) -> str | None:
@@ -101,7 +101,8 @@ def _why_not_layer(cell: Cell, weights: Any, compute_dtype: torch.dtype) -> str 
     return None
 
 
-def _why_not_machine(device: torch.device | None) -> str | None:
+def why_not_machine(device: torch.device | None) -> str | None:
+    """Return the reason why no kernel can run here, or None."""
     if find_spec("triton") is None:
         return (
             "recurrent_backend='triton' needs the triton package, which is not installed "

@@ -7,7 +7,11 @@ bandwidth. They have not been timed on a GPU yet; ``benchmarks/bench_gpu.py`` ca
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
 
 # Above this size offsets into W_hh overflow the kernels' 32-bit arithmetic.
 MAX_HIDDEN = 16384
@@ -79,6 +83,11 @@ class Config:
         """Return the number of groups of rows that run at once, if resident."""
         # Programs that wait for each other must all run at once; otherwise two fit a processor.
         return device.processors // self.split if self.split > 1 else 2 * device.processors
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make ``device`` current, because Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def choose_config(

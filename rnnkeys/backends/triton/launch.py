@@ -5,14 +5,13 @@ Both functions write into buffers that :mod:`.ops` allocates, and never wait for
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import gru, lstm
-from .config import Config, Device, choose_config
+from .config import Config, Device, choose_config, on_device
 
 _KERNELS: dict[str, Any] = {"lstm": lstm, "gru": gru}
 
@@ -130,7 +129,7 @@ def _launch(
         "PRECISION": precision, "num_warps": config.num_warps,
     }  # fmt: skip
     kernels = _KERNELS[cell]
-    with _on(w_hh.device):
+    with on_device(w_hh.device):
         if config.resident:
             kernel = getattr(kernels, direction)
             sizes = (batch * steps, steps, hidden, *strides)
@@ -177,11 +176,6 @@ def _launch_steps(
     launch = kernel[grid]
     for t in range(steps - 1, -1, -1) if back else range(steps):
         launch(*tensors, *sizes, t, STAGES=config.stages, **options)
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Make ``device`` current, because Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _device(tensor: Tensor) -> Device:
