@@ -15,6 +15,12 @@ import triton.language as tl
 
 
 @triton.jit
+def _columns(BLOCK: tl.constexpr):
+    """Return the columns of a program."""
+    return tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
 def _load(ptr, at, mask, PAIRED: tl.constexpr):
     """Load numbers ``at`` positions; the imaginary part stands for nothing if not paired."""
     if PAIRED:
@@ -78,7 +84,7 @@ def forward(
     indicates whether a segment starts inside.
     """
     M = N.to(tl.int64) * F
-    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    col = _columns(BLOCK)
     chunk = tl.program_id(1)
     live = col < M
     n, f = col // F, col % F
@@ -127,7 +133,7 @@ def backward(
     ``d_a`` is ``[T, M]``, or with ``CONSTANT`` the sums over the steps of each chunk, ``[K, M]``.
     """
     M = N.to(tl.int64) * F
-    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    col = _columns(BLOCK)
     chunk = tl.program_id(1)
     live = col < M
     n, f = col // F, col % F
@@ -186,7 +192,7 @@ def carry(
     PAIRED: tl.constexpr, BACKWARDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write what enters each chunk; where a segment starts inside, nothing passes through it."""
-    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    col = _columns(BLOCK)
     live = col < M
     re = tl.zeros([BLOCK], ends.dtype.element_ty)
     im = re
