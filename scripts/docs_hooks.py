@@ -8,6 +8,7 @@ directives is replaced:
 - ``{{ names rnnkeys.objectives }}``: the documentation of every public name of a package or module;
 - ``{{ all names }}``: a table of all public names;
 - ``{{ include benchmarks/results/r2d2.md }}``: another page's text, without its title;
+- ``{{ commands tutorials/r2d2.py }}``: the commands in a program's docstring;
 - ``{{ code tutorials/r2d2.py }}``: a program, in a block that opens by a click.
 
 Notebooks become pages, with the outputs that they were saved with. Equations become MathML.
@@ -15,6 +16,7 @@ Notebooks become pages, with the outputs that they were saved with. Equations be
 
 from __future__ import annotations
 
+import ast
 import json
 import posixpath
 import re
@@ -146,6 +148,18 @@ def notebook_to_markdown(notebook: dict[str, Any], name: str) -> str:
     return "\n\n".join(parts)
 
 
+def read_commands(program: str, folder: str) -> str:
+    r"""Return the indented lines ``python ...`` of a program's docstring, as run from outside.
+
+    Examples:
+        >>> read_commands(r"'Learn.\n\n    python a.py --seed 1\n\nIt is one file.'", "tutorials")
+        'python tutorials/a.py --seed 1'
+    """
+    docstring = ast.get_docstring(ast.parse(program)) or ""
+    commands = re.findall(r"^ +python (.*)$", docstring, re.MULTILINE)
+    return "\n".join(f"python {folder}/{command}" for command in commands)
+
+
 def _repository_file(uri: str, config: MkDocsConfig) -> File:
     level = InclusionLevel.NOT_IN_NAV
     return File(uri, str(ROOT), config.site_dir, config.use_directory_urls, inclusion=level)
@@ -157,6 +171,8 @@ def _expand(directive: str, argument: str, path: str) -> str:
     if directive == "all":
         return _table_of_names()
     text = (ROOT / argument).read_text()
+    if directive == "commands":
+        return _fence("bash", read_commands(text, posixpath.dirname(argument)))
     if directive == "code":
         return f'??? example "{argument}"\n\n' + _indent(_fence("python", text))
     if directive == "include":
