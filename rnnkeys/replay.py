@@ -91,10 +91,15 @@ class AnyTrees:
     _alpha: float
     _eps: float
 
+    @property
+    def _base(self) -> Any:
+        """TorchRL's sampler, the next class in the order of methods."""
+        return super()
+
     def _init(self) -> None:
         on_cuda = self._device is not None and self._device.type == "cuda"
         if HAS_EXTENSION or on_cuda:
-            return super()._init()  # pyright: ignore[reportAttributeAccessIssue]
+            return self._base._init()
         if self.dtype not in (torch.float32, torch.float64):
             raise NotImplementedError(
                 f"dtype={self.dtype} of priorities: pass torch.float32 or torch.float64."
@@ -107,7 +112,7 @@ class AnyTrees:
     def update_priority(self, index: Any, priority: Any, **storage: Any) -> None:
         """Set priorities of any floating dtype; the extension takes only that of its trees."""
         cast = torch.as_tensor(priority).to(self.dtype)
-        super().update_priority(index, cast, **storage)  # pyright: ignore[reportAttributeAccessIssue]
+        self._base.update_priority(index, cast, **storage)
 
     def get_priorities(self, index: Tensor) -> Tensor:
         """Return the priorities of items, as ``update_priority`` takes them.

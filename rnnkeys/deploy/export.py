@@ -52,10 +52,8 @@ class Step(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run one time step of a batch ``[N, ...]``; where ``is_init``, states count as zeros."""
-        data = TensorDict(
-            dict(zip(self.input_keys, tensors, strict=True)),  # pyright: ignore[reportArgumentType]
-            batch_size=tensors[0].shape[:1],
-        )
+        entries: dict[Any, Any] = dict(zip(self.input_keys, tensors, strict=True))
+        data = TensorDict(entries, batch_size=tensors[0].shape[:1])
         with set_recurrent_mode(False), set_exploration_type(ExplorationType.DETERMINISTIC):
             data = self.policy(data)
         missing = [key for key in self.output_keys if data.get(key, None) is None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from tensordict import TensorDictBase
 from torch import nn
@@ -203,9 +204,9 @@ def _find_collection_problems(
             return
 
 
-def _is_stored_by_step(batch: TensorDictBase, key: object) -> bool:
+def _is_stored_by_step(batch: TensorDictBase, key: Any) -> bool:
     """Return whether there is a state for every step; windows have one for all of theirs."""
-    state, time = batch.get(key, None), batch.ndim - 1  # pyright: ignore[reportArgumentType]
+    state, time = batch.get(key, None), batch.ndim - 1
     if state is None or batch.shape[time] < 2:
         return state is not None
     return not bool((state == state.narrow(time, 0, 1)).all())

@@ -178,7 +178,8 @@ def run_from_stored(network: RecurrentNetwork, batch: TensorDictBase) -> TensorD
 def run_by_steps(network: RecurrentNetwork, batch: TensorDictBase) -> TensorDictBase:
     """Run one step after the other; segments start from the state stored at their first step."""
     flagged, time = set_segment_starts(batch, network.init_keys), batch.ndim - 1
-    before, outputs = None, []
+    before = None
+    outputs: Any = []
     policy: Any = network.network
     for t in range(batch.shape[time]):
         view: Any = flagged[..., t]
@@ -186,7 +187,7 @@ def run_by_steps(network: RecurrentNetwork, batch: TensorDictBase) -> TensorDict
         _carry_states(network, step, before)
         before = network.run_step(step)
         outputs.append(before.select(*policy.out_keys, *map(next_key, network.state_keys)))
-    stacked: Any = torch.stack(outputs, time)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    stacked: Any = torch.stack(outputs, time)
     return stacked
 
 

@@ -197,7 +197,8 @@ class RecurrentNetwork:
         zeros: dict[Any, torch.Tensor] = {}
         if example is None:
             for module in self.modules:
-                primers: Any = module.make_tensordict_primer().primers  # pyright: ignore[reportCallIssue]
+                recurrent: Any = module
+                primers = recurrent.make_tensordict_primer().primers
                 zeros |= {unravel_key(k): v.zero() for k, v in primers.items(True, True)}
             return {key: zeros[key] for key in self.state_keys}
         step = example.exclude(*self.state_keys)

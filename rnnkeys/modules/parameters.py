@@ -128,13 +128,13 @@ class TorchLayers(Layers):
 
     def weights(self, layer: int, dtype: torch.dtype | None = None) -> Any:
         """Return the parameters of one layer, cast to ``dtype`` if it is given."""
-        fields = [
+        fields: list[Any] = [
             self.parameter(f"{name}_l{layer}") if there else None
             for name, there in zip(_NAMES, self._has_field, strict=True)
         ]
         if dtype is not None and self.sample.dtype != dtype:
             fields = [None if p is None else p.to(dtype) for p in fields]
-        return Weights(*fields)  # pyright: ignore[reportArgumentType]
+        return Weights(*fields)
 
 
 def _name_of_weight(hook: Any) -> str | None:

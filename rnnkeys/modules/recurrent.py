@@ -148,11 +148,13 @@ class RecurrentModule(TensorDictModuleBase, ABC):
             key_arguments.DEFAULT_STATE_KEY if state_key is None else state_key, names
         )
         ins = key_arguments.join_keys("in", in_key, in_keys, states)
-        outs = key_arguments.join_keys("out", out_key, out_keys, [("next", key) for key in states])
-        ins, self._init_key = key_arguments.split_init_key(owner, ins, init_key, names)
-        # tensordict's own annotations of keys know no nesting.
-        self.in_keys = ins  # pyright: ignore[reportAttributeAccessIssue]
-        self.out_keys = outs  # pyright: ignore[reportAttributeAccessIssue]
+        outs: Any = key_arguments.join_keys(
+            "out", out_key, out_keys, [("next", key) for key in states]
+        )
+        read: Any
+        read, self._init_key = key_arguments.split_init_key(owner, ins, init_key, names)
+        self.in_keys = read
+        self.out_keys = outs
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == self.layers_name:

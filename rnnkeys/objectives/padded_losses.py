@@ -141,7 +141,7 @@ class WiredPPO(WiredActorCritic):
 
     def loss_critic(self, tensordict: TensorDictBase) -> Any:
         """Return the critic's loss and its figures."""
-        value, clip_fraction, explained = super(WiredActorCritic, self).loss_critic(tensordict)  # pyright: ignore[reportAttributeAccessIssue]
+        value, clip_fraction, explained = _super(WiredActorCritic, self).loss_critic(tensordict)
         loss: Any = self
         seen, valid = self._wiring.seen, self._wiring.valid
         if valid is None:

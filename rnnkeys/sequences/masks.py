@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase, UnbatchedTensor
@@ -108,7 +109,8 @@ def zero_masked(
         padding = ~mask.reshape(*mask.shape, *[1] * (entry.ndim - mask.ndim))
         return entry.masked_fill(padding if finite else padding & ~entry.isfinite(), 0)
 
-    return batch.apply(fill)  # pyright: ignore[reportReturnType]
+    filled: Any = batch.apply(fill)
+    return filled
 
 
 def allow_where_empty(batch: TensorDictBase, mask_keys: Iterable[NestedKey]) -> TensorDictBase:

@@ -171,8 +171,8 @@ def read_windows(buffer: Any) -> TensorDictBase:
     if isinstance(storage, TensorStorage):
         return storage[:]
     if isinstance(storage, ListStorage):
-        items = [storage[index] for index in range(len(storage))]
-        return cast(TensorDictBase, torch.stack(items))  # pyright: ignore[reportArgumentType]
+        items: Any = [storage[index] for index in range(len(storage))]
+        return cast(TensorDictBase, torch.stack(items))
     raise TypeError(
         "Windows are read from storages of tensors (LazyTensorStorage, LazyMemmapStorage) and of "
         "lists (ListStorage, CompressedListStorage, LazyStackStorage). Got a "
