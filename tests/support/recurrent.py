@@ -53,7 +53,7 @@ def batch(
     data = TensorDict({}, batch_size=shape)
     data.set(module.in_keys[0], torch.randn(*shape, *agents, module.layers.input_size, dtype=dtype))
     flag_shape = (*shape, 1) if shared_flags else (*shape, *agents, 1)
-    data.set(module.in_keys[-1], torch.rand(flag_shape) < flag_rate)
+    data.set(init_key(module), torch.rand(flag_shape) < flag_rate)
     if states:
         for key, size in zip(module.state_keys, module.state_sizes, strict=True):
             layers = module.layers.num_layers
@@ -64,7 +64,7 @@ def batch(
 def by_hand(module: Any, data: TensorDictBase) -> TensorDictBase:
     """Run sequences one step at a time, segments from the state stored at their first step."""
     time = data.ndim - 1
-    flags = data.get(module.in_keys[-1])
+    flags = data.get(init_key(module))
     read = data.select(*module.in_keys, strict=False)
     steps: list[TensorDictBase] = []
     with set_recurrent_mode(False):
@@ -73,9 +73,14 @@ def by_hand(module: Any, data: TensorDictBase) -> TensorDictBase:
             if t:
                 _carry(module, step, steps[-1], flags.select(time, t))
             # The state is chosen here, so that single-step mode must not reset it to zero.
-            step.set(module.in_keys[-1], torch.zeros_like(step.get(module.in_keys[-1])))
+            step.set(init_key(module), torch.zeros_like(flags.select(time, t)))
             steps.append(module(step))
     return torch.stack(steps, time)  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+def init_key(module: Any) -> Any:
+    """Return the key of the ``is_init`` flags, also of a layer without state and of TorchRL's."""
+    return getattr(module, "init_key", module.in_keys[-1])
 
 
 def _carry(module: Any, step: TensorDictBase, before: TensorDictBase, starts: Tensor) -> None:
