@@ -82,9 +82,10 @@ lint: $(DEV_READY)
 typecheck: $(DEV_READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Warnings, such as those of broken links, are errors. No network is used, here or by readers.
+# Warnings, such as those of broken links, are errors; with --quiet they would not be. No network is
+# used, here or by readers.
 docs: $(DEV_READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --site-dir $(CURDIR)/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --site-dir $(CURDIR)/site
 
 # One thread per worker: two workers with two threads each would fight for two cores.
 pytest: $(DEV_READY)

@@ -51,8 +51,7 @@ def to_markdown(text: str, link: Callable[[str], str]) -> str:
     text = _MATH.sub(_display, text)
     text = _INLINE_MATH.sub(lambda match: rf"\({' '.join(match[1].split())}\)", text)
     text = _ROLE.sub(lambda match: link(match[1]), text)
-    # Docstrings are shown on pages at reference/<name>/.
-    text = _PAGE.sub(r"[`docs/\1.md`](../../\1/)", text)
+    text = _PAGE.sub(r"[`docs/\1.md`](../\1.md)", text)  # relative to docs/reference
     return _ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
 
 

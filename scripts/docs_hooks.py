@@ -40,6 +40,8 @@ SHOWN = (
     "CONTRIBUTING.md",
     "benchmarks/results/**/*.md",
     "benchmarks/results/**/*.png",
+    "tutorials/**/*.py",
+    "tutorials/**/*.yaml",
 )
 
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
@@ -98,11 +100,10 @@ def to_site(target: str, path: str) -> str:
         'backends.md'
     """
     full = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
-    if full.startswith("tutorials/"):
-        return re.sub(r"\.py$", ".md", full)
-    if full.endswith(".ipynb") and posixpath.splitext(full)[0] != posixpath.splitext(path)[0]:
-        full = re.sub(r"\.ipynb$", ".md", full)
-    return full.removeprefix("docs/")
+    stem, ending = posixpath.splitext(full.removeprefix("docs/"))
+    is_own = stem == posixpath.splitext(path.removeprefix("docs/"))[0]
+    has_page = ending == ".ipynb" or (ROOT / "docs" / f"{stem}.md").is_file()
+    return stem + (".md" if has_page and not is_own else ending)
 
 
 def move_links(markdown: str, locate: Callable[[str], str], uri: str) -> str:
