@@ -415,3 +415,27 @@ def stateful_policy_restarts_early(original: Any, self: Any, done: Any):
 def stateful_policy_shares_a_state(original: Any, self: Any, rows: Tensor, states: Any):
     """StatefulPolicy: states are written to environments that were not called."""
     return original(self, torch.arange(len(rows)), states)
+
+
+@seen_by(
+    "tests/objectives/test_action_masks.py::test_dqn_with_action_masks_equals_numpy[one_hot-True]",
+    target=MASKS + "allow_where_empty",
+)
+def next_action_masks_are_open(original: Any, batch: Any, mask_keys: Any):
+    """Losses: a bootstrapped maximum takes actions that are not allowed."""
+    batch = batch.copy()
+    for key in mask_keys:
+        batch["next", key] = torch.ones_like(batch["next", key])
+    return original(batch, mask_keys)
+
+
+@seen_by(
+    "tests/transforms/test_previous.py::"
+    "test_previous_action_and_reward_are_those_of_the_step_before[Choice]",
+    target="rnnkeys.transforms.previous:PreviousActionReward._reset",
+)
+def previous_reward_survives_a_reset(original: Any, self: Any, tensordict: Any, reset: Any):
+    """PreviousActionReward: an episode starts with the last reward of the one before."""
+    reset = original(self, tensordict, reset)
+    key = self.previous_reward_key
+    return reset.set(key, torch.ones_like(reset.get(key)))
