@@ -3,8 +3,9 @@
     python -m benchmarks.linear_cells                    # writes benchmarks/results/linear_cells.md
     python -m benchmarks.linear_cells --repeats 3 --output /tmp/cells.md
 
-A call is forward and backward through the module, with the state after every step written. The
-tables give medians of ratios, which depend less on the machine than times do.
+A call is forward and backward through the module, with the state after every step written. One
+thread's CPU time is measured, which counts no time that another process takes. The tables give
+medians of ratios, which depend less on the machine than times do.
 """
 
 from __future__ import annotations
@@ -15,23 +16,34 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from rnnkeys import recurrent_module, set_recurrent_mode
 
-SHAPES = [(16, 64, 64, 128), (64, 128, 64, 128), (32, 512, 64, 128), (8, 1024, 64, 256)]
-SHAPES += [(2, 2048, 64, 128), (1, 4096, 64, 128)]
-CELLS = ("mingru", "minlstm", "lru", "s5", "ffm", "gru")
+from .memory import running_peak
+
+Shape = tuple[int, int, int, int]
+Call = Callable[[], object]
+Seconds = dict[str, list[float]]
+
+SHAPES: list[Shape] = [(16, 64, 64, 128), (64, 128, 64, 128), (32, 512, 64, 128)]
+SHAPES += [(8, 1024, 64, 256), (2, 2048, 64, 128), (1, 4096, 64, 128)]
+# The same number of steps of data in every batch.
+GROWTH: list[Shape] = [(64, 64, 64, 128), (16, 256, 64, 128), (4, 1024, 64, 128)]
+GROWTH += [(1, 4096, 64, 128)]
+LINEAR = ("mingru", "minlstm", "lru", "s5", "ffm", "s6")
+CELLS = (*LINEAR, "gru")
 LONG = 512
 OUTPUT = Path(__file__).parent / "results" / "linear_cells.md"
-Shape = tuple[int, int, int, int]
-Call = Callable[[], None]
+_CALLS_OF_A_STEP = 200
 
 
 def make_calls(shape: Shape) -> dict[str, Call]:
@@ -40,8 +52,8 @@ def make_calls(shape: Shape) -> dict[str, Call]:
     x = torch.randn(batch, steps, inputs)
     calls: dict[str, Call] = {}
     for name in CELLS:
-        for rate in (0.0, 0.1):
-            calls[f"{name} {rate}"] = _module_call(name, x, hidden, rate)
+        calls[f"{name} 0.1"] = _module_call(name, x, hidden, 0.1)
+    calls["mingru 0.0"] = _module_call("mingru", x, hidden, 0.0)
     for name, layer in (("nn.GRU", nn.GRU), ("nn.LSTM", nn.LSTM)):
         calls[name] = _layer_call(layer(inputs, hidden, batch_first=True), x)
     weight = torch.randn(2 * hidden, inputs).div_(inputs**0.5).requires_grad_()
@@ -50,14 +62,8 @@ def make_calls(shape: Shape) -> dict[str, Call]:
 
 
 def _module_call(name: str, x: torch.Tensor, hidden: int, rate: float) -> Call:
-    module = recurrent_module(name, x.shape[-1], hidden, block="plain", in_key="x", out_key="y")
-    shape = x.shape[:2]
-    states = {
-        key: torch.zeros(*shape, 1, size)
-        for key, size in zip(module.state_keys, module.state_sizes, strict=True)
-    }
-    flags = torch.rand(*shape, 1) < rate
-    data = TensorDict({"x": x, "is_init": flags, **states}, shape)
+    module, data = _make_module(name, x, hidden)
+    data["is_init"] = torch.rand(*x.shape[:2], 1) < rate
 
     def call() -> None:
         with set_recurrent_mode(True):
@@ -66,80 +72,136 @@ def _module_call(name: str, x: torch.Tensor, hidden: int, rate: float) -> Call:
     return call
 
 
+def _make_module(name: str, x: torch.Tensor, hidden: int) -> tuple[Any, TensorDict]:
+    module = recurrent_module(name, x.shape[-1], hidden, block="plain", in_key="x", out_key="y")
+    shape = x.shape[:-1]
+    states = {
+        key: torch.zeros(*shape, 1, size)
+        for key, size in zip(module.state_keys, module.state_sizes, strict=True)
+    }
+    flags = torch.zeros(*shape, 1, dtype=torch.bool)
+    return module, TensorDict({"x": x, "is_init": flags, **states}, shape)
+
+
 def _layer_call(layer: nn.RNNBase, x: torch.Tensor) -> Call:
     return lambda: layer(x)[0].sum().backward()
 
 
-def time_calls(calls: dict[str, Call], repeats: int) -> dict[str, list[float]]:
+def make_step_calls() -> dict[str, Call]:
+    """Make calls that run single steps of one environment, by name of the cell."""
+    return {name: _step_call(name) for name in CELLS}
+
+
+def _step_call(name: str) -> Call:
+    module, data = _make_module(name, torch.randn(1, 64), 64)
+
+    def call() -> None:
+        with torch.no_grad():
+            for _ in range(_CALLS_OF_A_STEP):
+                module(data)
+
+    return call
+
+
+def time_calls(calls: dict[str, Call], repeats: int) -> Seconds:
     """Run every call ``repeats`` times, in random order within each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: Seconds = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name in random.sample(list(calls), len(calls)):
-            began = time.perf_counter()
+            began = time.process_time()
             calls[name]()
             if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(time.process_time() - began)
     return seconds
 
 
-def ratio(seconds: dict[str, list[float]], a: str, b: str) -> float:
+def peak_bytes(call: Call) -> int:
+    """Return the bytes that a call holds at most, by torch's profiler."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    results: Any = profiler.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return running_peak(event.nbytes() for event in events)
+
+
+def ratio(seconds: Seconds, a: str, b: str) -> float:
     """Return the median over rounds of the time of ``a`` over that of ``b``."""
     pairs = zip(seconds[a], seconds[b], strict=True)
     return statistics.median(x / y for x, y in pairs)
 
 
-def write_table(measured: dict[Shape, dict[str, list[float]]], path: Path, repeats: int) -> None:
-    """Write the table of ratios, and the goals beside what was measured."""
-    lines = [
-        "# Linear cells",
-        "",
-        f"`python -m benchmarks.linear_cells --repeats {repeats}`: torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads, {platform.machine()}, float32, forward and backward "
-        "through the module, states at every step, resets with a chance of .1 per step unless "
-        "said. Median ratios of times; smaller is faster.",
-        "",
-        "| (B, T), I, H | minGRU, ms | / nn.GRU | / nn.LSTM | / rnnkeys' GRU | / projections | "
-        "resets / none | minLSTM / minGRU | LRU / minGRU | S5 / minGRU | FFM / minGRU |",
-        "|---" * 11 + "|",
+def milliseconds(seconds: Seconds, name: str) -> float:
+    """Return the median time."""
+    return 1e3 * statistics.median(seconds[name])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["", *("| " + " | ".join(line) + " |" for line in lines), ""]
+
+
+def describe_sequences(measured: dict[Shape, Seconds]) -> Iterator[str]:
+    """Yield the tables of times and of ratios."""
+    names = [*(f"{name} 0.1" for name in CELLS), "mingru 0.0", "nn.GRU", "nn.LSTM", "projections"]
+    yield "Milliseconds. A number after a cell is the chance of a reset at every step:"
+    rows = [
+        [describe(shape), *(f"{milliseconds(seconds, name):.1f}" for name in names)]
+        for shape, seconds in measured.items()
     ]
-    for shape, seconds in measured.items():
-        own = "mingru 0.1"
-        numbers = [
-            ratio(seconds, "mingru 0.0", "nn.GRU"),
-            ratio(seconds, "mingru 0.0", "nn.LSTM"),
-            ratio(seconds, own, "gru 0.1"),
-            ratio(seconds, "mingru 0.0", "projections"),
-            ratio(seconds, own, "mingru 0.0"),
-            *(ratio(seconds, f"{name} 0.1", own) for name in ("minlstm", "lru", "s5", "ffm")),
-        ]
-        batch, steps, inputs, hidden = shape
-        milliseconds = 1e3 * statistics.median(seconds[own])
-        cells = [f"({batch}, {steps}), {inputs}, {hidden}", f"{milliseconds:.1f}"]
-        lines.append("| " + " | ".join([*cells, *(f"{n:.2f}" for n in numbers)]) + " |")
+    yield from table(["(B, T), I, H", *names], rows)
+    yield "Times over those of minGRU. States have H numbers, of LRU and FFM 2 H, of S6 16 H:"
+    rows = [
+        [describe(s), *(f"{ratio(x, f'{name} 0.1', 'mingru 0.1'):.2f}" for name in LINEAR[1:])]
+        for s, x in measured.items()
+    ]
+    yield from table(["(B, T), I, H", *LINEAR[1:]], rows)
+
+
+def describe(shape: Shape) -> str:
+    """Return a shape as the first column shows it."""
+    batch, steps, inputs, hidden = shape
+    return f"({batch}, {steps}), {inputs}, {hidden}"
+
+
+def describe_goals(
+    measured: dict[Shape, Seconds], growth: dict[Shape, Seconds], steps: Seconds
+) -> Iterator[str]:
+    """Yield the table of goals."""
     long = [seconds for shape, seconds in measured.items() if shape[1] >= LONG]
-    lines += ["", *_goals(long), ""]
-    path.write_text("\n".join(lines), encoding="utf-8")
 
-
-def _goals(long: Sequence[dict[str, list[float]]]) -> list[str]:
     def mean(a: str, b: str) -> float:
         return math.exp(statistics.fmean(math.log(ratio(s, a, b)) for s in long))
 
+    times = [milliseconds(seconds, "mingru 0.1") for seconds in growth.values()]
+    calls = make_calls(SHAPES[2])
+    memory = peak_bytes(calls["mingru 0.1"]) / peak_bytes(calls["nn.GRU"])
     rows = [
-        ("faster than `nn.GRU`, no resets", 1 / mean("mingru 0.0", "nn.GRU"), "5 or more"),
-        ("faster than `nn.LSTM`, no resets", 1 / mean("mingru 0.0", "nn.LSTM"), "2 or more"),
-        ("faster than rnnkeys' GRU, resets", 1 / mean("mingru 0.1", "gru 0.1"), "2 or more"),
-        ("over its projections alone", mean("mingru 0.0", "projections"), "3 or less"),
-        ("resets .1 over none", mean("mingru 0.1", "mingru 0.0"), "1.05 or less"),
+        ("times as fast as `nn.GRU`, no resets", 1 / mean("mingru 0.0", "nn.GRU"), "5 or more"),
+        ("times as fast as `nn.LSTM`, no resets", 1 / mean("mingru 0.0", "nn.LSTM"), "2 or more"),
+        ("times as fast as rnnkeys' GRU, resets", 1 / mean("mingru 0.1", "gru 0.1"), "2 or more"),
+        ("time over its projections alone", mean("mingru 0.0", "projections"), "3 or less"),
+        ("time with resets over none", mean("mingru 0.1", "mingru 0.0"), "1.05 or less"),
+        (
+            "slowest over fastest of T = 64 to 4096, B T constant",
+            max(times) / min(times),
+            "1.3 or less",
+        ),
+        (
+            "time of a step at B = 1 over GRUModule's, H = 64",
+            ratio(steps, "mingru", "gru"),
+            "1 or less",
+        ),
+        (f"peak memory over `nn.GRU`'s, {describe(SHAPES[2])}", memory, "1 or less"),
     ]
-    table = [f"| {name} | {value:.2f} | {goal} |" for name, value, goal in rows]
-    return [
-        f"Geometric means of minGRU over the shapes of {LONG} steps and more:",
-        "",
-        "| | measured | goal |",
-        "|---|---|---|",
-        *table,
-    ]
+    yield f"minGRU, geometric means over the shapes of {LONG} steps and more:"
+    yield from table(["", "measured", "goal"], [[n, f"{x:.2f}", goal] for n, x, goal in rows])
+    yield "Time of a step at B = 1, H = 64, without gradient, in microseconds:"
+    scale = 1e3 / _CALLS_OF_A_STEP
+    row = [f"{scale * milliseconds(steps, name):.0f}" for name in CELLS]
+    yield from table(CELLS, [row])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -148,11 +210,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of each (default: 7)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="file of the table")
     options = parser.parse_args(arguments)
-    measured: dict[Shape, dict[str, list[float]]] = {}
+    torch.set_num_threads(1)
+    measured: dict[Shape, Seconds] = {}
     for shape in SHAPES:
         measured[shape] = time_calls(make_calls(shape), options.repeats)
-        print(shape, {k: f"{1e3 * statistics.median(v):.1f}" for k, v in measured[shape].items()})
-    write_table(measured, options.output, options.repeats)
+        print(describe(shape), flush=True)
+    names = {"mingru 0.1"}
+    few = [{k: v for k, v in make_calls(shape).items() if k in names} for shape in GROWTH]
+    growth = {s: time_calls(c, options.repeats) for s, c in zip(GROWTH, few, strict=True)}
+    steps = time_calls(make_step_calls(), options.repeats)
+    lines = [
+        "# Linear cells",
+        "",
+        f"`python -m benchmarks.linear_cells --repeats {options.repeats}`: torch "
+        f"{torch.__version__}, {platform.machine()}, float32, CPU time of one thread, forward and "
+        "backward through the module with the state after every step written, plain layers "
+        '(`block="plain"`). Medians of ratios of interleaved calls; smaller is faster.',
+        "",
+        *describe_goals(measured, growth, steps),
+        *describe_sequences(measured),
+    ]
+    options.output.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def cut_chunks(start: Tensor, resets: Tensor) -> list[Chunk]:
     firsts = range(0, steps, size)
     bounds = torch.tensor([*firsts, steps], device=resets.device) * rows
     ends = torch.searchsorted(resets, bounds).tolist()
-    stored = start[resets // rows, resets % rows]
+    stored = _read_rows(start, resets)
     # Episodes start from zeros: then nothing enters.
     entering = stored if stored.any() else None
     chunks = []
@@ -97,6 +97,15 @@ def cut_chunks(start: Tensor, resets: Tensor) -> list[Chunk]:
         )
         chunks.append(chunk)
     return chunks
+
+
+def _read_rows(start: Tensor, resets: Tensor) -> Tensor:
+    """Return the rows ``[R, F]`` of ``start [T, N, F]`` at flat positions, without a copy of it."""
+    steps, rows = start.shape[:2]
+    step, row = resets // rows, resets % rows
+    if start.stride(1) == steps * start.stride(0):  # laid out as [N, T, F]
+        return start.transpose(0, 1).flatten(0, 1).index_select(0, row * steps + step)
+    return start[step, row]
 
 
 def prefers_blocks(states: Tensor) -> bool:

@@ -171,6 +171,12 @@ class ConvexCell(LinearCell):
         """See the base."""
         return self.gates(input_t)
 
+    def step(self, weights: Parameters, input_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """Compute one time step, in fewer operations than from coefficients."""
+        u, v = self.gates(input_t).chunk(2, -1)
+        h = torch.lerp(state[0], candidate(v), u.sigmoid())
+        return h, (h,)
+
     def project_input(self, weights: Parameters, x: Tensor) -> Tensor:
         """Project inputs ``x [..., I]`` to all gates."""
         return F.linear(x, weights["weight_ih"], weights.get("bias_ih"))
