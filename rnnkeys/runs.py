@@ -162,10 +162,14 @@ def save_checkpoint(folder: str | Path, state: dict[str, Any]) -> None:
     Args:
         folder: of the run.
         state: tensors, numbers, strings, and nests of them.
+
+    Raises:
+        RunError: if it cannot be written, such as on a full disk.
     """
     part = Path(folder, "checkpoint.part")
-    torch.save(state, part)
-    part.replace(part.with_suffix(".pt"))
+    with _explain_write_errors(folder):
+        torch.save(state, part)
+        part.replace(part.with_suffix(".pt"))
 
 
 def make_folder(folder: str | Path, resumed: bool) -> None:
@@ -174,10 +178,25 @@ def make_folder(folder: str | Path, resumed: bool) -> None:
     Args:
         folder: of the run.
         resumed: whether the run continues; then only its result is deleted.
+
+    Raises:
+        RunError: if the folder cannot be written.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name in FILES[-1:] if resumed else FILES:
-        Path(folder, name).unlink(missing_ok=True)
+    with _explain_write_errors(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name in FILES[-1:] if resumed else FILES:
+            Path(folder, name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _explain_write_errors(folder: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch's writer raises the second one
+        raise RunError(
+            f"the folder {folder} cannot be written: {' '.join(str(error).split())}. A checkpoint "
+            "that is there is complete: make room or choose a folder, and continue with --resume"
+        ) from error
 
 
 class Run:
@@ -234,13 +253,22 @@ class Run:
         self.returns: deque[float] = deque(maxlen=100)
         self.losses: deque[float] = deque(maxlen=100)
         if checkpoint:
-            for name, module in modules.items():
-                module.load_state_dict(checkpoint[name])
-            for name in _PROGRESS:
-                setattr(self, name, checkpoint[name])
+            self._restore(checkpoint)
         make_folder(self.folder, resumed=bool(checkpoint))
         self._logger = get_logger(getattr(args, "logger", None), str(self.folder), "log")
         self._start = time.perf_counter() - self.seconds
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        try:
+            for name, module in self.modules.items():
+                module.load_state_dict(checkpoint[name])
+            for name in _PROGRESS:
+                setattr(self, name, checkpoint[name])
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise RunError(
+                "the checkpoint to resume was written by another version of this program, or by "
+                f"another one: {type(error).__name__}, {' '.join(str(error).split())}"
+            ) from error
 
     def count(self, data: TensorDictBase) -> None:
         """Add the frames and the episodes that end in a batch.
@@ -292,11 +320,12 @@ class Run:
         self.rows.append(row)
         if self._logger is not None:
             self._logger.log_metrics(row, step=self.frames)
-        with (self.folder / "learning_curve.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            writer.writeheader()
-            writer.writerows(self.rows)
-        self._draw(math.nan)
+        with _explain_write_errors(self.folder):
+            with (self.folder / "learning_curve.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(row))
+                writer.writeheader()
+                writer.writerows(self.rows)
+            self._draw(math.nan)
 
     def save(self, **more: Any) -> None:
         """Write the checkpoint: arguments, modules, progress.
@@ -329,8 +358,9 @@ class Run:
             **more,
             "args": asdict(self.args),
         }
-        (self.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        self._draw(mean)
+        with _explain_write_errors(self.folder):
+            (self.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+            self._draw(mean)
         weights = f"Weights of frame {self.best['frames']}" if "policy" in self.best else "Weights"
         return (
             f"{weights}: mean return {mean:.1f} over {len(returns)} new episodes. "

@@ -145,3 +145,41 @@ def test_run_with_a_logger_of_torchrl_logs_rows(tmp_path: Path) -> None:
     save_run(tmp_path, logger="csv")
     [scalars] = (tmp_path / "log").rglob("evaluation.csv")
     assert scalars.read_text().strip() == "0,2.0"
+
+
+@pytest.mark.parametrize("change", ["no rows", "no policy", "other weights"])
+def test_run_from_a_checkpoint_of_another_version_raises_in_one_line(
+    tmp_path: Path, change: str
+) -> None:
+    save_run(tmp_path).save()
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    if change == "other weights":
+        checkpoint["policy"] = nn.Linear(3, 1).state_dict()
+    else:
+        del checkpoint[change.removeprefix("no ")]
+    with pytest.raises(runs.RunError, match="written by another version") as raised:
+        runs.Run(Args(str(tmp_path)), checkpoint, policy=nn.Linear(2, 1))
+    assert "\n" not in str(raised.value)
+    assert (tmp_path / "learning_curve.csv").exists()  # nothing is deleted
+
+
+def test_run_that_cannot_write_raises_and_keeps_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = save_run(tmp_path)
+    run.save()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(runs.RunError, match="cannot be written: PytorchStreamWriter.*--resume"):
+        run.save()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_make_folder_below_a_file_raises(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(runs.RunError, match="the folder .*file/run cannot be written"):
+        runs.make_folder(tmp_path / "file" / "run", resumed=False)
