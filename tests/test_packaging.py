@@ -20,6 +20,13 @@ from typing import NamedTuple
 import pytest
 from packaging.requirements import Requirement
 
+import rnnkeys
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 PROJECT = Path(__file__).resolve().parent.parent
 DEPENDENCIES = {"numpy", "tensordict", "torch", "torchrl"}
 # Import names of what the extras install.
@@ -110,6 +117,31 @@ def test_importing_the_package_imports_no_optional_package():
         f"print(sorted({OPTIONAL} & (set(sys.modules) - before)))"
     )
     assert _python(sys.executable, "-c", script) == "[]"
+
+
+def test_badges_say_what_pyproject_says():
+    described = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    badges = set(re.findall(r"\[!\[(.+?)\]\((\S+?)\)\]", (PROJECT / "README.md").read_text()))
+    name = "Programming Language :: Python :: 3."
+    pythons = [int(one[len(name) :]) for one in described["classifiers"] if one.startswith(name)]
+    (torchrl,) = (one for one in described["dependencies"] if one.startswith("torchrl"))
+    low, end = re.fullmatch(r"torchrl>=([\d.]+),<0\.(\d+)", torchrl).groups()
+    labels = {
+        "python": f"Python 3.{min(pythons)} to 3.{max(pythons)}",
+        "TorchRL": f"TorchRL {low} to 0.{int(end) - 1}",
+        "licence": f"licence {described['license']}",
+    }
+    assert {label for label, _ in badges} == set(labels.values())
+    for kind, label in labels.items():
+        text = label.split(" ", 1)[1].replace(" ", "_")
+        assert (label, f"https://img.shields.io/badge/{kind}-{text}-blue") in badges
+
+
+def test_citation_names_the_version_and_the_licence():
+    citation = (PROJECT / "CITATION.cff").read_text().splitlines()
+    described = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    assert f"version: {rnnkeys.__version__}" in citation
+    assert f"license: {described['license']}" in citation
 
 
 def _linked_files(readme: Path) -> set[Path]:
