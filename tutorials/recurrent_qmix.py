@@ -29,7 +29,7 @@ from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 from torchrl.data.tensor_specs import Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase, RewardSum, TransformedEnv
-from torchrl.modules import MLP, EGreedyModule, QMixer, QValueModule
+from torchrl.modules import EGreedyModule, MultiAgentMLP, QMixer, QValueModule
 from torchrl.objectives import LossModule, QMixerLoss, SoftUpdate, ValueEstimators
 from tqdm import tqdm
 
@@ -147,9 +147,9 @@ def make_env(args: Args, num_envs: int) -> TransformedEnv:
     return TransformedEnv(Password(num_envs, args.agents, args.words, args.device))
 
 
-def make_network(args: Args, group: str) -> list[TensorDictModuleBase]:
-    """Observation -> recurrent layer -> a value for each word, of all agents or of one."""
-    layer = recurrent_module(
+def make_layer(args: Args, group: str) -> TensorDictModuleBase:
+    """Make a recurrent layer of all agents, or of one: agents that share it have own states."""
+    return recurrent_module(
         args.cell,
         args.words + 1,
         args.hidden_size,
@@ -157,31 +157,29 @@ def make_network(args: Args, group: str) -> list[TensorDictModuleBase]:
         out_key=(group, "hidden"),
         state_key=(group, "state"),
     )
-    head = MLP(args.hidden_size, args.words, num_cells=[32], activation_class=nn.ReLU)
-    return [layer, TensorDictModule(head, [(group, "hidden")], [(group, "action_value")])]
 
 
 def make_policy(args: Args) -> TensorDictSequential:
-    """Make one network that all agents share, or one for each, and choose the best words.
-
-    Agents that share weights have states of their own, ``[*batch, agents, ...]``.
-    """
-    modules = make_network(args, "agents")
+    """Each agent: observation -> recurrent layer -> a value for each word -> the best word."""
+    layers = [make_layer(args, "agents")]  # reads and writes [*batch, agents, ...]
     if args.own:
         names = [f"agent_{number}" for number in range(args.agents)]
         seen: list[Any] = [(name, "observation") for name in names]
-        values: list[Any] = [(name, "action_value") for name in names]
+        hidden: list[Any] = [(name, "hidden") for name in names]
         split = TensorDictModule(lambda x: x.unbind(-2), [("agents", "observation")], seen)
-        stack = TensorDictModule(
-            lambda *x: torch.stack(x, -2), values, [("agents", "action_value")]
-        )
-        modules = [split, *(one for name in names for one in make_network(args, name)), stack]
+        stack = TensorDictModule(lambda *x: torch.stack(x, -2), hidden, [("agents", "hidden")])
+        layers = [split, *(make_layer(args, name) for name in names), stack]
+    sizes, options = (args.hidden_size, args.words, args.agents), {"share_params": not args.own}
+    head = MultiAgentMLP(
+        *sizes, centralized=False, num_cells=[32], activation_class=nn.ReLU, **options
+    )
     best = QValueModule(
         action_space="categorical",
         action_value_key=("agents", "action_value"),
         out_keys=[("agents", key) for key in ("action", "action_value", "chosen_action_value")],
     )
-    return TensorDictSequential([*modules, best]).to(args.device)
+    values = TensorDictModule(head, [("agents", "hidden")], [("agents", "action_value")])
+    return TensorDictSequential([*layers, values, best]).to(args.device)
 
 
 def make_loss(args: Args, policy: TensorDictSequential) -> LossModule:
@@ -202,7 +200,6 @@ def make_loss(args: Args, policy: TensorDictSequential) -> LossModule:
 
 
 def evaluate(args: Args, policy: TensorDictSequential, episodes: int, seed: int) -> Tensor:
-    """Play without exploration, and return the return of each episode."""
     env = make_env(args, episodes).append_transform(get_env_transforms_from_module(policy))
     return evaluate_policy(env, policy, seed + args.seed)
 
