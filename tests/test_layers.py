@@ -13,7 +13,7 @@ ROOT = Path(rnnkeys.__file__).parent
 LAYERS = (
     *("_compat", "keys", "checks", "cells", "precision", "mode", "backends", "sequences"),
     *("modules", "policies", "transforms", "objectives", "collectors", "diagnostics", "deploy"),
-    *("gym_masks", "environments", "spaces", "exploration", "replay", "runs", "__init__"),
+    *("gym_masks", "environments", "spaces", "exploration", "replay", "runs", "trainers", "__init__"),
 )
 # Private names of torch, TorchRL and Ray outside of _compat.py; methods of a loss that a subclass
 # overrides are read through _super(...).
