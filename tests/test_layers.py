@@ -13,11 +13,20 @@ ROOT = Path(rnnkeys.__file__).parent
 LAYERS = (
     *("_compat", "keys", "checks", "cells", "precision", "mode", "backends", "sequences"),
     *("modules", "policies", "transforms", "objectives", "collectors", "diagnostics", "deploy"),
-    *("gym_masks", "environments", "spaces", "exploration", "replay", "runs", "trainers", "__init__"),
+    *(
+        "gym_masks",
+        "environments",
+        "spaces",
+        "exploration",
+        "replay",
+        "runs",
+        "trainers",
+        "__init__",
+    ),
 )
 # Private names of torch, TorchRL and Ray outside of _compat.py; methods of a loss that a subclass
 # overrides are read through _super(...).
-FOREIGN = {"_buffers", "_clip_bounds", "_filtered_reset_keys", "_private", "_set_in_keys"}
+FOREIGN = {"_buffers", "_clip_bounds", "_filtered_reset_keys", "_init", "_private", "_set_in_keys"}
 NAMED_TUPLES = {"_replace"}
 
 
