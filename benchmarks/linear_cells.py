@@ -52,8 +52,8 @@ def make_calls(shape: Shape) -> dict[str, Call]:
     x = torch.randn(batch, steps, inputs)
     calls: dict[str, Call] = {}
     for name in CELLS:
-        calls[f"{name} 0.1"] = _module_call(name, x, hidden, 0.1)
-    calls["mingru 0.0"] = _module_call("mingru", x, hidden, 0.0)
+        calls[f"{name} 0.1"] = make_module_call(name, x, hidden, 0.1)
+    calls["mingru 0.0"] = make_module_call("mingru", x, hidden, 0.0)
     for name, layer in (("nn.GRU", nn.GRU), ("nn.LSTM", nn.LSTM)):
         calls[name] = _layer_call(layer(inputs, hidden, batch_first=True), x)
     weight = torch.randn(2 * hidden, inputs).div_(inputs**0.5).requires_grad_()
@@ -61,7 +61,8 @@ def make_calls(shape: Shape) -> dict[str, Call]:
     return calls
 
 
-def _module_call(name: str, x: torch.Tensor, hidden: int, rate: float) -> Call:
+def make_module_call(name: str, x: torch.Tensor, hidden: int, rate: float) -> Call:
+    """Make a call that runs a module forward and backward over ``x [B, T, I]``, with resets."""
     module, data = _make_module(name, x, hidden)
     data["is_init"] = torch.rand(*x.shape[:2], 1) < rate
 

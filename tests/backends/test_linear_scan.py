@@ -153,6 +153,22 @@ def test_scan_compiles_to_one_graph(function: Any, sizes: tuple[int, int]):
         assert_equal(actual, expected, torch.float32)
 
 
+def test_scan_compiled_graph_does_not_grow_with_time():
+    graphs: list[torch.fx.Graph] = []
+
+    def keep_graph(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(module.graph)
+        return module.forward
+
+    for steps in (4, 200):
+        a, b = torch.rand(2, steps, 3), torch.rand(2, steps, 3)
+        compiled = torch.compile(linear_scan, fullgraph=True, dynamic=False, backend=keep_graph)
+        assert_equal(compiled(a, b), linear_scan(a, b), torch.float32)
+    short, long = ([str(node.target) for node in graph.nodes] for graph in graphs)
+    assert short == long
+    assert sum("linear_scan" in target for target in short) == 1
+
+
 def test_linear_scan_starts_from_initial_states():
     a, b = torch.rand(2, 3, 4), torch.randn(2, 3, 4)
     initial, is_init = torch.randn(2, 4), torch.tensor([[False, True, False], [False] * 3])
