@@ -221,3 +221,25 @@ EXPERIMENTS = {
         },
     ),
 }
+
+# Experiments that need more than `make` installs; `--suite extras` runs them.
+EXTRAS: dict[str, Experiment] = {
+    "recurrent_mappo": Experiment(
+        script="recurrent_mappo",
+        title="MAPPO and IPPO: three agents that have to remember a goal each",
+        text=(
+            "It needs rnnkeys[marl]. The return is by how much the mean distance of the agents to "
+            "their goals shrinks in an episode; it is about 1.04 in the beginning. An agent that "
+            "does not remember its goal does best in the middle, which returns 0.28 on average. "
+            f"{BEST}"
+        ),
+        variants={
+            "MAPPO": (),
+            "IPPO": ("--algorithm", "ippo"),
+            "MAPPO own weights": ("--own",),
+            "MAPPO feed-forward": FEED_FORWARD,
+            "IPPO feed-forward": ("--algorithm", "ippo", *FEED_FORWARD),
+        },
+        seeds=(0, 1),
+    ),
+}

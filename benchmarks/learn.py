@@ -32,15 +32,15 @@ import torch
 import torchrl
 
 import rnnkeys
-from benchmarks.experiments import EXPERIMENTS, Experiment
+from benchmarks.experiments import EXPERIMENTS, EXTRAS, Experiment
 from benchmarks.published import PUBLISHED
 from benchmarks.summary import score, summarize, write_overview
 
 matplotlib.use("Agg")  # a picture in a file: no display is needed
 from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen before pyplot loads)
 
-SUITES = {"learn": EXPERIMENTS, "results": PUBLISHED}
-ALL = EXPERIMENTS | PUBLISHED
+SUITES = {"learn": EXPERIMENTS, "results": PUBLISHED, "extras": EXTRAS}
+ALL = EXPERIMENTS | PUBLISHED | EXTRAS
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 

@@ -4,7 +4,7 @@
     python recurrent_mappo.py --algorithm ippo       # each agent has a critic
     python recurrent_mappo.py --cell feed_forward    # the feed-forward baseline does not learn
     python recurrent_mappo.py --own                  # each agent has weights of its own
-    python recurrent_mappo.py --resume runs/recurrent_mappo/checkpoint.pt --frames 800000
+    python recurrent_mappo.py --resume runs/recurrent_mappo/checkpoint.pt --frames 600000
 
 It needs rnnkeys[tutorials,marl]. Each of three agents sees its goal at the first step of an
 episode and never again; velocities are hidden throughout. The team is rewarded for coming closer to
@@ -58,7 +58,7 @@ class Args:
     own: bool = False  # each agent has weights of its own; otherwise all share theirs
     cell: CellName = "gru"  # kind of recurrent layer
     hidden_size: int = 64  # size of the hidden state
-    frames: int = 400_000  # environment steps in the whole run
+    frames: int = 300_000  # environment steps in the whole run
     seed: int = 0  # of all random numbers
     threads: int = 1  # CPU threads of torch; small networks are fastest with one
     num_envs: int = 128  # environments that are stepped together
@@ -71,7 +71,7 @@ class Args:
     clip: float = 0.2  # range of the ratio
     entropy: float = 0.001  # weight of the entropy bonus
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
-    eval_every: int = 40_000  # frames between two evaluations
+    eval_every: int = 30_000  # frames between two evaluations
     output: str = "runs/recurrent_mappo"  # folder of the run
     resume: str | None = None  # checkpoint.pt of the run to continue
     overwrite: bool = False  # delete the run in the output folder and start again
