@@ -15,12 +15,15 @@ from .entries import find_done_problems as find_done_problems
 from .entries import find_empty_mask_problems as find_empty_mask_problems
 from .entries import find_finite_problems as find_finite_problems
 from .entries import find_init_problems as find_init_problems
+from .entries import find_loss_mask_problems as find_loss_mask_problems
 from .entries import find_mask_problems as find_mask_problems
 from .entries import find_multi_step_problems as find_multi_step_problems
 from .entries import find_next_problems as find_next_problems
 from .entries import find_step_problems as find_step_problems
 from .problem import Problem as Problem
 from .problem import raise_first as raise_first
+from .state_keys import find_shared_key_problems as find_shared_key_problems
+from .state_keys import read_state_keys as read_state_keys
 from .switch import can_read_values as can_read_values
 from .switch import set_value_checks as set_value_checks
 from .switch import suspend_value_checks as suspend_value_checks

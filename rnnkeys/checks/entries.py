@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase, unravel_key
@@ -163,12 +164,7 @@ def find_mask_problems(
     if mask is None:
         return
     if mask.dtype is not torch.bool:
-        yield Problem(
-            "mask-dtype",
-            f"The mask {mask_key!r} must be bool. Got {mask.dtype}.",
-            f"Convert it: batch.set({mask_key!r}, batch.get({mask_key!r}).bool()).",
-            TypeError,
-        )
+        yield _mask_dtype(mask, mask_key)
     if mask.shape not in (batch.batch_size, (*batch.batch_size, 1)):
         yield Problem(
             "mask-shape",
@@ -180,15 +176,46 @@ def find_mask_problems(
         )
 
 
+def _mask_dtype(mask: Tensor, mask_key: NestedKey) -> Problem:
+    return Problem(
+        "mask-dtype",
+        f"The mask {mask_key!r} must be bool. Got {mask.dtype}.",
+        f"Convert it: batch.set({mask_key!r}, batch.get({mask_key!r}).bool()).",
+        TypeError,
+    )
+
+
+def find_loss_mask_problems(
+    batch: TensorDictBase, mask_keys: Iterable[NestedKey]
+) -> Iterator[Problem]:
+    """Yield problems of the masks that a loss reads: not bool.
+
+    Args:
+        batch: sequences ``[*, T]``.
+        mask_keys: keys of masks, bool ``[*, T]``, ``[*, T, 1]`` or per agent; missing ones are no
+            problem.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> batch = TensorDict({"learned": torch.ones(2, 5, dtype=torch.uint8)}, [2, 5])
+        >>> [problem.check for problem in find_loss_mask_problems(batch, ["learned"])]
+        ['mask-dtype']
+    """
+    for key in mask_keys:
+        mask = batch.get(key, None)
+        if mask is not None and mask.dtype is not torch.bool:
+            yield _mask_dtype(mask, key)
+
+
 def find_empty_mask_problems(
-    mask: Tensor, reader: str, mask_key: NestedKey = MASK_KEY
+    mask: Tensor, reader: str, mask_key: Any = MASK_KEY
 ) -> Iterator[Problem]:
     """Yield a problem if a mask is False everywhere. Reads values.
 
     Args:
-        mask: bool ``[*, T]``.
+        mask: bool ``[*, T]``, or per agent.
         reader: who reads the batch, for the message.
-        mask_key: key of the mask, for the message.
+        mask_key: key of the mask, or a list of keys if it is several masks together.
 
     Examples:
         >>> mask = torch.zeros(2, 5, dtype=torch.bool)

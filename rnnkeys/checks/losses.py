@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase, unravel_key
@@ -29,6 +29,7 @@ from torchrl.objectives.value import ValueEstimatorBase, VTrace
 from ..keys import MASK_KEY, MULTI_STEP_KEY, as_tuple, next_key
 from .entries import find_done_problems, find_finite_problems, find_multi_step_problems
 from .problem import Problem
+from .state_keys import Layer
 
 # Their next tensordict comes from the batch into which their own forward wrote the next states.
 READS_OWN_STATES = (DQNLoss, QMixerLoss)
@@ -62,30 +63,6 @@ _LOSSES: dict[type[nn.Module], tuple[str, str]] = {
         "Use GAE or TDLambdaEstimator.",
     ),
 }
-
-
-class Layer(Protocol):
-    """A recurrent module and its keys, as ``rnnkeys.modules.network`` finds them in networks."""
-
-    @property
-    def module(self) -> Any:
-        """The recurrent module."""
-        ...
-
-    @property
-    def init_key(self) -> NestedKey:
-        """Key of the ``is_init`` flags."""
-        ...
-
-    @property
-    def state_keys(self) -> tuple[NestedKey, ...]:
-        """Keys of the recurrent states."""
-        ...
-
-    @property
-    def writes_states(self) -> bool:
-        """Whether recurrent mode writes the state after every step."""
-        ...
 
 
 def _name(thing: Any) -> str:

@@ -10,15 +10,15 @@ from torch import nn
 from torchrl.objectives import A2CLoss, LossModule, PPOLoss, ReinforceLoss
 from torchrl.objectives.value import ValueEstimatorBase
 
-from ..checks import Problem
+from ..checks import Problem, find_shared_key_problems
 from ..checks.losses import ON_POLICY, find_batch_problems, find_loss_problems
 from ..keys import MULTI_STEP_KEY, next_key
 from ..mode import recurrent_mode
 from ..modules.network import RecurrentLayer, RecurrentNetwork
 from ..objectives.loss_inputs import find_dropped_keys
+from ..objectives.loss_parameters import find_parameters
 from ..objectives.wiring import Wired
 from .batches import is_next_flagged
-from .policies import find_parameters, find_shared_key_problems
 
 WIRE = "loss = rnnkeys.objectives.recurrent_loss(loss)"
 # Only their value estimator runs the next tensordict, and estimators flag segment starts there.

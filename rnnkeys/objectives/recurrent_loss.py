@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from tensordict import TensorDictBase
@@ -13,9 +14,10 @@ from tensordict.utils import NestedKey
 from torchrl.objectives import LossModule
 from torchrl.objectives.value import ValueEstimatorBase
 
-from ..checks import raise_first
+from ..checks import find_shared_key_problems, raise_first
 from ..checks.losses import find_loss_problems
 from .loss_inputs import keep_dropped_keys
+from .loss_parameters import find_parameters
 from .padded_losses import wired_base
 from .wiring import Wired, make_wiring
 
@@ -55,6 +57,10 @@ def recurrent_loss(loss: Loss, init_key: NestedKey | list[NestedKey] | None = No
         TypeError: if it is neither a loss nor a value estimator.
         ValueError: if nothing inside is recurrent, or if the loss cannot be right.
 
+    Warns:
+        UserWarning: if two networks with parameters of their own, such as an actor and a critic,
+            keep their states under one key.
+
     Examples:
         >>> import torch
         >>> from rnnkeys import GRUModule
@@ -85,6 +91,8 @@ def recurrent_loss(loss: Loss, init_key: NestedKey | list[NestedKey] | None = No
             "modules of your own, name their flags with init_key=."
         )
     raise_first(find_loss_problems(loss, wiring.layers))
+    shared = find_shared_key_problems(type(loss).__name__, find_parameters(loss))
+    raise_first(replace(problem, error=UserWarning) for problem in shared)
     keep_dropped_keys(loss)
     loss.__class__ = _wired_class(type(loss))
     # Not by setattr, which for modules looks through parameters first.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +23,11 @@ from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS
 from torchrl.objectives.value import ValueEstimatorBase
 
 from ..checks import (
+    Problem,
     find_action_mask_problems,
+    find_empty_mask_problems,
     find_finite_problems,
+    find_loss_mask_problems,
     find_next_problems,
     raise_first,
     suspend_value_checks,
@@ -193,10 +196,19 @@ class Wired:
                 read_values=reads_values and not is_checked(batch, states),
             )
         )
+        raise_first(find_loss_mask_problems(batch, self._mask_keys()))
         self._check_action_masks(batch, reads_values)
         if reads_values:
+            raise_first(self._find_loss_mask_problems(batch, name))
             raise_first(find_value_problems(loss, batch, read_mask(batch), self._find_starts))
             wiring.checked = True
+
+    def _find_loss_mask_problems(self, batch: TensorDictBase, name: str) -> Iterator[Problem]:
+        """Yield a problem if no step counts by all masks that the loss reads."""
+        keys = [key for key in self._mask_keys() if batch.get(key, None) is not None]
+        valid = self._find_valid(batch)
+        if valid is not None:
+            yield from find_empty_mask_problems(valid, name, keys if len(keys) > 1 else keys[0])
 
     def _find_starts(self, batch: TensorDictBase) -> Tensor:
         """Return bool ``[*, T]``, True where a segment starts by any flags."""
@@ -219,8 +231,7 @@ class Wired:
 
     def _reads_values(self, batch: TensorDictBase) -> bool:
         """Whether to read values: always in CPU memory, elsewhere at the first call alone."""
-        # A feed-forward network has no flags, and no state to compare.
-        if is_compiling() or not value_checks_enabled() or not self._wiring.init_keys:
+        if is_compiling() or not value_checks_enabled():
             return False
         flags = batch.get(self._wiring.init_keys[0], None)
         on_cpu = flags is None or flags.device.type == "cpu"

@@ -9,7 +9,8 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
-from torchrl.objectives import BCLoss, ClipPPOLoss, GAILLoss, REDQLoss, SACLoss
+from torchrl.data import Categorical
+from torchrl.objectives import BCLoss, ClipPPOLoss, DQNLoss, GAILLoss, REDQLoss, SACLoss
 from torchrl.objectives.value import GAE, MultiAgentGAE, TD1Estimator, TDLambdaEstimator
 
 import rnnkeys
@@ -210,6 +211,61 @@ def test_wired_loss_with_a_mask_per_agent_names_the_remedy() -> None:
     loss, batch = dqn()
     batch.set(MASK, torch.ones(len(batch), 3, dtype=torch.bool))
     check_raises(loss, batch, ValueError, r"loss.loss_mask_key = \"alive\".*\[mask-shape\]")
+
+
+def test_wired_loss_with_a_named_mask_rejects_one_without_a_step() -> None:
+    loss, batch = dqn()
+    loss.loss_mask_key = "learned"
+    learned = torch.zeros(len(batch), dtype=torch.bool)
+    check_raises(
+        loss,
+        batch.clone().set("learned", learned),
+        ValueError,
+        r"mask 'learned' of .* is False everywhere.*\[mask-empty\]",
+    )
+    check_raises(
+        loss, batch.clone().set("learned", learned.byte()), TypeError, r"'learned'.*\[mask-dtype\]"
+    )
+    with set_value_checks(False):
+        assert loss(batch.clone().set("learned", learned))["loss"] == 0
+    learned[3] = True
+    assert loss(batch.set("learned", learned))["loss"] > 0
+
+
+def test_wired_loss_with_two_masks_that_share_no_step_raises() -> None:
+    loss, batch = dqn()
+    first = torch.arange(len(batch)) < 9
+    check_raises(
+        loss,
+        batch.set(MASK, first).set("shifted_valid", ~first),
+        ValueError,
+        r"shifted_valid'\] of .* is False everywhere.*\[mask-empty\]",
+    )
+
+
+def test_wired_loss_of_a_feed_forward_network_checks_values() -> None:
+    policy = rnnkeys.drqn_policy(Categorical(2), (3,), cell="feed_forward", hidden_size=4)
+    loss: Any = recurrent_loss(DQNLoss(policy, action_space="categorical", delay_value=False))
+    _, batch = dqn()
+    batch["action"] = batch["action"] % 2
+    loss(batch.clone())
+    spoiled = batch.clone()
+    spoiled["observation"][5] = float("nan")
+    check_raises(loss, spoiled, ValueError, r"'observation' is not finite.*\[not-finite\]")
+    check_raises(loss, batch[torch.arange(len(batch)).flip(0)], ValueError, r"\[continuity\]")
+
+
+def test_recurrent_loss_of_networks_that_share_state_keys_warns() -> None:
+    actor, critic = cases._random_actor(rnnkeys, "gru"), cases._critic(rnnkeys, "gru", "actor")
+    message = r"GRUModule and GRUModule in SACLoss.*'actor_h'.*\[shared-key\]"
+    loss = SACLoss(actor, critic, target_entropy=-1.0)  # pyright: ignore[reportArgumentType]
+    with pytest.warns(UserWarning, match=message):
+        recurrent_loss(loss)
+
+
+def test_recurrent_loss_of_networks_that_share_a_layer_is_silent() -> None:
+    agent = make_agent(shared=True)
+    recurrent_loss(ClipPPOLoss(agent.actor, agent.critic))
 
 
 @pytest.mark.parametrize("name", ["DQN double delayed TD0", "GAE", "SAC"])
