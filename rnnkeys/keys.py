@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tensordict import TensorDictBase, unravel_key
 from tensordict.utils import NestedKey
 
@@ -30,6 +32,31 @@ def next_key(key: NestedKey) -> tuple[str, ...]:
         ('next', 'agents', 'is_init')
     """
     return ("next", *as_tuple(key))
+
+
+def as_key(argument: str, key: Any) -> Any:
+    """Return a key, unravelled.
+
+    Args:
+        argument: name of the argument, for the message.
+        key: a string, or a tuple of strings for a nested key.
+
+    Raises:
+        TypeError: if it is anything else.
+
+    Examples:
+        >>> as_key("init_key", ("agents", ("is_init",)))
+        ('agents', 'is_init')
+    """
+    if not _is_key(key):
+        raise TypeError(
+            f"{argument} must be a key: a string, or a tuple of strings. Got {key!r}. [argument]"
+        )
+    return unravel_key(key)
+
+
+def _is_key(key: Any) -> bool:
+    return isinstance(key, str) or (isinstance(key, tuple) and bool(key) and all(map(_is_key, key)))
 
 
 def as_keys(key: NestedKey | list[NestedKey]) -> list[NestedKey]:

@@ -17,9 +17,12 @@ from .entries import find_finite_problems as find_finite_problems
 from .entries import find_init_problems as find_init_problems
 from .entries import find_loss_mask_problems as find_loss_mask_problems
 from .entries import find_mask_problems as find_mask_problems
+from .entries import find_meta_problems as find_meta_problems
 from .entries import find_multi_step_problems as find_multi_step_problems
 from .entries import find_next_problems as find_next_problems
 from .entries import find_step_problems as find_step_problems
+from .entries import find_tensor_problems as find_tensor_problems
+from .entries import find_type_problems as find_type_problems
 from .problem import Problem as Problem
 from .problem import raise_first as raise_first
 from .state_keys import find_shared_key_problems as find_shared_key_problems

@@ -6,26 +6,29 @@ from numbers import Integral, Real
 from typing import Any
 
 
-def as_int(name: str, value: Any, minimum: int = 1) -> int:
+def as_int(name: str, value: Any, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
     """Return an integer argument as an int.
 
     Args:
         name: of the argument, for the message.
         value: a Python or NumPy integer; bool is none.
         minimum: least value.
+        maximum: greatest value. Without one, a number that is huge by mistake would seem to hang.
 
     Raises:
-        ValueError: if it is not an integer, or less than ``minimum``.
+        ValueError: if it is not an integer, or out of range.
 
     Examples:
         >>> import numpy
         >>> as_int("burn_in", numpy.int64(4), minimum=0)
         4
     """
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < minimum:
         raise ValueError(
             f"{name} must be an int of at least {minimum}. Got {name}={value!r}. [argument]"
         )
+    if int(value) > maximum:
+        raise ValueError(f"{name} must be at most {maximum}. Got {name}={value!r}. [argument]")
     return int(value)
 
 

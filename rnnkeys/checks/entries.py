@@ -14,8 +14,52 @@ from ..keys import MASK_KEY, as_tuple, entry_names
 from .problem import Problem
 
 
+def find_type_problems(batch: Any, reader: str) -> Iterator[Problem]:
+    """Yield a problem if a batch is not a TensorDict.
+
+    Args:
+        batch: what a caller passed.
+        reader: who reads the batch, for the message.
+
+    Examples:
+        >>> [problem.check for problem in find_type_problems(None, "Windows")]
+        ['batch-type']
+    """
+    if not isinstance(batch, TensorDictBase):
+        yield Problem(
+            "batch-type",
+            f"{reader} expects a TensorDict. Got {type(batch).__name__}.",
+            "Pass TensorDict(entries, batch_size), or what a collector or replay buffer returns.",
+            TypeError,
+        )
+
+
+def find_meta_problems(batch: TensorDictBase, key: NestedKey, reader: str) -> Iterator[Problem]:
+    """Yield a problem if a batch is on the meta device, for a reader that looks at values.
+
+    Args:
+        batch: sequences ``[*, T]``.
+        key: an entry of it; it may be missing.
+        reader: who reads the batch, for the message.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> batch = TensorDict({"is_init": torch.zeros(2, 1)}, [2]).to("meta")
+        >>> [problem.check for problem in find_meta_problems(batch, "is_init", "Windows")]
+        ['no-data']
+    """
+    value: Any = batch.get(key, None)
+    if isinstance(value, Tensor) and value.is_meta:
+        yield Problem(
+            "no-data",
+            f"{reader} reads the values of the batch, and {key!r} is on the meta device, which "
+            "holds none.",
+            "Pass a batch with data.",
+        )
+
+
 def find_step_problems(batch: TensorDictBase, reader: str) -> Iterator[Problem]:
-    """Yield a problem if a batch has no time dimension or no step.
+    """Yield a problem if a batch is not a TensorDict, or has no time dimension or no step.
 
     Args:
         batch: sequences ``[*, T]``.
@@ -26,6 +70,9 @@ def find_step_problems(batch: TensorDictBase, reader: str) -> Iterator[Problem]:
         >>> [problem.check for problem in find_step_problems(TensorDict({}, [0, 5]), "DQNLoss")]
         ['no-steps']
     """
+    if not isinstance(batch, TensorDictBase):
+        yield from find_type_problems(batch, reader)
+        return
     shape = list(batch.batch_size)
     if not batch.ndim:
         yield Problem(
@@ -40,6 +87,42 @@ def find_step_problems(batch: TensorDictBase, reader: str) -> Iterator[Problem]:
             f"{reader} expects sequences [*, T] with at least one step. Got batch size {shape}.",
             "Skip empty batches.",
         )
+
+
+def find_tensor_problems(batch: TensorDictBase, keys: Iterable[NestedKey]) -> Iterator[Problem]:
+    """Yield a problem for each entry that is not a tensor, or on another device than the first.
+
+    Args:
+        batch: sequences ``[*, T]``, or single steps ``[*]``.
+        keys: entries that are read; missing ones are left out.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> batch = TensorDict({"h": torch.zeros(2), "x": torch.zeros(2, device="meta")}, [2])
+        >>> [problem.check for problem in find_tensor_problems(batch, ["h", "x"])]
+        ['device']
+    """
+    first = None
+    for key in keys:
+        value: Any = batch.get(key, None)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            yield Problem(
+                "entry-type",
+                f"The entry {key!r} must be a tensor. Got {type(value).__name__}.",
+                "Store numbers there, or name another key.",
+                TypeError,
+            )
+            continue
+        first = first or (key, value.device)
+        if value.device != first[1]:
+            yield Problem(
+                "device",
+                f"The entries of a batch must be on one device. {first[0]!r} is on {first[1]} and "
+                f"{key!r} on {value.device}.",
+                "Move the batch: batch.to(device).",
+            )
 
 
 def find_next_problems(batch: TensorDictBase) -> Iterator[Problem]:

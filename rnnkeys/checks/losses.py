@@ -313,16 +313,19 @@ def find_value_problems(
         find_starts: returns bool ``[*, T]`` of a batch, True where a segment starts.
     """
     if isinstance(loss, ON_POLICY):
-        yield from find_finite_problems(batch, _numbers_read(loss), mask)
+        yield from find_finite_problems(batch, numbers_read(loss), mask)
     if isinstance(loss, SACLoss) and getattr(loss, "value_network", None) is not None:
         yield from _find_part_problems(loss, batch, find_starts(batch))
 
 
-def _numbers_read(loss: Any) -> list[NestedKey]:
-    """Return the keys of the reward, and of the advantage and value target that a loss reads."""
+def numbers_read(loss: Any) -> list[NestedKey]:
+    """Return the keys of the reward, and of the advantage and value target that a loss reads.
+
+    Losses that are not on collected data read none of the latter.
+    """
     keys = loss.tensor_keys
     reward = next_key(unravel_key(getattr(keys, "reward", "reward")))
-    if isinstance(loss, ValueEstimatorBase):
+    if isinstance(loss, ValueEstimatorBase) or not isinstance(loss, ON_POLICY):
         return [reward]
     computed = (getattr(keys, key, key) for key in ("advantage", "value_target"))
     return [reward, *map(unravel_key, computed)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -53,10 +54,16 @@ def _as_list(ids: Any) -> list[Any]:
         return ids.reshape(-1).tolist()
     if isinstance(ids, (int, np.integer, str, bytes)):
         return [ids]
-    return [one.item() if isinstance(one, (np.generic, Tensor)) else one for one in ids]
+    if not isinstance(ids, Iterable):
+        return [ids]
+    return [one.item() if _is_scalar(one) else one for one in ids]
+
+
+def _is_scalar(one: Any) -> bool:
+    return isinstance(one, (np.generic, np.ndarray, Tensor)) and one.ndim == 0
 
 
 def _is_id(one: Any) -> bool:
-    if isinstance(one, (bool, float)) or not isinstance(one, Hashable):
+    if isinstance(one, (bool, float, Tensor, NoneType)) or not isinstance(one, Hashable):
         return False
     return not isinstance(one, int) or one >= 0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import NoneType
 from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase, unravel_key
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
@@ -16,12 +17,13 @@ from torchrl.data import TensorSpec
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from ..checks import as_int
-from ..keys import next_key
+from ..keys import as_key, next_key
 from ..modules.network import RecurrentNetwork
 from .ids import Ids, as_ids
 from .state_table import StateTable
 
 _AUTORESETS = ("same_step", "next_step", "disabled")
+_MAX_ENVS = 2**20
 
 
 class StatefulPolicy:
@@ -50,6 +52,7 @@ class StatefulPolicy:
             best by default.
 
     Raises:
+        TypeError: if an argument has a wrong type.
         ValueError: if no recurrent module is inside, or if an argument is out of range or
             contradicts ``env``.
 
@@ -80,12 +83,20 @@ class StatefulPolicy:
         self.network.check_is_recurrent()
         self.policy = policy
         self.num_envs, self.autoreset = _read_env(env, num_envs, autoreset)
-        self.observation_key, self.action_key = unravel_key(observation_key), action_key
-        self.action_spec, self.exploration = action_spec, exploration
+        self.observation_key = as_key("observation_key", observation_key)
+        self.action_key = as_key("action_key", action_key)
+        if not isinstance(action_spec, (TensorSpec, NoneType)):
+            raise TypeError(f"action_spec must be a TorchRL spec. Got {action_spec!r}.")
+        if not isinstance(exploration, (ExplorationType, NoneType)):
+            raise TypeError(f"exploration must be an ExplorationType. Got {exploration!r}.")
+        self.action_spec = action_spec
+        self.exploration = exploration
         parameter = next((p for p in policy.parameters() if p.is_floating_point()), torch.empty(0))
         self.device, self.dtype = parameter.device, parameter.dtype
         # Whether observations come without a batch dimension; None until a call shows it.
         self._is_single = None if env is None else not _is_vector(env)
+        # Shapes of the observations of the last call, without the batch dimension.
+        self._features: dict[Any, torch.Size] = {}
         self._table = StateTable(self.network, self.device)
         with self._table.join(range(self.num_envs)) as rows:
             self._env_rows = rows
@@ -120,7 +131,8 @@ class StatefulPolicy:
             of them and a TensorDict ``[n]``.
 
         Raises:
-            KeyError: if the policy writes no entry at ``action_key``.
+            KeyError: if the policy writes no entry at ``action_key``, or reads one that is missing.
+            TypeError: if an observation is not an array of numbers.
             ValueError: if ids do not fit, or if a next state is NaN or infinite. Then no state is
                 changed.
         """
@@ -162,15 +174,35 @@ class StatefulPolicy:
         entries = observation
         if not isinstance(observation, (Mapping, TensorDictBase)):
             entries = {self.observation_key: observation}
+        if isinstance(entries, TensorDictBase):
+            entries = dict(entries.items(True, True))
         as_array = not all(isinstance(value, Tensor) for value in entries.values())
-        tensors = {key: self._as_tensor(value) for key, value in entries.items()}
+        tensors = {key: self._as_tensor(key, value) for key, value in entries.items()}
         *others, last = self._possible_layouts(tensors, len(rows))
         for is_single in others:
             try:
                 return *self._run_layout(tensors, rows, states, is_single), as_array
             except (RuntimeError, ValueError, IndexError):
                 continue
-        return *self._run_layout(tensors, rows, states, last), as_array
+        try:
+            return *self._run_layout(tensors, rows, states, last), as_array
+        except (RuntimeError, ValueError, IndexError) as error:
+            self._check_features(tensors, last, error)
+            raise
+
+    def _check_features(
+        self, tensors: Mapping[Any, Tensor], is_single: bool, error: Exception
+    ) -> None:
+        """Raise ValueError if an observation has another shape than at the calls before."""
+        for key, tensor in tensors.items():
+            shape = tensor.shape if is_single else tensor.shape[1:]
+            before = self._features.get(key, shape)
+            if self._table.has_written and shape != before:
+                raise ValueError(
+                    f"The observation {key!r} has the shape {tuple(shape)} for each environment, "
+                    f"and at the call before it had {tuple(before)}, which the states fit. Call "
+                    f"reset() if the shape has changed. The error was: {error}"
+                ) from error
 
     def _run_layout(
         self, tensors: Mapping[Any, Tensor], rows: Tensor, states: TensorDict, is_single: bool
@@ -180,10 +212,17 @@ class StatefulPolicy:
             out = self.network.run_step(data)
         # Kept only where the policy could run.
         self._is_single = is_single
+        self._features = {key: data.get(key).shape[1:] for key in tensors}
         return data, out
 
-    def _as_tensor(self, value: Any) -> Tensor:
-        tensor = torch.as_tensor(value, device=self.device)
+    def _as_tensor(self, key: Any, value: Any) -> Tensor:
+        try:
+            tensor = torch.as_tensor(value, device=self.device)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise TypeError(
+                f"The observation {key!r} must be an array or a tensor of numbers. Got "
+                f"{type(value).__name__}: {error}"
+            ) from error
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def _possible_layouts(self, tensors: Mapping[Any, Tensor], number: int) -> list[bool]:
@@ -282,11 +321,17 @@ class StatefulPolicy:
 
     def _check_given(self, state: Any, number: int) -> TensorDict:
         given = TensorDict({}, [number], device=self.device)
+        if not isinstance(state, (Mapping, TensorDictBase)):
+            raise TypeError(
+                "state must be a TensorDict or a mapping, as state(ids) returns. Got "
+                f"{type(state).__name__}."
+            )
         expected = self._table.read(self._table.find_rows([]))
         for key in self.network.state_keys:
             value = state.get(key, None)
-            if value is None or value.shape[:1] != (number,):
-                got = "nothing" if value is None else f"shape {tuple(value.shape)}"
+            if not isinstance(value, Tensor) or value.shape[:1] != (number,):
+                is_tensor = isinstance(value, Tensor)
+                got = f"shape {tuple(value.shape)}" if is_tensor else type(value).__name__
                 raise ValueError(
                     f"state must hold {key!r} of {number} environments. Got {got}; state(ids) "
                     "returns states of the right form."
@@ -313,10 +358,11 @@ class StatefulPolicy:
                 ``[num_envs, *agents]`` where agents end apart from each other.
 
         Raises:
+            TypeError: if it is not bool, or integers of 0 and 1.
             ValueError: if its shape does not fit, or if ``autoreset`` is not known for a vector of
                 environments.
         """
-        done = torch.as_tensor(done, device=self.device).bool()
+        done = self._as_flags(done)
         if done.numel() == self.num_envs:
             done = done.reshape(-1)
         elif done.ndim > 1 and done.shape[-1] == 1:
@@ -339,6 +385,17 @@ class StatefulPolicy:
         if over.any():
             self.reset(over) if over.ndim == 1 else self.reset(agents=over)
         self._ended = done.clone()
+
+    def _as_flags(self, done: Any) -> Tensor:
+        try:
+            flags = torch.as_tensor(done, device=self.device)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise TypeError(f"done must be bool. Got {done!r}: {error}") from error
+        if flags.is_floating_point() or flags.is_complex():
+            raise TypeError(
+                f"done must be bool. Got {flags.dtype}: pass terminated | truncated of the step."
+            )
+        return flags.bool()
 
     def state(self, ids: Ids = None) -> TensorDict:
         """Return a copy of the states ``[n]`` of some ids, or of all environments.
@@ -384,7 +441,7 @@ def _read_env(env: Any, num_envs: int | None, autoreset: str | None) -> tuple[in
     Raises:
         ValueError: if an argument contradicts the environment.
     """
-    number = 1 if num_envs is None else as_int("num_envs", num_envs)
+    number = 1 if num_envs is None else as_int("num_envs", num_envs, maximum=_MAX_ENVS)
     if env is None:
         return number, autoreset
     found = {"num_envs": 1, "autoreset": "disabled"}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase, unravel_key
 
-from ..checks import Problem, find_multi_step_problems
+from ..checks import Problem, find_meta_problems, find_multi_step_problems
 from ..keys import MASK_KEY, MULTI_STEP_KEY, TRAJECTORY_KEY, next_key
 from ..modules.network import RecurrentLayer
 from ..sequences import find_segment_starts, find_sequence_problems
@@ -17,6 +17,7 @@ from ..sequences.segment_starts import any_agent
 from ..sequences.segments import Segments
 from ..sequences.stored_states import find_zero_state_problems
 
+_READER = "check_recurrent_policy"
 LONGER_RETURNS = "loss.make_value_estimator(ValueEstimators.TDLambda, gamma=..., lmbda=...)"
 
 
@@ -27,9 +28,12 @@ def find_data_problems(batch: TensorDictBase, layers: list[RecurrentLayer]) -> I
         batch: ``[N]`` or ``[*, T]``.
         layers: the recurrent modules that run on it and whose states it must hold.
     """
-    jumps = list(find_multi_step_problems(batch, MULTI_STEP_KEY, LONGER_RETURNS))
-    yield from jumps
-    if jumps:
+    early = [
+        *(one for key in batch.keys() for one in find_meta_problems(batch, key, _READER)),
+        *find_multi_step_problems(batch, MULTI_STEP_KEY, LONGER_RETURNS),
+    ]
+    yield from early
+    if early:
         return
     pairs = [(key, layer.init_key) for layer in layers for key in layer.state_keys]
     init_keys = list(dict.fromkeys(unravel_key(one.init_key) for one in layers)) or ["is_init"]

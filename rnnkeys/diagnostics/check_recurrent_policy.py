@@ -65,6 +65,9 @@ def check_recurrent_policy(
         A report: empty, and so falsy, if nothing is wrong. It can be printed; ``as_dict()`` returns
         plain data.
 
+    Raises:
+        ValueError: if nothing is given.
+
     Examples:
         >>> from rnnkeys import GRUModule
         >>> from torchrl.envs import GymEnv
@@ -77,6 +80,8 @@ def check_recurrent_policy(
             remedy: env = env.append_transform(get_primers_from_module(policy))
     """
     given = {"policy": policy, "env": env, "batch": batch, "loss": loss}
+    if all(thing is None for thing in given.values()):
+        raise ValueError("Nothing to check: pass a policy, an env, a batch or a loss. [argument]")
     report = Report(looked_at=[name for name, thing in given.items() if thing is not None])
     network = None if policy is None else RecurrentNetwork(policy)
     rollout = None

@@ -24,6 +24,9 @@ _DEFAULTS: dict[str, Any] = {
 # Arguments of LSTMModule and GRUModule that only torch's layers have.
 _TORCHS = {"batch_first": True, "proj_size": 0, "bidirectional": False, "python_based": False}
 
+# Larger sizes are slips: their parameters fit into no memory, or take minutes to make.
+MAX_SIZES = {"input_size": 2**24, "hidden_size": 2**16, "num_layers": 2**10}
+
 # Packages whose layers compute the equations of their class.
 _LIBRARIES = ("torch", "torchrl", "rnnkeys")
 
@@ -62,7 +65,7 @@ def make_layers(
                 f"nn.{name.upper()} to use."
             )
     for size in ("input_size", "hidden_size", "num_layers"):
-        arguments[size] = as_int(size, arguments[size])
+        arguments[size] = as_int(size, arguments[size], maximum=MAX_SIZES[size])
     if arguments.pop("bidirectional"):
         raise ValueError(
             "bidirectional=True is not supported: a policy cannot read the future, and in single "

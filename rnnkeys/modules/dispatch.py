@@ -49,6 +49,14 @@ def _join(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TensorD
             f"{type(module).__name__} takes a TensorDict, or the tensors {list(names)}, each once. "
             f"Got {len(args)} tensors and the names {list(kwargs)}."
         )
+    wrong = [
+        type(value).__name__ for value in (given | kwargs).values() if not isinstance(value, Tensor)
+    ]
+    if wrong:
+        raise TypeError(
+            f"{type(module).__name__} takes a TensorDict, or the tensors {list(names)}. Got "
+            f"{', '.join(wrong)}."
+        )
     entries: dict[Any, Tensor] = {names[name]: value for name, value in (given | kwargs).items()}
     data = TensorDict({}, [])
     for key, value in entries.items():

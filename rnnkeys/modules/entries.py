@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._compat import in_transform
-from ..checks import can_read_values, find_init_problems, raise_first
+from ..checks import can_read_values, find_init_problems, find_tensor_problems, raise_first
 from ..sequences.continuity import find_continuity_problems
 from ..sequences.segment_starts import follow_done
 from .dtypes import as_dtype
@@ -81,6 +81,8 @@ def read(spec: EntrySpec, tensordict: TensorDictBase, *, sequences: bool) -> Ent
     if x is None:
         raise KeyError(_missing(spec, spec.in_key, tensordict, "the input of the layer"))
     rank = len(lead)
+    if not isinstance(x, Tensor):
+        _raise_tensor_problem(spec, tensordict)
     if x.ndim <= rank or x.shape[-1] != spec.input_size:
         raise RuntimeError(
             f"{spec.owner}: input {spec.in_key!r} has shape {tuple(x.shape)}; expected "
@@ -91,7 +93,16 @@ def read(spec: EntrySpec, tensordict: TensorDictBase, *, sequences: bool) -> Ent
         # Without a state there is nothing to reset.
         return Entries(x, (), x.new_zeros((), dtype=torch.bool).expand(shape), shape)
     is_init = _read_flags(spec, tensordict, shape, sequences)
-    return Entries(x, _read_states(spec, tensordict, shape), is_init, shape)
+    states = _read_states(spec, tensordict, shape)
+    if is_init.device != x.device or (states and states[0].device != x.device):
+        _raise_tensor_problem(spec, tensordict)
+    return Entries(x, states, is_init, shape)
+
+
+def _raise_tensor_problem(spec: EntrySpec, tensordict: TensorDictBase) -> None:
+    """Raise if an entry is not a tensor, or not on the device of the others."""
+    keys = (spec.in_key, spec.init_key, *spec.state_keys)
+    raise_first(find_tensor_problems(tensordict, keys))
 
 
 def _read_states(
@@ -109,7 +120,8 @@ def _read_states(
             "creates all of them at resets."
         )
     for key, state, size in zip(spec.state_keys, states, spec.state_sizes, strict=True):
-        if state.shape != (*shape, spec.num_layers, size):
+        if not isinstance(state, Tensor) or state.shape != (*shape, spec.num_layers, size):
+            _raise_tensor_problem(spec, tensordict)
             raise RuntimeError(
                 f"{spec.owner}: state {key!r} has shape {tuple(state.shape)}; expected "
                 f"{(*shape, spec.num_layers, size)}: the input's {tuple(shape)}, then "
@@ -133,6 +145,8 @@ def _read_flags(
     """
     flags = tensordict.get(spec.init_key, None)
     rank = tensordict.ndim
+    if not isinstance(flags, Tensor):
+        _raise_tensor_problem(spec, tensordict)
     if flags is not None and lacks_last(flags, shape, rank):
         flags = flags.unsqueeze(-1)
     if flags is None or flags.dtype != torch.bool or flags.ndim <= rank or flags.shape[-1] != 1:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,26 +16,12 @@ from torchrl.objectives.value import ValueEstimatorBase
 
 from ..keys import as_tuple, next_key
 from ..mode import set_recurrent_mode
+from .network_errors import explain_network_errors
 from .recurrent import RecurrentModule
-from .time_distributed import TimeDistributed
+from .submodules import find_networks
 
 # Names under which distributions take an action mask.
 _MASK_ARGUMENTS = ("mask", "action_mask")
-# Modules that read all dimensions after the first as one observation.
-_UNBATCHED = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.Flatten,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.MaxPool1d,
-    nn.MaxPool2d,
-    nn.AvgPool1d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-)
 
 
 class RecurrentLayer(NamedTuple):
@@ -86,6 +71,8 @@ class RecurrentNetwork:
     """
 
     def __init__(self, network: nn.Module) -> None:
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"Expected a network, an nn.Module. Got {network!r}. [network]")
         self.network = network
         self.layers = tuple(_find_layers(network))
         self.pairs = tuple(
@@ -153,8 +140,7 @@ class RecurrentNetwork:
         Returns:
             A TensorDict ``[*, T]`` with the entries that were read and those that were written.
         """
-        with explain_encoder_errors(self.network, tensordict):
-            return self._run(tensordict, recurrent_mode=True)
+        return self._run(tensordict, recurrent_mode=True)
 
     def run_step(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Run the network for one time step, on a shallow copy of the entries that it reads.
@@ -169,7 +155,7 @@ class RecurrentNetwork:
 
     def _run(self, tensordict: TensorDictBase, recurrent_mode: bool) -> TensorDictBase:
         keys = (*self.input_keys, *self.state_keys, *self.init_keys)
-        with set_recurrent_mode(recurrent_mode):
+        with explain_network_errors(self.network, tensordict), set_recurrent_mode(recurrent_mode):
             return self.network(tensordict.select(*keys, strict=False))
 
     def initial_states(
@@ -212,27 +198,6 @@ class RecurrentNetwork:
         return zeros
 
 
-def find_networks(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield every module inside, once; losses and estimators keep networks outside ``modules()``.
-
-    Examples:
-        >>> from torchrl.objectives.value import TD0Estimator
-        >>> net = nn.Linear(1, 1)
-        >>> net in list(find_networks(TD0Estimator(gamma=0.9, value_network=net)))
-        True
-    """
-    seen: set[int] = set()
-    waiting = [module]
-    while waiting:
-        for one in waiting.pop().modules():
-            if id(one) in seen:
-                continue
-            seen.add(id(one))
-            yield one
-            if isinstance(one, (LossModule, ValueEstimatorBase)):
-                waiting += [v for v in vars(one).values() if isinstance(v, nn.Module)]
-
-
 def _find_layers(module: nn.Module) -> Iterator[RecurrentLayer]:
     for one in find_networks(module):
         # TorchRL's recurrent modules share no base class, but all have this property.
@@ -249,43 +214,26 @@ def _state_keys(module: TensorDictModuleBase) -> tuple[NestedKey, ...]:
     return tuple(key for key in map(unravel_key, module.in_keys) if next_key(key) in written)
 
 
-@contextmanager
-def explain_encoder_errors(network: nn.Module, batch: TensorDictBase) -> Iterator[None]:
-    """Add the remedy to the error of an encoder that does not take sequences ``[B, T, ...]``.
+def as_networks(argument: str, networks: Any) -> tuple[RecurrentNetwork, ...]:
+    """Return one network or several as a tuple.
 
     Args:
-        network: a policy, a network or a loss that runs in the block.
-        batch: sequences that it runs on.
+        argument: name of the argument, for the message.
+        networks: a network, or a sequence of networks.
 
     Raises:
-        RuntimeError: in place of an error of the block, if the batch has more than one dimension
-            and the network has an encoder that takes one.
+        TypeError: if it is anything else.
+
+    Examples:
+        >>> as_networks("networks", None)
+        Traceback (most recent call last):
+        TypeError: networks must be an nn.Module or a sequence of them. Got None. [network]
     """
-    try:
-        yield
-    except (RuntimeError, ValueError, IndexError) as error:
-        names = _find_unbatched(network) if batch.ndim > 1 else []
-        if not names:
-            raise
-        raise RuntimeError(
-            f"The network has {', '.join(names)}, which takes one batch dimension. In recurrent "
-            f"mode an encoder gets [B, T, ...], here {list(batch.batch_size)} and the observation. "
-            "Wrap the encoder: rnnkeys.TimeDistributed(encoder, observation_ndim=3) for frames (C, "
-            f"H, W). [encoder-time] The error was: {error}"
-        ) from error
-
-
-def _find_unbatched(network: nn.Module) -> list[str]:
-    """Return the names of encoders' classes that take one batch dimension and are not wrapped."""
-    wrapped: set[int] = set()
-    found: dict[str, None] = {}
-    for module in find_networks(network):
-        handles_time: Any = isinstance(module, TimeDistributed) or (
-            # TorchRL's networks fold leading dimensions.
-            type(module).__module__.startswith("torchrl.modules.models")
+    listed = [networks] if isinstance(networks, nn.Module) else networks
+    if not isinstance(listed, (Sequence, nn.ModuleList)) or not all(
+        isinstance(one, nn.Module) for one in listed
+    ):
+        raise TypeError(
+            f"{argument} must be an nn.Module or a sequence of them. Got {networks!r}. [network]"
         )
-        if handles_time:
-            wrapped |= {id(inner) for inner in module.modules()}
-        elif isinstance(module, _UNBATCHED) and id(module) not in wrapped:
-            found[type(module).__name__] = None
-    return list(found)
+    return tuple(map(RecurrentNetwork, listed))

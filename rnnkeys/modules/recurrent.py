@@ -364,6 +364,7 @@ class RecurrentModule(TensorDictModuleBase, ABC):
         spec = self._entry_spec()
         data = entries.read(spec, tensordict, sequences=True)
         entries.check_continuity(spec, tensordict, data.shape)
+        self._check_device(data.x)
         own_dtype = self._layers.sample.dtype
         autocast = is_autocast(data.x)
         dtype = choose_dtype(data.x, own_dtype, autocast)
@@ -389,6 +390,7 @@ class RecurrentModule(TensorDictModuleBase, ABC):
         data = entries.read(spec, tensordict, sequences=False)
         if data.states is None:
             self._warn_of_missing_state(data.is_init)
+        self._check_device(data.x)
         layers = self._layers
         own_dtype = layers.sample.dtype
         autocast = is_autocast(data.x)
@@ -401,6 +403,14 @@ class RecurrentModule(TensorDictModuleBase, ABC):
         shape = data.shape
         states = [as_dtype(entries.unfold_step(s, shape), own_dtype) for s in after]
         return entries.unfold_step(y, shape), states
+
+    def _check_device(self, x: Tensor) -> None:
+        device = self._layers.sample.device
+        if x.device != device:
+            raise RuntimeError(
+                f"{type(self).__name__} is on {device}, and its input {self.in_keys[0]!r} on "
+                f"{x.device}. Move the TensorDict or the module with .to(). [device]"
+            )
 
     def _entry_spec(self) -> entries.EntrySpec:
         layers, keys = self._layers, self.in_keys

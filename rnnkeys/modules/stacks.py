@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from ..cells import Cell, State
 from ..checks.arguments import as_int
+from .arguments import MAX_SIZES
 from .parameters import Layers, TorchLayers
 
 # Backends choose kernels by these names.
@@ -274,7 +275,7 @@ def _sample(module: nn.Module) -> Tensor:
 def _as_size(name: str, size: Any) -> int:
     if size is None:
         raise ValueError(f"{name} must be passed, an int of at least 1. Got {name}=None.")
-    return as_int(name, size)
+    return as_int(name, size, maximum=MAX_SIZES[name])
 
 
 def make_stack(

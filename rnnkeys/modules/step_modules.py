@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNCellBase
 
 from ..cells import GRU_CELL, LSTM_CELL, GatedCell, Weights
+from ..checks import as_int
+from .arguments import MAX_SIZES
 
 
 class _StepModule(RNNCellBase):
@@ -22,6 +24,10 @@ class _StepModule(RNNCellBase):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        input_size, hidden_size = (
+            as_int(name, size, maximum=MAX_SIZES[name])
+            for name, size in (("input_size", input_size), ("hidden_size", hidden_size))
+        )
         super().__init__(
             input_size, hidden_size, bias, self.cell.num_gates, device=device, dtype=dtype
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase, unravel_key
+from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS
@@ -16,12 +16,15 @@ from ..checks import (
     as_int,
     can_read_values,
     find_finite_problems,
+    find_meta_problems,
+    find_tensor_problems,
+    find_type_problems,
     raise_first,
     value_checks_enabled,
 )
 from ..checks.losses import find_start_problems, find_written_state_problems
-from ..keys import MASK_KEY, next_key
-from ..modules.network import RecurrentNetwork
+from ..keys import MASK_KEY, as_key, next_key
+from ..modules.network import as_networks
 from ..sequences import (
     Spans,
     cut_windows,
@@ -72,6 +75,8 @@ class SequenceMinibatches:
         generator: random generator of the draws; by default torch's.
 
     Raises:
+        TypeError: if ``networks`` are not networks, a key is not a key, or ``generator`` is not a
+            ``torch.Generator``.
         ValueError: if a number is out of range, if ``minibatch_steps`` would cut a sequence, or if
             ``refresh`` is set without ``networks``.
 
@@ -102,11 +107,13 @@ class SequenceMinibatches:
         self.seq_len = _as_optional_int("seq_len", seq_len)
         self.epochs = as_int("epochs", epochs)
         self.by_episode = by_episode
-        self.networks = [RecurrentNetwork(network) for network in _as_list(networks)]
+        self.networks = () if networks is None else as_networks("networks", networks)
         self.refresh = refresh
         self.normalize_advantage = normalize_advantage
-        self.advantage_key = unravel_key(advantage_key)
-        self.init_key = unravel_key(init_key)
+        self.advantage_key = as_key("advantage_key", advantage_key)
+        self.init_key = as_key("init_key", init_key)
+        if not isinstance(generator, (torch.Generator, type(None))):
+            raise TypeError(f"generator must be a torch.Generator. Got {generator!r}. [argument]")
         self.generator = generator
         if refresh:
             self._check_refresh()
@@ -152,24 +159,36 @@ class SequenceMinibatches:
         return self._make_minibatches(rollout)
 
     def _check(self, rollout: TensorDictBase) -> None:
+        raise_first(find_type_problems(rollout, _NAME))
+        numbers = [("next", "reward"), self.advantage_key, "value_target"]
+        raise_first(find_tensor_problems(rollout, [self.init_key, *numbers]))
+        raise_first(find_meta_problems(rollout, self.init_key, _NAME))
         pairs = [pair for network in self.networks for pair in network.pairs]
         raise_first(find_sequence_problems(rollout, [self.init_key], pairs, reader=_NAME))
         for network in self.networks:
             for layer in network.layers:
                 raise_first(find_start_problems(rollout, layer, _NAME))
-        if self.normalize_advantage and rollout.get(self.advantage_key, None) is None:
-            raise_first([self._missing_advantage()])
+        if self.normalize_advantage:
+            raise_first(self._find_advantage_problems(rollout.get(self.advantage_key, None)))
         if can_read_values(rollout.get(self.init_key)):
-            keys = [("next", "reward"), self.advantage_key, "value_target"]
-            raise_first(find_finite_problems(rollout, keys, read_mask(rollout)))
+            raise_first(find_finite_problems(rollout, numbers, read_mask(rollout)))
 
-    def _missing_advantage(self) -> Problem:
-        return Problem(
-            "advantage",
-            f"normalize_advantage=True, and the rollout has no {self.advantage_key!r}.",
-            "Compute it first, over the whole rollout: recurrent_loss(GAE(...))(rollout).",
-            KeyError,
-        )
+    def _find_advantage_problems(self, advantage: Tensor | None) -> Iterator[Problem]:
+        remedy = "Compute it first, over the whole rollout: recurrent_loss(GAE(...))(rollout)."
+        if advantage is None:
+            yield Problem(
+                "advantage",
+                f"normalize_advantage=True, and the rollout has no {self.advantage_key!r}.",
+                remedy,
+                KeyError,
+            )
+        elif not advantage.is_floating_point():
+            yield Problem(
+                "advantage",
+                f"The advantages {self.advantage_key!r} must be floats. Got {advantage.dtype}.",
+                remedy,
+                TypeError,
+            )
 
     def _make_minibatches(self, rollout: TensorDictBase) -> Iterator[TensorDictBase]:
         steps = rollout.shape[-1]
@@ -239,9 +258,3 @@ class SequenceMinibatches:
 
 def _as_optional_int(name: str, value: Any) -> int | None:
     return None if value is None else as_int(name, value)
-
-
-def _as_list(networks: nn.Module | list[nn.Module] | None) -> list[nn.Module]:
-    if networks is None:
-        return []
-    return [networks] if isinstance(networks, nn.Module) else list(networks)

@@ -32,7 +32,7 @@ def n_step_returns(
     """
     one_step = rewards + gamma * next_value
     returns = one_step
-    for _ in range(n_steps - 1):
+    for _ in range(min(n_steps, rewards.shape[1]) - 1):
         # One more reward in front of the sum that starts at the next step.
         longer = rewards[:, :-1] + gamma * returns[:, 1:]
         returns = torch.cat(

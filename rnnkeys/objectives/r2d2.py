@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torchrl.objectives import LossModule, distance_loss
 
+from .._compat import has_data
 from ..checks import as_float, as_int, raise_first, value_checks_enabled
 from ..keys import MASK_KEY, next_key
 from ..modules.network import RecurrentNetwork
@@ -27,8 +28,10 @@ from .r2d2_checks import (
     find_value_problems,
     find_window_problems,
 )
-from .rescaling import value_rescale, value_rescale_inverse
+from .rescaling import as_eps, value_rescale, value_rescale_inverse
 from .window_values import WindowValues, compute_values, starts_in_window
+
+_LOSS_FUNCTIONS = ("l2", "l1", "smooth_l1")
 
 
 class R2D2Loss(LossModule):
@@ -146,9 +149,14 @@ class R2D2Loss(LossModule):
         self._network = RecurrentNetwork(self.value_network)
         self.delay_value = delay_value
         self.double_dqn = double_dqn
-        self.eps = eps
+        self.eps = None if eps is None else as_eps(eps)
         self.learn_starts = learn_starts and self.burn_in > 0
         self.squared_priority = squared_priority
+        if loss_function not in _LOSS_FUNCTIONS:
+            raise ValueError(
+                f"loss_function must be one of {', '.join(map(repr, _LOSS_FUNCTIONS))}. Got "
+                f"{loss_function!r}. [argument]"
+            )
         self.loss_function = loss_function
         self.importance_weights = importance_weights
         self._has_read_values = False
@@ -242,7 +250,9 @@ class R2D2Loss(LossModule):
         if not value_checks_enabled() or is_compiling():
             return False
         reward = tensordict.get(next_key(self.tensor_keys.reward), None)
-        return not self._has_read_values or reward is None or reward.device.type == "cpu"
+        if not isinstance(reward, Tensor):
+            return True
+        return reward.device.type == "cpu" or has_data(reward) and not self._has_read_values
 
     def _prepare(self, rows: TensorDictBase, read_values: bool) -> tuple[TensorDictBase, Tensor]:
         """Return the entries that the loss reads, zero at padding, and the valid mask."""

@@ -18,6 +18,7 @@ from ..checks import (
     find_mask_problems,
     find_multi_step_problems,
     find_step_problems,
+    find_tensor_problems,
 )
 from ..keys import MASK_KEY, MULTI_STEP_KEY, entry_names, next_key
 from ..modules.network import RecurrentNetwork
@@ -57,6 +58,7 @@ def find_window_problems(
                 "Collect it, or name another entry with set_keys().",
                 KeyError,
             )
+    yield from find_tensor_problems(windows, [*map(unravel_key, in_keys), keys.priority_weight])
     yield from find_multi_step_problems(windows, MULTI_STEP_KEY, "n_steps=")
     for name in (keys.done, keys.terminated):
         yield from find_done_problems(windows, next_key(name))

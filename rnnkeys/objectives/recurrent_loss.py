@@ -91,7 +91,7 @@ def recurrent_loss(loss: Loss, init_key: NestedKey | list[NestedKey] | None = No
             "modules of your own, name their flags with init_key=."
         )
     raise_first(find_loss_problems(loss, wiring.layers))
-    shared = find_shared_key_problems(type(loss).__name__, find_parameters(loss))
+    shared = find_shared_key_problems(str(type(loss).__name__), find_parameters(loss))
     raise_first(replace(problem, error=UserWarning) for problem in shared)
     keep_dropped_keys(loss)
     loss.__class__ = _wired_class(type(loss))

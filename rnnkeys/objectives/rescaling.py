@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from numbers import Real
+from typing import Any
+
 from torch import Tensor
 
 
@@ -29,7 +32,7 @@ def value_rescale(x: Tensor, eps: float = 1e-3) -> Tensor:
         >>> value_rescale(torch.tensor([0.0, 100.0]))
         tensor([0.0000, 9.1499])
     """
-    _check(eps)
+    eps = as_eps(eps)
     return x / ((x.abs() + 1).sqrt() + 1) + eps * x
 
 
@@ -57,14 +60,22 @@ def value_rescale_inverse(y: Tensor, eps: float = 1e-3) -> Tensor:
         >>> value_rescale_inverse(torch.tensor([9.149876]))
         tensor([100.0000])
     """
-    _check(eps)
+    eps = as_eps(eps)
     b = 1 + 2 * eps
     s = 2 * y.abs() / (b + (b * b + 4 * eps * y.abs()).sqrt())
     return y.sign() * s * (s + 2)
 
 
-def _check(eps: float) -> None:
-    if not eps > 0:
+def as_eps(eps: Any) -> float:
+    """Return the slope of the rescaling as a float.
+
+    Raises:
+        ValueError: if it is not a number, or not greater than 0.
+    """
+    is_number = isinstance(eps, Real) and not isinstance(eps, bool)
+    if not is_number or not 0 < float(eps) < float("inf"):
         raise ValueError(
-            f"eps must be > 0: without it the inverse is not Lipschitz. Got {eps}; R2D2 takes 1e-3."
+            "eps must be a number > 0: without it the inverse is not Lipschitz. Got "
+            f"eps={eps!r}; R2D2 takes 1e-3. [argument]"
         )
+    return float(eps)

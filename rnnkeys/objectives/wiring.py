@@ -22,6 +22,7 @@ from torchrl.objectives import (
 from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS
 from torchrl.objectives.value import ValueEstimatorBase
 
+from .._compat import has_data
 from ..checks import (
     Problem,
     find_action_mask_problems,
@@ -29,6 +30,7 @@ from ..checks import (
     find_finite_problems,
     find_loss_mask_problems,
     find_next_problems,
+    find_tensor_problems,
     raise_first,
     suspend_value_checks,
     value_checks_enabled,
@@ -39,10 +41,12 @@ from ..checks.losses import (
     find_estimator_problems,
     find_value_problems,
     needs_next,
+    numbers_read,
 )
 from ..keys import MASK_KEY, as_keys, as_tuple, next_key
 from ..mode import set_recurrent_mode
-from ..modules.network import RecurrentLayer, RecurrentNetwork, explain_encoder_errors
+from ..modules.network import RecurrentLayer, RecurrentNetwork
+from ..modules.network_errors import explain_network_errors
 from ..sequences import allow_where_empty, find_sequence_problems, read_mask, zero_masked
 from ..sequences.checked import is_checked
 from ..sequences.segment_starts import any_agent, find_segment_starts, match_agents, set_next_flags
@@ -139,7 +143,7 @@ class Wired:
         try:
             # The batch has been checked; modules inside need not check it again.
             with nullcontext() if is_compiling() else suspend_value_checks():
-                with set_recurrent_mode(True), explain_encoder_errors(loss, batch):
+                with set_recurrent_mode(True), explain_network_errors(loss, batch):
                     result = method(self, batch, *args, **kwargs)
                 return self.correct_for_padding(result, batch)
         finally:
@@ -186,6 +190,8 @@ class Wired:
         states = [key for key, _ in wiring.state_keys]
         name = str(self.wired_class.__name__)
         raise_first(find_estimator_problems(loss))
+        read = dict.fromkeys([*map(unravel_key, loss.in_keys), *numbers_read(loss)])
+        raise_first(find_tensor_problems(batch, read))
         raise_first(find_batch_problems(loss, batch, wiring.layers))
         raise_first(
             find_sequence_problems(
@@ -234,8 +240,9 @@ class Wired:
         if is_compiling() or not value_checks_enabled():
             return False
         flags = batch.get(self._wiring.init_keys[0], None)
-        on_cpu = flags is None or flags.device.type == "cpu"
-        return on_cpu or not self._wiring.checked
+        if not isinstance(flags, Tensor):
+            return True
+        return flags.device.type == "cpu" or has_data(flags) and not self._wiring.checked
 
     def _mask_keys(self) -> tuple[NestedKey, ...]:
         """Return the keys of the masks that the loss reads."""

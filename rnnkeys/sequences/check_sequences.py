@@ -14,10 +14,12 @@ from ..checks import (
     find_init_problems,
     find_mask_problems,
     find_step_problems,
+    find_tensor_problems,
 )
+from ..keys import MASK_KEY, next_key
 from .continuity import find_breaks
 from .masks import read_mask
-from .segment_starts import find_group_done_problems
+from .segment_starts import find_done_key, find_group_done_problems
 from .segments import Segments
 from .stored_states import (
     find_episode_state_problems,
@@ -59,7 +61,8 @@ def find_sequence_problems(
         ['continuity']
     """
     init_keys = list(dict.fromkeys(map(unravel_key, init_keys)))
-    problems = [*_find_entry_problems(batch, init_keys, reader)]
+    pairs = [(unravel_key(state), unravel_key(init)) for state, init in state_keys]
+    problems = [*_find_entry_problems(batch, init_keys, pairs, reader)]
     yield from problems
     if problems:
         return
@@ -72,7 +75,6 @@ def find_sequence_problems(
         return
     if batch.shape[-1] < 2:
         return
-    pairs = [(unravel_key(state), unravel_key(init)) for state, init in state_keys]
     for key in init_keys:
         segments = Segments(batch, key)
         stored = [state for state, init in pairs if init == key]
@@ -87,9 +89,20 @@ def find_sequence_problems(
 
 
 def _find_entry_problems(
-    batch: TensorDictBase, init_keys: Iterable[NestedKey], reader: str
+    batch: TensorDictBase,
+    init_keys: list[NestedKey],
+    pairs: list[tuple[NestedKey, NestedKey]],
+    reader: str,
 ) -> Iterator[Problem]:
     problems = [*find_step_problems(batch, reader)]
+    yield from problems
+    if problems:
+        return
+    states = [key for key, _ in pairs]
+    read = [*init_keys, MASK_KEY, *states, *map(next_key, states)]
+    for name in ("done", "terminated"):
+        read += [find_done_key(batch, key, name) for key in init_keys]
+    problems = [*find_tensor_problems(batch, [key for key in read if key is not None])]
     yield from problems
     if problems:
         return
@@ -97,6 +110,58 @@ def _find_entry_problems(
         yield from find_init_problems(batch, key)
         yield from find_group_done_problems(batch, key)
     yield from find_mask_problems(batch, reader)
+    for state, init in pairs:
+        yield from find_state_problems(batch, state, init)
+
+
+def find_state_problems(
+    batch: TensorDictBase, state_key: NestedKey, init_key: NestedKey
+) -> Iterator[Problem]:
+    """Yield problems of states that are not floats, or that their flags do not fit.
+
+    Args:
+        batch: sequences ``[*, T]``, or single steps.
+        state_key: key of a recurrent state; it may be missing, here and in ``next``.
+        init_key: key of its flags.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> state = torch.zeros(4, 1, 5, dtype=torch.int64)
+        >>> batch = TensorDict({"is_init": torch.zeros(4, 1).bool(), "h": state}, [4])
+        >>> [problem.check for problem in find_state_problems(batch, "h", "is_init")]
+        ['state-dtype']
+    """
+    flags = batch.get(init_key, None)
+    for key in (state_key, next_key(state_key)):
+        state = batch.get(key, None)
+        if state is None:
+            continue
+        if not state.is_floating_point():
+            yield Problem(
+                "state-dtype",
+                f"The state {key!r} must be floats. Got {state.dtype}.",
+                "Store it as the recurrent layer wrote it.",
+                TypeError,
+            )
+        other = batch.get(state_key, state)
+        if state.shape != other.shape:
+            yield Problem(
+                "state-shape",
+                f"The state {key!r} must have the shape of {state_key!r}, {list(other.shape)}. Got "
+                f"{list(state.shape)}.",
+                "Store both as they were collected.",
+            )
+        lead = batch.batch_size if flags is None else flags.shape[:-1]
+        if state.ndim < len(lead) + 2 or state.shape[: len(lead)] != lead:
+            yield Problem(
+                "state-shape",
+                f"The state {key!r} must have the shape [*batch, *agents, layers, size], and "
+                f"{init_key!r} [*batch, 1] or [*batch, agents, 1], with the batch "
+                f"{list(batch.batch_size)}. Got {list(state.shape)} and "
+                f"{None if flags is None else list(flags.shape)}.",
+                "Store both as they were collected.",
+            )
 
 
 def find_length_problems(segments: Segments) -> Iterator[Problem]:

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase, UnbatchedTensor
+from tensordict import LazyStackedTensorDict, TensorDictBase, UnbatchedTensor
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..checks import find_mask_problems, raise_first
+from ..checks import as_int, find_mask_problems, find_type_problems, raise_first
 from ..keys import MASK_KEY, next_key
 
 
@@ -26,6 +26,7 @@ def sequence_mask(lengths: Tensor, max_len: int | None = None) -> Tensor:
         Bool ``[*, T]``, True before each length.
 
     Raises:
+        TypeError: if ``lengths`` is not a tensor of integers.
         ValueError: if a length is negative or more than ``max_len``.
 
     Examples:
@@ -33,9 +34,10 @@ def sequence_mask(lengths: Tensor, max_len: int | None = None) -> Tensor:
         tensor([[ True, False, False],
                 [ True,  True,  True]])
     """
+    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.is_complex():
+        raise TypeError(f"lengths must be a tensor of integers. Got {lengths!r}. [argument]")
     longest = int(lengths.max()) if lengths.numel() else 0
-    if max_len is None:
-        max_len = longest
+    max_len = longest if max_len is None else as_int("max_len", max_len, 0)
     if longest > max_len or (lengths < 0).any():
         raise ValueError(
             f"lengths must be between 0 and max_len={max_len}. Got {lengths.tolist()}: raise "
@@ -67,6 +69,7 @@ def read_mask(
         >>> read_mask(TensorDict({"collector": {"mask": mask}}, [2, 5])).shape
         torch.Size([2, 5])
     """
+    raise_first(find_type_problems(batch, reader))
     mask = batch.get(mask_key, None)
     if mask is None:
         return None
@@ -91,12 +94,22 @@ def zero_masked(
     Returns:
         A copy; the batch itself if it is in CPU memory and nothing is masked.
 
+    Raises:
+        TypeError: if ``batch`` is not a TensorDict.
+        ValueError: if the mask has another shape.
+
     Examples:
         >>> from tensordict import TensorDict
         >>> batch = TensorDict({"reward": torch.tensor([1.0, float("nan")])}, [2])
         >>> zero_masked(batch, torch.tensor([True, False]))["reward"]
         tensor([1., 0.])
     """
+    raise_first(find_type_problems(batch, "zero_masked"))
+    if mask.shape != batch.batch_size:
+        raise ValueError(
+            f"mask must have the shape of the batch, {list(batch.batch_size)}. Got "
+            f"{list(mask.shape)}. [mask-shape]"
+        )
     # Elsewhere than on the CPU a look at values waits for the device.
     if not is_compiling() and mask.device.type == "cpu" and bool(mask.all()):
         return batch
@@ -106,9 +119,11 @@ def zero_masked(
             return entry  # it has no steps
         if not (entry.is_floating_point() or (integers and entry.dtype.is_signed)):
             return entry
-        padding = ~mask.reshape(*mask.shape, *[1] * (entry.ndim - mask.ndim))
+        padding = ~mask.to(entry.device).reshape(*mask.shape, *[1] * (entry.ndim - mask.ndim))
         return entry.masked_fill(padding if finite else padding & ~entry.isfinite(), 0)
 
+    if isinstance(batch, LazyStackedTensorDict):
+        batch = batch.contiguous()  # apply() would run on each of its parts
     filled: Any = batch.apply(fill)
     return filled
 

@@ -15,6 +15,8 @@ from ..checks import (
     find_init_problems,
     find_next_problems,
     find_step_problems,
+    find_tensor_problems,
+    find_type_problems,
     raise_first,
 )
 from ..keys import as_tuple, next_key
@@ -41,11 +43,11 @@ def read_is_init(batch: TensorDictBase, init_key: NestedKey) -> Tensor:
         >>> read_is_init(TensorDict({"is_init": flags}, [2, 5]), "is_init") is flags
         True
     """
+    raise_first(find_type_problems(batch, "read_is_init"))
     if not batch.ndim:
         raise_first(find_step_problems(batch, "A recurrent network in recurrent mode"))
-    flags = batch.get(init_key, None)
     raise_first(find_init_problems(batch, init_key))
-    return flags
+    return batch.get(init_key)
 
 
 def find_segment_starts(batch: TensorDictBase, init_key: NestedKey) -> Tensor:
@@ -100,9 +102,10 @@ def follow_done(
         ValueError: if its shape is wrong.
     """
     time = batch.ndim - 1
-    key = _done_key(batch, init_key, name)
+    key = find_done_key(batch, init_key, name)
     if key is None or flags.shape[time] < 2:
         return torch.zeros_like(flags)
+    raise_first(find_tensor_problems(batch, [init_key, key]))
     raise_first(find_done_problems(batch, key))
     done = match_agents(batch.get(key), flags, batch.ndim)
     ends = done.narrow(time, 0, done.shape[time] - 1)
@@ -111,12 +114,12 @@ def follow_done(
 
 def find_group_done_problems(batch: TensorDictBase, init_key: NestedKey) -> Iterable[Problem]:
     """Yield problems of the ``done`` entry that belongs to the flags at ``init_key``."""
-    key = _done_key(batch, init_key)
+    key = find_done_key(batch, init_key)
     if key is not None:
         yield from find_done_problems(batch, key)
 
 
-def _done_key(
+def find_done_key(
     batch: TensorDictBase, init_key: NestedKey, name: str = "done"
 ) -> tuple[str, ...] | None:
     """Return the key of the ``done`` beside the flags, or else of the one nearest to the root."""
@@ -175,6 +178,7 @@ def set_segment_starts(batch: TensorDictBase, init_keys: Iterable[NestedKey]) ->
     Raises:
         KeyError: as :func:`find_segment_starts`, which raises its other errors too.
     """
+    raise_first(find_type_problems(batch, "set_segment_starts"))
     flagged = batch.copy()
     for key in init_keys:
         flagged.set(key, find_segment_starts(batch, key))

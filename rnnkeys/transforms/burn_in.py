@@ -9,9 +9,9 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
-from ..checks import as_int
+from ..checks import as_int, find_type_problems, raise_first
 from ..keys import next_key
-from ..modules.network import RecurrentNetwork
+from ..modules.network import RecurrentNetwork, as_networks
 from ..sequences.states import expand_flags
 from .base import SequenceTransform
 from .prepare import prepare_sequences
@@ -36,7 +36,9 @@ class BurnIn(SequenceTransform):
         burn_in: ``K``, in steps. 0 changes nothing.
 
     Raises:
-        ValueError: if ``burn_in`` is negative, or a network contains no recurrent module.
+        TypeError: if ``networks`` are not networks.
+        ValueError: if ``burn_in`` is negative, if there is no network, or if one contains no
+            recurrent module.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -57,9 +59,10 @@ class BurnIn(SequenceTransform):
     ) -> None:
         super().__init__()
         self.burn_in = as_int("burn_in", burn_in, minimum=0)
-        listed = [networks] if isinstance(networks, TensorDictModuleBase) else list(networks)
         # RecurrentNetwork is no nn.Module: the transform neither owns nor copies the networks.
-        self._networks = tuple(RecurrentNetwork(network) for network in listed)
+        self._networks = as_networks("networks", networks)
+        if not self._networks:
+            raise ValueError("networks must name at least one network. Got []. [network]")
         for network in self._networks:
             network.check_is_recurrent()
 
@@ -76,6 +79,7 @@ class BurnIn(SequenceTransform):
             KeyError: if ``is_init`` flags or an input are missing.
             ValueError: if the batch is flat, its time is not contiguous, or ``T <= K``.
         """
+        raise_first(find_type_problems(tensordict, "BurnIn"))
         if not self.burn_in:
             return tensordict
         if tensordict.ndim < 2:

@@ -11,9 +11,10 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from ..checks import as_int
+from ..checks import as_int, find_type_problems, raise_first
 from ..keys import MASK_KEY
 from ..modules.network import RecurrentNetwork
+from ..sequences import read_mask
 from .burn_in import cut_burn_in
 from .prepare import prepare_sequences
 from .refresh import RefreshStates, read_windows
@@ -88,10 +89,12 @@ def state_staleness(
         tensor([0., 0., 0.])
     """
     burn_in = as_int("burn_in", burn_in, minimum=0)
+    for windows in (stored, refreshed):
+        raise_first(find_type_problems(windows, "state_staleness"))
     if stored.shape != refreshed.shape or stored.ndim != 2:
         raise ValueError(
-            f"stored and refreshed must be the same windows [N, T]. Got {list(stored.shape)} and "
-            f"{list(refreshed.shape)}."
+            "stored and refreshed must be the same windows [N, T]. Got "
+            f"{list(stored.shape)} and {list(refreshed.shape)}."
         )
     cut_burn_in(stored, burn_in)
     recurrent = RecurrentNetwork(network)
@@ -101,7 +104,7 @@ def state_staleness(
         for windows in (stored, refreshed)
     )
     q_stale, q_true = (run.get(value_key)[:, burn_in:] for run in (stale, true))
-    mask = stored.get(MASK_KEY, None)
+    mask = read_mask(stored, "state_staleness")
     mask = q_true.new_ones(q_true.shape[:2]).bool() if mask is None else mask[:, burn_in:]
     discrepancy = value_discrepancy(q_stale, q_true, mask)
     discrepancy = discrepancy.masked_fill(~mask, float("nan"))

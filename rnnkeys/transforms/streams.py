@@ -12,7 +12,13 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from ..checks import find_done_problems, find_init_problems, find_mask_problems, raise_first
+from ..checks import (
+    find_done_problems,
+    find_init_problems,
+    find_mask_problems,
+    find_tensor_problems,
+    raise_first,
+)
 from ..keys import MASK_KEY, TRAJECTORY_KEY, as_tuple
 
 # After so many batches that do not continue it, an episode counts as over: its actor is gone.
@@ -58,6 +64,7 @@ def find_pieces(rows: TensorDictBase, init_key: NestedKey) -> list[Piece]:
         >>> [(piece.steps.tolist(), piece.is_end) for piece in find_pieces(rows, "is_init")]
         [([0, 1], True), ([2], False)]
     """
+    raise_first(find_tensor_problems(rows, [init_key, MASK_KEY, TRAJECTORY_KEY]))
     ends, starts = _read_ends_and_starts(rows, init_key)
     raise_first(find_mask_problems(rows, "Windows"))
     mask = rows.get(MASK_KEY, None)
@@ -111,6 +118,7 @@ def _read_ends_and_starts(rows: TensorDictBase, init_key: NestedKey) -> tuple[Te
     neither = torch.zeros(rows.shape, dtype=torch.bool)
     ends = starts = neither
     if done_key is not None:
+        raise_first(find_tensor_problems(rows, [done_key]))
         raise_first(find_done_problems(rows, done_key))
         ends = rows.get(done_key).flatten(2).any(-1).cpu()
     if flags is not None:

@@ -13,14 +13,21 @@ from tensordict import (
     TensorDict,
     TensorDictBase,
     UnbatchedTensor,
-    unravel_key,
 )
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from ..checks import as_int, can_read_values, raise_first
-from ..keys import MASK_KEY, as_tuple, next_key
+from ..checks import (
+    as_int,
+    can_read_values,
+    find_meta_problems,
+    find_tensor_problems,
+    find_type_problems,
+    raise_first,
+)
+from ..keys import MASK_KEY, as_key, as_tuple, next_key
 from ..sequences import Spans, cut_windows
+from ..sequences.check_sequences import find_state_problems
 from ..sequences.continuity import find_continuity_problems
 from .base import SequenceTransform
 from .streams import Cutter, Stream, continue_streams, find_pieces
@@ -30,6 +37,7 @@ EPISODE_KEY, FIRST_KEY = ("window", "episode"), ("window", "first")
 _STATE_PREFIX = "recurrent_state"
 _DONE_NAMES = ("done", "terminated")
 _LOST_EPISODES = 10
+_MAX_LENGTH = 2**20
 _STREAM_REMEDY = (
     " Windows joins the steps of a trajectory id, or without ids a row with the same row of the "
     "batch before: give each collector a Windows of its own, and call clear() where episodes were "
@@ -67,7 +75,7 @@ class Windows(SequenceTransform):
     are kept; at padding they repeat the last step.
 
     Args:
-        length: ``L``, in steps.
+        length: ``L``, in steps, at most 2 ** 20.
         residual: what happens to the steps that fill no window.
         period: of ``"overlap"``, from 1 to ``L``. R2D2 has ``L = 80``, ``period = 40``.
         state_keys: keys of the recurrent states; by default all whose name starts with
@@ -103,7 +111,7 @@ class Windows(SequenceTransform):
         init_key: NestedKey = "is_init",
     ) -> None:
         super().__init__()
-        self.length = as_int("length", length)
+        self.length = as_int("length", length, maximum=_MAX_LENGTH)
         if residual not in RESIDUALS:
             names = ", ".join(map(repr, RESIDUALS))
             raise ValueError(f"residual must be one of {names}. Got {residual!r}.")
@@ -116,9 +124,13 @@ class Windows(SequenceTransform):
         self.period = self.length if period is None else as_int("period", period)
         if self.period > self.length:
             raise ValueError(f"period must be from 1 to length={length}. Got {period}.")
-        self.state_keys = None if state_keys is None else [unravel_key(k) for k in state_keys]
+        if isinstance(state_keys, str):
+            state_keys = [state_keys]
+        self.state_keys = (
+            None if state_keys is None else [as_key("state_keys", key) for key in state_keys]
+        )
         self.keep_states = keep_states
-        self.init_key = unravel_key(init_key)
+        self.init_key = as_key("init_key", init_key)
         self._cutter = Cutter(self.length, self.period, residual)
         # Episodes that have ended without a window; None once a window was made.
         self._lost_episodes: int | None = 0
@@ -183,6 +195,7 @@ class Windows(SequenceTransform):
         Returns:
             Batch size ``[N]``: states ``[N, ...]``, everything else ``[N, L, ...]``.
         """
+        raise_first(find_type_problems(tensordict, "Windows"))
         rows = tensordict.unsqueeze(0) if tensordict.ndim == 1 else tensordict
         self._check_rows(rows)
         pieces = find_pieces(rows, self.init_key)
@@ -251,6 +264,13 @@ class Windows(SequenceTransform):
                 f"Windows are cut from a batch [B, T] or [T]. Got batch size "
                 f"{list(rows.batch_size)}. Reshape it."
             )
+        tensors = [key for key, value in _leaves(rows) if isinstance(value, Tensor)]
+        raise_first(find_tensor_problems(rows, tensors))
+        for key in tensors[:1]:
+            raise_first(find_meta_problems(rows, key, "Windows"))
+        for key in self._find_states(rows):
+            if key[0] != "next":
+                raise_first(find_state_problems(rows, key, self.init_key))
 
     def _check_number_of_rows(self, rows: TensorDictBase, continues_rows: bool) -> None:
         if continues_rows and self._num_rows not in (None, rows.shape[0]):

@@ -500,6 +500,7 @@ def test_check_critic_with_own_keys_need_not_collect() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*keep their states under one key:UserWarning")
 def test_check_critic_with_the_actors_keys_is_found() -> None:
     report = make_sac(own_keys=False).check()
     assert report.checks() == ["shared-key"], str(report)

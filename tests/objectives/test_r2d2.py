@@ -576,5 +576,5 @@ def test_value_rescale_inverse_has_no_cancellation(eps):
 
 def test_value_rescale_without_slope_raises():
     for function in (value_rescale, value_rescale_inverse):
-        with pytest.raises(ValueError, match="eps must be > 0"):
+        with pytest.raises(ValueError, match="eps must be a number > 0"):
             function(torch.zeros(1), 0.0)

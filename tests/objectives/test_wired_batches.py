@@ -252,7 +252,8 @@ def test_wired_loss_of_a_feed_forward_network_checks_values() -> None:
     spoiled = batch.clone()
     spoiled["observation"][5] = float("nan")
     check_raises(loss, spoiled, ValueError, r"'observation' is not finite.*\[not-finite\]")
-    check_raises(loss, batch[torch.arange(len(batch)).flip(0)], ValueError, r"\[continuity\]")
+    backwards: Any = batch[torch.arange(len(batch)).flip(0)]
+    check_raises(loss, backwards, ValueError, r"\[continuity\]")
 
 
 def test_recurrent_loss_of_networks_that_share_state_keys_warns() -> None:

@@ -1,0 +1,122 @@
+"""Errors of a network that does not take a batch: they name entries and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tensordict import TensorDictBase, unravel_key
+from torch import Tensor, nn
+
+from .submodules import find_networks
+from .time_distributed import TimeDistributed
+
+# Modules that read all dimensions after the first as one observation.
+_UNBATCHED = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.Flatten,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.AvgPool1d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+)
+
+
+# What torch, tensordict and TorchRL raise. Other types, such as a user's own, pass as they are.
+_EXPLAINED = (
+    RuntimeError,
+    NotImplementedError,
+    ValueError,
+    IndexError,
+    KeyError,
+    TypeError,
+    AttributeError,
+)
+_DOCUMENTED = (RuntimeError, ValueError, KeyError, TypeError)
+
+
+@contextmanager
+def explain_network_errors(network: nn.Module, batch: TensorDictBase) -> Iterator[None]:
+    """Name the entries and the remedy in the errors of a network that does not take a batch.
+
+    Args:
+        network: a policy, a network or a loss that runs in the block.
+        batch: sequences or steps that it runs on.
+
+    Raises:
+        RuntimeError: in place of an error of the block, if the batch has more than one dimension
+            and the network has an encoder that takes one.
+        Exception: in place of an error of other packages, one that lists the entries that the
+            network reads, with their dtypes and shapes. It has the same type if that is one of
+            RuntimeError, ValueError, KeyError and TypeError; else it is a RuntimeError.
+    """
+    try:
+        yield
+    except _EXPLAINED as error:
+        names = _find_unbatched(network) if batch.ndim > 1 else []
+        if names:
+            raise _encoder_error(names, batch, error) from error
+        if type(error) not in _EXPLAINED or _is_own(error):
+            raise
+        kind = type(error) if type(error) in _DOCUMENTED else RuntimeError
+        raise kind(_list_entries(network, batch, error)) from error
+
+
+def _encoder_error(names: list[str], batch: TensorDictBase, error: Exception) -> RuntimeError:
+    return RuntimeError(
+        f"The network has {', '.join(names)}, which takes one batch dimension. In recurrent mode "
+        f"an encoder gets [B, T, ...], here {list(batch.batch_size)} and the observation. Wrap the "
+        "encoder: rnnkeys.TimeDistributed(encoder, observation_ndim=3) for frames (C, H, W). "
+        f"[encoder-time] The error was: {error}"
+    )
+
+
+def _is_own(error: Exception) -> bool:
+    """Return whether code of this package raised the error."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return str(module).partition(".")[0] == __name__.partition(".")[0]
+
+
+def _list_entries(network: Any, batch: TensorDictBase, error: Exception) -> str:
+    keys = dict.fromkeys(unravel_key(key) for key in getattr(network, "in_keys", ()))
+    entries = ", ".join(f"{key!r} {_describe(batch.get(key, None))}" for key in keys)
+    name = getattr(network, "wired_class", type(network)).__name__
+    return (
+        f"{name} does not run on this batch {list(batch.batch_size)}. It reads {entries}: compare "
+        "their dtypes and shapes with those that its modules were made for. [network-input] The "
+        f"error was: {error}"
+    )
+
+
+def _describe(entry: Any) -> str:
+    if entry is None:
+        return "(missing)"
+    if not isinstance(entry, Tensor):
+        return f"({type(entry).__name__})"
+    return f"{str(entry.dtype).removeprefix('torch.')} {list(entry.shape)}"
+
+
+def _find_unbatched(network: nn.Module) -> list[str]:
+    """Return the names of encoders' classes that take one batch dimension and are not wrapped."""
+    wrapped: set[int] = set()
+    found: dict[str, None] = {}
+    for module in find_networks(network):
+        handles_time: Any = isinstance(module, TimeDistributed) or (
+            # TorchRL's networks fold leading dimensions.
+            type(module).__module__.startswith("torchrl.modules.models")
+        )
+        if handles_time:
+            wrapped |= {id(inner) for inner in module.modules()}
+        elif isinstance(module, _UNBATCHED) and id(module) not in wrapped:
+            found[type(module).__name__] = None
+    return list(found)
