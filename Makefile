@@ -41,12 +41,12 @@ export XDG_CACHE_HOME := $(CACHE)/xdg
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help check-python env test test-gpu test-versions lint typecheck docs pytest faults demo learn results bench \
+.PHONY: help check-python env test test-gpu test-versions lint typecheck docs pytest fuzz faults demo learn results bench \
 	bench-quick bench-gpu targets format dist clean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
-	@echo 'others: env lint typecheck pytest faults learn results bench bench-quick bench-gpu targets format dist clean'
+	@echo 'others: env lint typecheck pytest fuzz faults learn results bench bench-quick bench-gpu targets format dist clean'
 
 # Before anything is deleted: one clear line where PYTHON cannot build the environment.
 TOO_OLD = $(filter 2.% 3.0.% 3.1.% 3.2.% 3.3.% 3.4.% 3.5.% 3.6.% 3.7.% 3.8.% 3.9.%,$(PYTHON_VERSION))
@@ -90,6 +90,11 @@ docs: $(DEV_READY)
 # One thread per worker: two workers with two threads each would fight for two cores.
 pytest: $(DEV_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --durations=10 $(PYTEST_ARGS)
+
+# 20 entry points, 5,000 new batches each, and as many arguments: an hour on two cores.
+fuzz: export FUZZ_EXAMPLES ?= 5000
+fuzz: $(DEV_READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/fuzz $(PYTEST_ARGS)
 
 faults: $(DEV_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.check_faults --jobs $(JOBS)
