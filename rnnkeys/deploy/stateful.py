@@ -330,8 +330,9 @@ class StatefulPolicy:
         for key in self.network.state_keys:
             value = state.get(key, None)
             if not isinstance(value, Tensor) or value.shape[:1] != (number,):
-                is_tensor = isinstance(value, Tensor)
-                got = f"shape {tuple(value.shape)}" if is_tensor else type(value).__name__
+                got = "nothing" if value is None else f"a {type(value).__name__}"
+                if isinstance(value, Tensor):
+                    got = f"shape {tuple(value.shape)}"
                 raise ValueError(
                     f"state must hold {key!r} of {number} environments. Got {got}; state(ids) "
                     "returns states of the right form."
@@ -358,9 +359,9 @@ class StatefulPolicy:
                 ``[num_envs, *agents]`` where agents end apart from each other.
 
         Raises:
-            TypeError: if it is not bool, or integers of 0 and 1.
-            ValueError: if its shape does not fit, or if ``autoreset`` is not known for a vector of
-                environments.
+            TypeError: if it is not an array of flags.
+            ValueError: if it holds other numbers than 0 and 1, if its shape does not fit, or if
+                ``autoreset`` is not known for a vector of environments.
         """
         done = self._as_flags(done)
         if done.numel() == self.num_envs:
@@ -391,9 +392,10 @@ class StatefulPolicy:
             flags = torch.as_tensor(done, device=self.device)
         except (RuntimeError, TypeError, ValueError) as error:
             raise TypeError(f"done must be bool. Got {done!r}: {error}") from error
-        if flags.is_floating_point() or flags.is_complex():
-            raise TypeError(
-                f"done must be bool. Got {flags.dtype}: pass terminated | truncated of the step."
+        if not ((flags == 0) | (flags == 1)).all():
+            raise ValueError(
+                f"done must be bool, or 0 and 1. Got {done!r}: pass terminated | truncated of the "
+                "step."
             )
         return flags.bool()
 

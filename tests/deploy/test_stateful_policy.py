@@ -263,7 +263,7 @@ def test_call_of_a_wrong_shape_changes_nothing():
 def test_reset_of_all_admits_another_number_of_agents():
     player = make_player(make_policy())
     player(torch.zeros(3, 4))  # one environment of three agents
-    with pytest.raises(RuntimeError, match=r"state 'recurrent_state' has shape \(1, 3, 2, 8\)"):
+    with pytest.raises(ValueError, match=r"had \(3, 4\).*reset\(\).* has shape \(1, 3, 2, 8\)"):
         player(torch.zeros(4))
     player.reset()
     assert player(torch.zeros(4)).shape == (2,)
@@ -358,6 +358,8 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda p: p.reset(state={"recurrent_state": torch.full((3, 2, 8), float("nan"))}),
         "NaN or infinite",
     ),
+    "an id that is a number": (lambda p: p.reset(1.5), r"ids must be ints.*\[1.5\]"),
+    "done of other numbers": (lambda p: p.episode_over([0.5, 1, 0]), "must be bool, or 0 and 1"),
     "done of another number": (lambda p: p.episode_over([True]), r"Got \[1\]"),
     "an environment that leaves": (lambda p: p.remove([1]), r"ids \[1\] are the environments"),
 }
@@ -368,6 +370,38 @@ def test_call_with_wrong_arguments_is_rejected_by_name(case):
     call, text = WRONG[case]
     with pytest.raises(ValueError, match=text):
         call(StatefulPolicy(make_policy(), 3))
+
+
+WRONG_KINDS: dict[str, tuple[Any, type[Exception], str]] = {
+    "no observation": (lambda p: p(None), TypeError, "'observation' must be an array.*NoneType"),
+    "texts": (lambda p: p(["a", "b", "c"]), TypeError, "'observation' must be an array"),
+    "observations of another size": (
+        lambda p: p(torch.zeros(3, 5)),
+        RuntimeError,
+        r"reads 'observation' float32 \[3, 5\].*\[network-input\]",
+    ),
+    "observations of integers": (
+        lambda p: p(torch.zeros(3, 4, dtype=torch.long)),
+        RuntimeError,
+        r"reads 'observation' int64 \[3, 4\].*\[network-input\]",
+    ),
+    "another observation": (
+        lambda p: p({"position": torch.zeros(3, 4)}),
+        KeyError,
+        r"'observation.* \(missing\)",
+    ),
+    "a list of states": (lambda p: p.reset(state=[1]), TypeError, "state must be a TensorDict"),
+    "done of texts": (lambda p: p.episode_over(["a"]), TypeError, "done must be bool"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_KINDS)
+def test_call_with_arguments_of_a_wrong_kind_is_rejected_by_name(case):
+    call, error, text = WRONG_KINDS[case]
+    player = StatefulPolicy(make_policy(), 3)
+    with pytest.raises(error, match=text):
+        call(player)
+    assert player(torch.zeros(3, 4)).shape == (3, 2)
 
 
 def test_constructor_with_wrong_arguments_is_rejected_by_name():

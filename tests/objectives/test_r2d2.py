@@ -574,6 +574,16 @@ def test_value_rescale_inverse_has_no_cancellation(eps):
     assert_equal(value_rescale(x.double(), eps), exact, F64)
 
 
+def test_loss_with_more_steps_to_the_return_than_a_window_has_sums_all_of_it():
+    """A number that is huge by mistake does not hang."""
+    network, data = make_network(), make_windows()
+    losses = [
+        R2D2Loss(network, burn_in=2, n_steps=n, delay_value=False, double_dqn=False)(data.clone())
+        for n in (T, 10**9)
+    ]
+    assert torch.equal(losses[0]["loss"], losses[1]["loss"])
+
+
 def test_value_rescale_without_slope_raises():
     for function in (value_rescale, value_rescale_inverse):
         with pytest.raises(ValueError, match="eps must be a number > 0"):
