@@ -9,6 +9,7 @@ from typing import Any
 from tensordict import TensorDictBase, unravel_key
 from torch import Tensor, nn
 
+from ..checks import Problem
 from .submodules import find_networks
 from .time_distributed import TimeDistributed
 
@@ -62,19 +63,21 @@ def explain_network_errors(network: nn.Module, batch: TensorDictBase) -> Iterato
     except _EXPLAINED as error:
         names = _find_unbatched(network) if batch.ndim > 1 else []
         if names:
-            raise _encoder_error(names, batch, error) from error
+            raise _encoder_problem(names, batch, error).as_error() from error
         if type(error) not in _EXPLAINED or _is_own(error):
             raise
-        kind = type(error) if type(error) in _DOCUMENTED else RuntimeError
-        raise kind(_list_entries(network, batch, error)) from error
+        raise _input_problem(network, batch, error).as_error() from error
 
 
-def _encoder_error(names: list[str], batch: TensorDictBase, error: Exception) -> RuntimeError:
-    return RuntimeError(
+def _encoder_problem(names: list[str], batch: TensorDictBase, error: Exception) -> Problem:
+    return Problem(
+        "encoder-time",
         f"The network has {', '.join(names)}, which takes one batch dimension. In recurrent mode "
-        f"an encoder gets [B, T, ...], here {list(batch.batch_size)} and the observation. Wrap the "
-        "encoder: rnnkeys.TimeDistributed(encoder, observation_ndim=3) for frames (C, H, W). "
-        f"[encoder-time] The error was: {error}"
+        f"an encoder gets [B, T, ...], here {list(batch.batch_size)} and the observation. The "
+        f"error was: {error}.",
+        "Wrap the encoder: rnnkeys.TimeDistributed(encoder, observation_ndim=3) for frames (C, H, "
+        "W).",
+        RuntimeError,
     )
 
 
@@ -87,14 +90,16 @@ def _is_own(error: Exception) -> bool:
     return str(module).partition(".")[0] == __name__.partition(".")[0]
 
 
-def _list_entries(network: Any, batch: TensorDictBase, error: Exception) -> str:
+def _input_problem(network: Any, batch: TensorDictBase, error: Exception) -> Problem:
     keys = dict.fromkeys(unravel_key(key) for key in getattr(network, "in_keys", ()))
     entries = ", ".join(f"{key!r} {_describe(batch.get(key, None))}" for key in keys)
     name = getattr(network, "wired_class", type(network)).__name__
-    return (
-        f"{name} does not run on this batch {list(batch.batch_size)}. It reads {entries}: compare "
-        "their dtypes and shapes with those that its modules were made for. [network-input] The "
-        f"error was: {error}"
+    return Problem(
+        "network-input",
+        f"{name} does not run on this batch {list(batch.batch_size)}. It reads {entries}. The "
+        f"error was: {error}.",
+        "Compare the dtypes and shapes with those that its modules were made for.",
+        type(error) if type(error) in _DOCUMENTED else RuntimeError,
     )
 
 

@@ -378,12 +378,12 @@ WRONG_KINDS: dict[str, tuple[Any, type[Exception], str]] = {
     "observations of another size": (
         lambda p: p(torch.zeros(3, 5)),
         RuntimeError,
-        r"reads 'observation' float32 \[3, 5\].*\[network-input\]",
+        r"(?si)reads 'observation' float32 \[3, 5\].*\[network-input\]",
     ),
     "observations of integers": (
         lambda p: p(torch.zeros(3, 4, dtype=torch.long)),
         RuntimeError,
-        r"reads 'observation' int64 \[3, 4\].*\[network-input\]",
+        r"(?si)reads 'observation' int64 \[3, 4\].*\[network-input\]",
     ),
     "another observation": (
         lambda p: p({"position": torch.zeros(3, 4)}),
