@@ -62,7 +62,7 @@ class Tutorial:
             hidden_size=HIDDEN,
             output=tempfile.mkdtemp(),
         )
-        self.trainer = recurrent_ppo.Trainer(args)
+        self.trainer = recurrent_ppo.Trainer(args, {})
         policy = self.trainer.agent.collector
         env = recurrent_ppo.make_env(args, num_envs)
         env.append_transform(rnnkeys.get_env_transforms_from_module(policy))
@@ -77,10 +77,22 @@ class Tutorial:
 
 
 def make_torchrl_lstm(
-    cell: str, input_size: int, hidden_size: int, layers: int, **keys: Any
+    cell: str,
+    input_size: int,
+    hidden_size: int,
+    layers: int,
+    *,
+    in_key: str,
+    out_key: str,
+    state_key: str,
 ) -> Any:
+    states = [f"{state_key}_h", f"{state_key}_c"]
     return torchrl.modules.LSTMModule(
-        input_size=input_size, hidden_size=hidden_size, num_layers=layers, **keys
+        input_size=input_size,
+        hidden_size=hidden_size,
+        num_layers=layers,
+        in_keys=[in_key, *states],
+        out_keys=[out_key, *(("next", state) for state in states)],
     )
 
 

@@ -76,9 +76,9 @@ def test_configuration_runs_two_iterations(
     env = args.env if name in (*CLASSIC, "Acrobot") else stand_in(name)
     if name == "atari":
         wrappers = wrappers[1:]  # the stand-in is no emulator
-    trainer = ppo.Trainer(replace(args, **small, env=env, wrappers=wrappers))
-    trainer.run([])
-    assert trainer.frames == 32 and len(trainer.losses) == 8
+    trainer = ppo.Trainer(replace(args, **small, env=env, wrappers=wrappers), {})
+    assert trainer.train()
+    assert trainer.run.frames == 32 and len(trainer.run.losses) == 8
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,6 @@ def test_configuration_runs_two_iterations(
         ("atari", {"clip": 0.1, "lr_schedule": "linear", "minibatch_steps": 256}),
     ],
 )
-def test_command_line_tells_the_entries(
-    ppo: ModuleType, name: str, entries: dict[str, Any]
-) -> None:
+def test_command_line_sets_the_entries(ppo: ModuleType, name: str, entries: dict[str, Any]) -> None:
     args, _ = ppo.read_args(command_line(name))
     assert {key: getattr(args, key) for key in entries} == entries
