@@ -42,8 +42,3 @@ def test_rnn_module_starts_from_the_parameters_of_nn_rnn():
         ours.layers.named_parameters(), theirs.named_parameters(), strict=True
     ):
         assert name == other and torch.equal(actual, expected)
-
-
-def test_rnn_module_with_another_nonlinearity_raises():
-    with pytest.raises(ValueError, match="nonlinearity must be 'tanh' or 'relu'. Got 'gelu'"):
-        RNNModule(3, 5, nonlinearity="gelu", in_key="x", out_key="y")

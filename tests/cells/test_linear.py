@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from rnnkeys import set_recurrent_mode
+from rnnkeys import recurrent_module, set_recurrent_mode
 from rnnkeys.backends import why_not
 from rnnkeys.cells import (
     FFM_CELL,
@@ -153,6 +154,39 @@ def test_linear_cells_name_what_they_cannot_do():
     weights = make_module(LRU_CELL).layers
     assert "recurrent_recompute='full'" in str(why_not("scan", LRU_CELL, weights, "full"))
     assert "Use 'scan' or 'auto'" in str(why_not("triton", LRU_CELL, weights))
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("mingru", {"block": "deep"}, "block must be one of 'plain', 'residual'. Got 'deep'"),
+        ("gru", {"block": "residual"}, "Got block='residual' with kind='gru'"),
+        ("mingru", {"proj_size": 2}, "MinGRUModule has no such argument. Got proj_size=2"),
+        ("lru", {"bidirectional": True}, "LRUModule has no such argument. Got bidirectional=True"),
+        ("s6", {"batch_first": False}, "S6Module has no such argument. Got batch_first=False"),
+        ("s5", {"hidden_size": 5}, "hidden_size=5: use 6"),
+        ("s5", {"min_step": 0.0}, "min_step must be above 0. Got min_step=0.0"),
+        ("s6", {"min_step": 1.0}, "Got min_step=1.0, max_step=0.1"),
+        ("s6", {"window_len": 1}, "window_len must be an int of at least 2. Got window_len=1"),
+        ("s6", {"state_size": 0}, "state_size must be an int of at least 1. Got state_size=0"),
+        ("lru", {"max_radius": 1.0}, "Got min_radius=0.9, max_radius=1.0"),
+        ("lru", {"max_phase": 0.0}, "max_phase must be above 0. Got max_phase=0.0"),
+        ("ffm", {"num_contexts": 0}, "num_contexts must be an int of at least 1"),
+        ("ffm", {"max_period": 1.0}, "max_period must be above 1 step. Got max_period=1.0"),
+        ("rnn", {"nonlinearity": "gelu"}, "nonlinearity must be 'tanh' or 'relu'. Got 'gelu'"),
+        ("esn", {}, "kind must be one of 'lstm', .* Got 'esn'"),
+    ],
+)
+def test_recurrent_module_bad_argument_raises_by_name(kind: str, arguments: Any, message: str):
+    sizes = {"input_size": 3, "hidden_size": 6, **arguments}
+    with pytest.raises(ValueError, match=message):
+        recurrent_module(kind, **sizes, in_key="x", out_key="y")
+
+
+def test_recurrent_module_accepts_torchs_arguments_at_their_defaults():
+    torchs = {"batch_first": True, "proj_size": 0, "python_based": False}
+    module = recurrent_module("mingru", 3, 6, in_key="x", out_key="y", **torchs)
+    assert module.cell.name == "mingru_residual"
 
 
 @pytest.mark.parametrize("cell", PLAIN, ids=NAMES[: len(PLAIN)])
