@@ -32,6 +32,8 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        # By default workers run at niceness 15, and hardly at all on a machine with other work.
+        monkeypatch.setenv("RAY_worker_niceness", "0")
         yield Path(folder)
 
 
