@@ -78,6 +78,11 @@ def test_scripts_of_the_site_pass_their_doctests(name):
     assert result.failed == 0 and result.attempted > 0
 
 
+def test_styles_of_the_site_exist():
+    styles = yaml.safe_load((PROJECT / "mkdocs.yml").read_text())["extra_css"]
+    assert styles and [path for path in styles if not (DOCS / path).is_file()] == []
+
+
 def test_pages_that_the_source_names_exist():
     sources = [path for name in ("rnnkeys", "tutorials") for path in (PROJECT / name).rglob("*.py")]
     named = {page for path in sources for page in re.findall(r"docs/[\w/]+\.md", path.read_text())}
