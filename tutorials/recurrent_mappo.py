@@ -193,8 +193,8 @@ def make_critic(args: Args) -> TensorDictSequential:
 def evaluate(args: Args, actor: Any, episodes: int, seed: int) -> Tensor:
     """Play without exploration, and return the team's return in each episode."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed + args.seed)
         env = make_env(args, episodes).append_transform(get_env_transforms_from_module(actor))
+        env.set_seed(seed + args.seed)
         rollout = env.rollout(args.steps, actor)
     return rollout["next", "agents", "reward"].sum(1).mean((1, 2))
 

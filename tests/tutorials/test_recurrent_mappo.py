@@ -64,3 +64,10 @@ def test_recall_rewards_the_team_for_coming_closer() -> None:
     assert (
         rollout["next", "agents", "reward"][:, :, :1] == rollout["next", "agents", "reward"]
     ).all()
+
+
+def test_evaluate_plays_other_episodes_with_another_seed_and_the_same_with_the_same() -> None:
+    args = tutorial.Args(steps=4, hidden_size=8)
+    actor = tutorial.make_actor(args, tutorial.make_env(args, 1))
+    first, again, other = (tutorial.evaluate(args, actor, 5, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
