@@ -240,7 +240,11 @@ def make_chain() -> Any:
     """Return layers of all cells, one after the other: to export each alone takes long."""
     layers, key = [], "observation"
     for cell in CELLS:
-        keys = {"in_key": key, "out_key": f"{cell}_output", "state_key": f"{cell}_state"}
+        keys: dict[str, Any] = {
+            "in_key": key,
+            "out_key": f"{cell}_output",
+            "state_key": f"{cell}_state",
+        }
         layers.append(recurrent_module(cell, 6, 6, **keys))
         key = keys["out_key"]
     return chain(*layers), key
