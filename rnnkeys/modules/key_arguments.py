@@ -60,8 +60,8 @@ def join_keys(
             f"Either {side}_keys or {side}_key must be specified but not both or none. "
             f"Got {side}_keys={keys} and {side}_key={key}."
         )
-    if keys is None:
-        keys = [key, *defaults]  # pyright: ignore[reportAssignmentType]
+    if key is not None:
+        keys = [key, *defaults]
     if not isinstance(keys, (list, tuple)):
         raise TypeError(
             f"incompatible function arguments: {side}_keys must be a list of keys. Got {keys!r}, a "

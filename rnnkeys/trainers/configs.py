@@ -344,14 +344,16 @@ def make_recurrent_ppo_trainer(
     kind, arguments, _ = action_distribution(env.action_spec)
     keys: Any = ["logits"] if "logits" in _out_keys(actor) else ["loc", "scale"]
     masks = [key for key in env.observation_spec.keys() if key == "action_mask"]
+    network: Any = actor
+    value: Any = critic
     policy: Any = ProbabilisticActor(
-        actor,  # pyright: ignore[reportArgumentType]
+        network,
         in_keys=[*keys, *masks],
         distribution_class=kind,
         distribution_kwargs=arguments,
         return_log_prob=True,
     )
-    both = TensorDictSequential(policy, critic)  # pyright: ignore[reportArgumentType]
+    both = TensorDictSequential(policy, value)
     for transform in (*(transforms or ()), get_env_transforms_from_module(both)):
         env = env.append_transform(transform)
     if seed is not None:
@@ -360,7 +362,7 @@ def make_recurrent_ppo_trainer(
         env, both, frames_per_batch=frames_per_batch, total_frames=total_frames
     )
     wired = recurrent_loss(loss(actor_network=policy, critic_network=critic))
-    estimator: Any = GAE(gamma=gamma, lmbda=lmbda, value_network=critic)  # pyright: ignore[reportArgumentType]
+    estimator: Any = GAE(gamma=gamma, lmbda=lmbda, value_network=value)
     learner = optimizer(params=wired.parameters())
     trainer = PPOTrainer(
         collector=collector,
