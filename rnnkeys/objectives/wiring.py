@@ -190,7 +190,7 @@ class Wired:
         states = [key for key, _ in wiring.state_keys]
         name = str(self.wired_class.__name__)
         raise_first(find_estimator_problems(loss))
-        read = dict.fromkeys([*map(unravel_key, loss.in_keys), *numbers_read(loss)])
+        read = dict.fromkeys([*map(unravel_key, getattr(loss, "in_keys", ())), *numbers_read(loss)])
         raise_first(find_tensor_problems(batch, read))
         raise_first(find_batch_problems(loss, batch, wiring.layers))
         raise_first(
