@@ -17,6 +17,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 VERSIONS_ARGS ?=
+CHAOS_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -41,7 +42,7 @@ export XDG_CACHE_HOME := $(CACHE)/xdg
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help check-python env test test-gpu test-versions lint typecheck docs pytest fuzz faults demo learn results bench \
+.PHONY: help check-python env test test-gpu test-versions chaos lint typecheck docs pytest fuzz faults demo learn results bench \
 	bench-quick bench-gpu targets format dist clean
 
 help:
@@ -114,6 +115,10 @@ test-versions: $(DEV_READY)
 	$(BIN)/python -m scripts.test_versions --jobs $(JOBS) $(VERSIONS_ARGS)
 
 # A second `make demo` continues the run in demo/, or tests it again if it is finished.
+# Runs of the tutorials that are killed, stopped and starved: half an hour.
+chaos: $(DEV_READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.chaos $(CHAOS_ARGS)
+
 demo: $(RUN_READY)
 	$(BIN)/python tutorials/recurrent_dqn.py --output demo $(addprefix --resume ,$(wildcard demo/checkpoint.pt)) $(DEMO_ARGS)
 
