@@ -147,7 +147,11 @@ def write_overview(experiments: Mapping[str, Experiment], folder: Path) -> None:
             continue
         with path.open(newline="") as file:
             runs = list(csv.DictReader(file))
-        column = "fresh episodes: mean" if experiment.success is None else "success"
+        # Tables of version 0.1.0 have another name for the mean.
+        names = (
+            ("fresh episodes: mean", "test_mean") if experiment.success is None else ("success",)
+        )
+        column = next(name for name in names if name in runs[0])
         for variant in dict.fromkeys(run["variant"] for run in runs):
             values = [float(run[column]) for run in runs if run["variant"] == variant]
             mean, each = _cell(values)

@@ -59,10 +59,13 @@ def test_summarize_with_milestones_reads_the_learning_curve_there() -> None:
     assert "at 15 frames | 20.5 [20.0, 21.0] | 20.0, 21.0 |" in text
 
 
-def test_write_overview_lists_the_experiments_that_have_results(tmp_path: Path) -> None:
+@pytest.mark.parametrize("column", ["fresh episodes: mean", "test_mean"])
+def test_write_overview_lists_the_experiments_that_have_results(
+    column: str, tmp_path: Path
+) -> None:
     with (tmp_path / "one.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["variant", "seed", "fresh episodes: mean"])
+        writer.writerow(["variant", "seed", column])
         writer.writerows([["LSTM", 0, 100.0], ["LSTM", 1, 300.0]])
     write_overview({"one": make_experiment(), "two": make_experiment()}, tmp_path)
     text = (tmp_path / "README.md").read_text()
