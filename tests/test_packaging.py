@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterable
 from email import message_from_string
 from email.message import Message
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from shutil import copy, copytree, ignore_patterns
 from typing import NamedTuple
@@ -22,10 +22,8 @@ from packaging.requirements import Requirement
 
 import rnnkeys
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+# tomllib is tomli, which came into Python with 3.11.
+tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEPENDENCIES = {"numpy", "tensordict", "torch", "torchrl"}
@@ -125,7 +123,9 @@ def test_badges_say_what_pyproject_says():
     name = "Programming Language :: Python :: 3."
     pythons = [int(one[len(name) :]) for one in described["classifiers"] if one.startswith(name)]
     (torchrl,) = (one for one in described["dependencies"] if one.startswith("torchrl"))
-    low, end = re.fullmatch(r"torchrl>=([\d.]+),<0\.(\d+)", torchrl).groups()
+    bounds = re.fullmatch(r"torchrl>=([\d.]+),<0\.(\d+)", torchrl)
+    assert bounds
+    low, end = bounds.groups()
     labels = {
         "python": f"Python 3.{min(pythons)} to 3.{max(pythons)}",
         "TorchRL": f"TorchRL {low} to 0.{int(end) - 1}",
