@@ -17,7 +17,8 @@ OVERVIEW = """# Results
 
 Every table of learning in this folder is made by `make results` or `make learn`; one of them by
 `python -m benchmarks.learn EXPERIMENT`, which runs what is missing and continues what was
-interrupted. Seeds count from 0, and none is left out. Values are mean returns of episodes that were
+interrupted. Seeds count from 0. Each page names the version of its rows, and the seeds that were
+run again since. Values are mean returns of episodes that were
 not seen before, or shares of successes where the page says so; intervals are percentile bootstrap
 intervals of the mean over seeds. A task that the feed-forward network solves tests no recurrence.
 
