@@ -94,7 +94,8 @@ def find_tensor_problems(batch: TensorDictBase, keys: Iterable[NestedKey]) -> It
 
     Args:
         batch: sequences ``[*, T]``, or single steps ``[*]``.
-        keys: entries that are read; missing ones are left out.
+        keys: entries that are read; missing ones are left out, and so are nested tensordicts, such
+            as the parameters of a composite distribution.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -105,7 +106,7 @@ def find_tensor_problems(batch: TensorDictBase, keys: Iterable[NestedKey]) -> It
     first = None
     for key in keys:
         value: Any = batch.get(key, None)
-        if value is None:
+        if value is None or isinstance(value, TensorDictBase):
             continue
         if not isinstance(value, Tensor):
             yield Problem(

@@ -185,7 +185,7 @@ class StepStack(nn.ModuleList):
                 "module."
             )
         for state, size in sizes.items():
-            _as_size(f"state_sizes[{state!r}]", size)
+            _as_size(f"state_sizes[{state!r}]", size, "hidden_size")
         self.state_sizes = {state: int(size) for state, size in sizes.items()}
         self.cell, self.num_layers, self.dropout = StepCell(tuple(sizes)), len(modules), dropout
         self.hidden_size = next(iter(self.state_sizes.values()))
@@ -272,10 +272,10 @@ def _sample(module: nn.Module) -> Tensor:
     return torch.empty(0)
 
 
-def _as_size(name: str, size: Any) -> int:
+def _as_size(name: str, size: Any, limit: str | None = None) -> int:
     if size is None:
         raise ValueError(f"{name} must be passed, an int of at least 1. Got {name}=None.")
-    return as_int(name, size, maximum=MAX_SIZES[name])
+    return as_int(name, size, maximum=MAX_SIZES[limit or name])
 
 
 def make_stack(
