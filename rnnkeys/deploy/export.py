@@ -30,23 +30,33 @@ class Step(nn.Module):
     Args:
         policy: with recurrent modules inside, or without.
         outputs: keys of the entries to return.
+        takes_flags: whether ``is_init`` flags are inputs. If not, no step starts an episode: the
+            caller passes the initial states there.
 
     Attributes:
         observation_keys: keys of the inputs that are neither flags nor states.
         init_keys: keys of the ``is_init`` flags of layers that have a state.
+        flag_keys: those of them that are inputs.
         state_keys: keys of the states.
         input_keys: all of these, in this order.
         output_keys: ``outputs``, then the keys of the next states.
     """
 
-    def __init__(self, policy: TensorDictModuleBase, outputs: Sequence[NestedKey]) -> None:
+    def __init__(
+        self,
+        policy: TensorDictModuleBase,
+        outputs: Sequence[NestedKey],
+        *,
+        takes_flags: bool = True,
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.network = RecurrentNetwork(policy)
         self.observation_keys = self.network.input_keys
         self.init_keys = tuple(dict.fromkeys(init_key for _, init_key in self.network.pairs))
+        self.flag_keys = self.init_keys if takes_flags else ()
         self.state_keys = self.network.state_keys
-        self.input_keys = [*self.observation_keys, *self.init_keys, *self.state_keys]
+        self.input_keys = [*self.observation_keys, *self.flag_keys, *self.state_keys]
         self.outputs = [unravel_key(key) for key in outputs]
         self.output_keys = [*self.outputs, *map(next_key, self.state_keys)]
 
@@ -54,6 +64,9 @@ class Step(nn.Module):
         """Run one time step of a batch ``[N, ...]``; where ``is_init``, states count as zeros."""
         entries: dict[Any, Any] = dict(zip(self.input_keys, tensors, strict=True))
         data = TensorDict(entries, batch_size=tensors[0].shape[:1])
+        if not self.flag_keys:
+            inside = tensors[0].new_zeros(*data.batch_size, 1, dtype=torch.bool)
+            data.update(dict.fromkeys(self.init_keys, inside))
         with set_recurrent_mode(False), set_exploration_type(ExplorationType.DETERMINISTIC):
             data = self.policy(data)
         missing = [key for key in self.output_keys if data.get(key, None) is None]
@@ -78,8 +91,10 @@ def export_step(
     The program takes tensors, not TensorDicts: the observations, the ``is_init`` flags and the
     states, in the order of the policy's ``in_keys``. It returns ``outputs`` and the next states,
     which are the states of the next call. Where ``is_init`` is True an episode starts, and the
-    states that were passed do not count. Actions are chosen without exploration. The batch is of
-    any size, unless the policy runs the size of the example only (then a warning says so).
+    states that were passed do not count. If neither the example has flags nor a file is written,
+    the program takes none: at an episode's start its caller passes the initial states, zeros.
+    Actions are chosen without exploration. The batch is of any size, unless the policy runs the
+    size of the example only (then a warning says so).
 
     The policy is exported as it is: if its environment normalizes observations, put the normalizer
     before it, ``TensorDictSequential(normalizer, policy)``, such as the one of
@@ -100,7 +115,8 @@ def export_step(
         pt2: file to write the program to, for ``torch.export.load``.
 
     Returns:
-        The program; ``program.module()(observation, is_init, *states)`` runs it.
+        The program; ``program.module()(observation, is_init, *states)`` runs it, without
+        ``is_init`` where the program takes no flags.
 
     Raises:
         ImportError: if ``onnx`` is given and the extra is missing.
@@ -114,8 +130,7 @@ def export_step(
         >>> policy = GRUModule(3, 5, in_key="observation", out_key="embed")
         >>> example = TensorDict(observation=torch.zeros(2, 3), batch_size=[2])
         >>> program = export_step(policy, example, outputs=["embed"])
-        >>> is_init = torch.ones(4, 1, dtype=torch.bool)
-        >>> embed, state = program.module()(torch.randn(4, 3), is_init, torch.zeros(4, 1, 5))
+        >>> embed, state = program.module()(torch.randn(4, 3), torch.zeros(4, 1, 5))
         >>> embed.shape, state.shape
         (torch.Size([4, 5]), torch.Size([4, 1, 5]))
     """
@@ -128,13 +143,16 @@ def export_step(
             "example.unsqueeze(0)."
         )
     step = Step(policy, outputs)
+    writes_file = onnx is not None or pt2 is not None
+    if not writes_file and not any(key in example for key in step.init_keys):
+        step = Step(policy, outputs, takes_flags=False)
     inputs = _make_inputs(step, example)
     with _for_export(step):
         program = _trace(step, tuple(inputs.get(key) for key in step.input_keys))
     description = describe_step(
         program,
         inputs=step.observation_keys,
-        init_keys=step.init_keys,
+        init_keys=step.flag_keys,
         states=inputs.select(*step.state_keys),
         outputs=step.outputs,
     )
@@ -202,12 +220,12 @@ def _make_inputs(step: Step, example: TensorDictBase) -> TensorDictBase:
             f"The example misses {missing}, which the policy reads. Entries here: "
             f"{entry_names(example)}."
         )
-    inputs = example.select(*step.observation_keys, *step.init_keys, strict=False)
+    inputs = example.select(*step.observation_keys, *step.flag_keys, strict=False)
     if len(example) < 2:
         # A batch of one would be exported as a constant.
         inputs = inputs[[0, 0]]
     flags = torch.ones(*inputs.batch_size, 1, dtype=torch.bool, device=inputs.device)
-    for key in step.init_keys:
+    for key in step.flag_keys:
         if inputs.get(key, None) is None:
             inputs.set(key, flags)
     return inputs.update(network.initial_states(inputs.batch_size, inputs))

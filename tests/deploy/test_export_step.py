@@ -107,7 +107,7 @@ in_all_kinds = pytest.mark.parametrize("kind", ["categories", "values", "normal"
 @pytest.mark.parametrize("cell", KINDS)
 def test_exported_program_plays_as_the_policy(cell: str, kind: str) -> None:
     policy, played = make_and_play(cell, kind)
-    program = export_step(policy, played[:1].select("observation"))
+    program = export_step(policy, played[:1].select("observation", "is_init"))
     assert policy.training
     with torch.no_grad():
         again = replay(program.module(), played, cell)
@@ -177,9 +177,29 @@ def test_exported_feed_forward_policy_takes_neither_flags_nor_states() -> None:
     torch.testing.assert_close(embed, layer(TensorDict(observation=x, batch_size=[4]))["embed"])
 
 
+def test_exported_program_takes_flags_if_the_example_has_them_or_a_file_is_written(
+    tmp_path: Path,
+) -> None:
+    gru = GRUModule(3, 5, in_key="observation", out_key="embed")
+    example = TensorDict(observation=torch.zeros(2, 3), batch_size=[2])
+    x, h = torch.randn(4, 3), torch.randn(4, 1, 5)
+    is_init = torch.tensor([True, False, False, True]).unsqueeze(-1)
+    data = TensorDict(observation=x, recurrent_state=h, batch_size=[4])
+    inside, starts = (gru(data.copy().set("is_init", f)) for f in (is_init & False, is_init))
+    run = export_step(gru, example, outputs=["embed"]).module()
+    torch.testing.assert_close(run(x, h), (inside["embed"], inside["next", "recurrent_state"]))
+    with_flags = example.copy().set("is_init", torch.zeros(2, 1, dtype=torch.bool))
+    of_example = export_step(gru, with_flags, outputs=["embed"])
+    of_file = export_step(gru, example, outputs=["embed"], pt2=tmp_path / "step.pt2")
+    for program in (of_example, of_file):
+        truth = (starts["embed"], starts["next", "recurrent_state"])
+        torch.testing.assert_close(program.module()(x, is_init, h), truth)
+
+
 def test_exported_program_with_another_batch_size_returns_outputs_and_states() -> None:
     gru = GRUModule(3, 5, in_key="observation", out_key="embed")
-    example = TensorDict(observation=torch.zeros(1, 3), batch_size=[1])
+    is_init = torch.zeros(1, 1, dtype=torch.bool)
+    example = TensorDict(observation=torch.zeros(1, 3), is_init=is_init, batch_size=[1])
     program = export_step(gru, example, outputs=["embed"]).module()
     x, h = torch.randn(7, 3), torch.randn(7, 1, 5)
     is_init = torch.arange(7).unsqueeze(-1) == 3
@@ -210,6 +230,7 @@ def test_export_of_agents_without_states_in_the_example_runs_agents() -> None:
     }
     gru = GRUModule(3, 5, **keys)
     example = TensorDict({("agents", "observation"): torch.zeros(1, 4, 3)}, [1])
+    example["is_init"] = torch.zeros(1, 1, dtype=torch.bool)
     program = export_step(gru, example, outputs=[("agents", "embed")]).module()
     x, h = torch.randn(6, 4, 3), torch.randn(6, 4, 1, 5)
     step = TensorDict({("agents", "observation"): x, ("agents", "h"): h}, [6])
@@ -227,10 +248,10 @@ def test_export_of_a_normalizer_before_the_policy_normalizes() -> None:
         loc=loc, scale=scale, in_keys=["observation"], standard_normal=True
     )
     example = TensorDict(observation=torch.zeros(1, 3), batch_size=[1])
-    x, h, go = torch.randn(6, 3), torch.randn(6, 1, 5), torch.zeros(6, 1, dtype=torch.bool)
+    x, h = torch.randn(6, 3), torch.randn(6, 1, 5)
     program = export_step(Seq(normalizer, gru), example, outputs=["embed"]).module()
     plain = export_step(gru, example, outputs=["embed"]).module()
-    torch.testing.assert_close(program(x, go, h), plain((x - loc) / scale, go, h))
+    torch.testing.assert_close(program(x, h), plain((x - loc) / scale, h))
     assert isinstance(normalizer.standard_normal, torch.Tensor)
     assert "standard_normal" in normalizer.state_dict()
 
@@ -244,9 +265,9 @@ def test_export_of_statistics_by_environment_warns_and_keeps_the_batch_size() ->
     example = TensorDict(observation=torch.zeros(2, 3), batch_size=[2])
     with pytest.warns(UserWarning, match="batches of 2 only.*reduce_batch_dims=True"):
         program = export_step(Seq(normalizer, gru), example, outputs=["embed"]).module()
-    x, h, go = torch.randn(2, 3), torch.randn(2, 1, 5), torch.zeros(2, 1, dtype=torch.bool)
+    x, h = torch.randn(2, 3), torch.randn(2, 1, 5)
     plain = export_step(gru, example, outputs=["embed"]).module()
-    torch.testing.assert_close(program(x, go, h), plain((x - loc) / scale, go, h))
+    torch.testing.assert_close(program(x, h), plain((x - loc) / scale, h))
 
 
 # torch.jit is deprecated, and still what robots run.

@@ -55,6 +55,5 @@ def test_exported_step_of_a_checkpoint_normalizes_as_in_training() -> None:
     policy, observations = make_trained()
     example = TensorDict(observation=torch.zeros(2, 3), batch_size=[2])
     program: Any = export_step(policy, example).module()
-    flags, state = torch.ones(4, 1, dtype=torch.bool), torch.zeros(4, 1, 8)
-    action, _ = program(observations, flags, state)
+    action, _ = program(observations, torch.zeros(4, 1, 8))
     torch.testing.assert_close(action, play_by_hand(policy, observations), atol=1e-5, rtol=1e-4)
