@@ -50,12 +50,11 @@ def states_are_right(segments: Segments, state_keys: list[NestedKey]) -> bool:
 
 
 def find_episode_state_problems(segments: Segments, state_key: NestedKey) -> Iterator[Problem]:
-    """Yield a problem if a state stored at the first step of an episode is not zero.
+    """Yield a problem (a warning) if a state stored at the first step of an episode is not zero.
 
     Single steps start episodes from zeros, and sequences start segments from the stored state: the
     two agree only if zeros are stored there. A flag that follows a ``done`` in its row is an
-    episode's. The state that the last step of the episode before wrote is an error there: nothing
-    has reset it. Another state is a warning: something else than zeros was chosen on purpose.
+    episode's. Buffers that keep the state from before the reset store another one.
 
     A flat batch ``[N]`` may hold sampled slices end to end, whose flags follow a ``done`` too;
     there only the state that a terminated step wrote is a problem.
@@ -72,7 +71,7 @@ def find_episode_state_problems(segments: Segments, state_key: NestedKey) -> Ite
         >>> batch["next"] = TensorDict({"done": done, "h": torch.ones(1, 3, 1, 5)}, [1, 3])
         >>> [problem] = find_episode_state_problems(Segments(batch, "is_init"), "h")
         >>> problem.check, problem.error
-        ('episode-state', <class 'ValueError'>)
+        ('episode-state', <class 'UserWarning'>)
     """
     state = segments.read_state(state_key)
     if state is None:
@@ -83,14 +82,20 @@ def find_episode_state_problems(segments: Segments, state_key: NestedKey) -> Ite
     wrong[is_first] = state[is_first].flatten(1).any(-1)
     if not wrong.any():
         return
-    kept = wrong & _is_kept(segments, state_key, state, wrong)
     if segments.batch.ndim == 1:
         terminated = follow_done(segments.batch, segments.init_key, segments.flags, "terminated")
-        wrong = kept = kept & terminated.squeeze(-1)
-    if kept.any():
-        yield _episode_state(segments, state_key, kept, ValueError)
-    elif wrong.any():
-        yield _episode_state(segments, state_key, wrong, UserWarning)
+        wrong &= terminated.squeeze(-1) & _is_kept(segments, state_key, state, wrong)
+    if wrong.any():
+        yield Problem(
+            "episode-state",
+            f"The state {state_key!r} is not zero at {int(wrong.sum())} first steps of episodes, "
+            f"the first at {wrong.nonzero()[0].tolist()}. Single steps start episodes from zeros, "
+            "and sequences from the stored state, so the two differ.",
+            f"Store zeros there: batch.get({state_key!r})[batch.get({segments.init_key!r})"
+            ".squeeze(-1)] = 0. In environments the primers of get_primers_from_module(policy) do "
+            "so.",
+            UserWarning,
+        )
 
 
 def _is_kept(segments: Segments, state_key: NestedKey, state: Tensor, like: Tensor) -> Tensor:
@@ -99,21 +104,6 @@ def _is_kept(segments: Segments, state_key: NestedKey, state: Tensor, like: Tens
     if after is None:
         return torch.zeros_like(like)
     return (state == after.roll(1, segments.time)).flatten(like.ndim).all(-1)
-
-
-def _episode_state(
-    segments: Segments, state_key: NestedKey, wrong: Tensor, error: type[Exception]
-) -> Problem:
-    origin = ", which is the one that the episode before ended with" if error is ValueError else ""
-    return Problem(
-        "episode-state",
-        f"The state {state_key!r} is not zero at {int(wrong.sum())} first steps of episodes, the "
-        f"first at {wrong.nonzero()[0].tolist()}{origin}. Single steps start episodes from zeros, "
-        "and sequences from the stored state, so the two differ.",
-        f"Store zeros there: batch.get({state_key!r})[batch.get({segments.init_key!r})"
-        ".squeeze(-1)] = 0. In environments the primers of get_primers_from_module(policy) do so.",
-        error,
-    )
 
 
 def find_zero_state_problems(

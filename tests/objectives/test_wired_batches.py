@@ -324,7 +324,7 @@ def test_wired_ppo_of_shuffled_steps_without_ids_raises() -> None:
     check_raises(loss, flat[torch.randperm(len(flat))], ValueError, r"\[continuity\]")
 
 
-def test_wired_ppo_of_states_before_the_reset_raises() -> None:
+def test_wired_ppo_of_states_before_the_reset_warns() -> None:
     """Other libraries store the state that the episode before ended with."""
     agent = make_agent()
     data: Any = collect(agent, steps=30)
@@ -333,7 +333,8 @@ def test_wired_ppo_of_states_before_the_reset_raises() -> None:
     loss(data)
     for key in ("actor_h", "value_h"):
         data[key][:, 1:] = data["next", key][:, :-1]
-    check_raises(loss, data, ValueError, r"ended with.*batch.get\(.*\)\] = 0.*\[episode-state\]")
+    with pytest.warns(UserWarning, match=r"batch.get\(.*\)\] = 0.*\[episode-state\]"):
+        loss(data)
 
 
 @pytest.mark.filterwarnings("ignore:The name target_actor_network_params:UserWarning")

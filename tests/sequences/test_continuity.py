@@ -150,7 +150,7 @@ def test_episode_state_that_was_not_reset_is_found() -> None:
     batch["h"][:, 1:] = batch["next", "h"][:, :-1]
     for data in (batch, batch.reshape(-1)):
         [problem] = find_sequence_problems(data, ["is_init"], STATES)
-        assert problem.check == "episode-state" and problem.error is ValueError
+        assert problem.check == "episode-state" and problem.error is UserWarning
 
 
 def test_episode_state_of_random_initial_states_is_a_warning_in_rows() -> None:
