@@ -7,6 +7,7 @@ lane takes up to 7 GB of disk, and up to 4 GB of downloads. Results are kept in
     python -m scripts.test_versions                         # all lanes, one after the other
     python -m scripts.test_versions --lanes nightly         # one of them
     python -m scripts.test_versions --lanes nightly --keep  # again in the environment that it left
+    python -m scripts.test_versions --failed                # the failed tests of last time alone
     python -m scripts.test_versions -- tests/cells -x       # with other arguments for pytest
 """
 
@@ -140,8 +141,9 @@ def run(lane: Lane, python: Path, arguments: Sequence[str]) -> dict[str, Any]:
         "XDG_CACHE_HOME": str(python.parent / "cache"),
     }
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *lane.left_out]
-    # Written as it comes: tail -f .cache/versions.log.
-    log = CACHE / "versions.log"
+    # Written as it comes: tail -f .cache/versions/nightly.log.
+    folder = python.parents[1]
+    log = folder.parent / f"{folder.name}.log"
     with log.open("w", encoding="utf-8") as file:
         subprocess.run(
             [*command, *arguments], cwd=PROJECT, env=environment, stdout=file, stderr=file
@@ -149,9 +151,36 @@ def run(lane: Lane, python: Path, arguments: Sequence[str]) -> dict[str, Any]:
     return {
         "versions": _versions(python),
         "commit": _commit(),
-        "tests": " ".join(one for one in arguments if one.startswith("tests")) or "all",
+        "tests": _describe_tests(lane, arguments),
         **read_counts(log.read_text(encoding="utf-8")),
         "minutes": round((time.monotonic() - began) / 60, 1),
+    }
+
+
+def _describe_tests(lane: Lane, arguments: Sequence[str]) -> str:
+    chosen = " ".join(one for one in arguments if one.startswith(("tests", "rnnkeys", "docs")))
+    left_out = " and ".join(one.partition("=")[2] for one in lane.left_out)
+    return chosen or (f"all but {left_out}" if left_out else "all")
+
+
+def merge(before: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
+    """Return a lane's result after its failed tests ran again.
+
+    Args:
+        before: the result with ``failures``.
+        again: the result of these tests.
+    """
+    commit = before["commit"]
+    if again["commit"] != commit:
+        commit = f"{commit}, {len(before['failures'])} tests again with {again['commit']}"
+    return {
+        **before,
+        "commit": commit,
+        "passed": before["passed"] + again["passed"],
+        "failed": again["failed"],
+        "skipped": before["skipped"] + again["skipped"],
+        "failures": again["failures"],
+        "minutes": round(before["minutes"] + again["minutes"], 1),
     }
 
 
@@ -244,20 +273,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--keep", action="store_true", help="keep the environments and use them again"
     )
+    parser.add_argument(
+        "--failed", action="store_true", help="run only what failed last time, and add the results"
+    )
     parser.add_argument("pytest", nargs="*", help="other arguments for pytest")
     options = parser.parse_args(arguments)
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     failed = 0
     for name in options.lanes:
+        before = _read_results().get(name, {})
+        tests = before.get("failures", []) if options.failed else []
+        if options.failed and not tests:
+            print(f"{name}: no test failed last time", flush=True)
+            continue
         print(f"{name}: building the environment", flush=True)
-        result = check_lane(name, ["-n", options.jobs, *options.pytest], options.keep)
-        failed += result.get("failed", 0)
+        result = check_lane(name, ["-n", options.jobs, *tests, *options.pytest], options.keep)
         print(f"{name}: {json.dumps(result)}", flush=True)
-        results[name] = result
-        ordered = {lane: results[lane] for lane in LANES if lane in results}
-        RESULTS.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
-        RESULTS.with_suffix(".md").write_text(render(ordered), encoding="utf-8")
+        failed += result.get("failed", 0)
+        _write_result(name, merge(before, result) if tests and "failed" in result else result)
     return 1 if failed else 0
+
+
+def _read_results() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+
+
+def _write_result(name: str, result: dict[str, Any]) -> None:
+    """Write a lane's result beside those of the others, which may have been written meanwhile."""
+    results = {**_read_results(), name: result}
+    ordered = {lane: results[lane] for lane in LANES if lane in results}
+    RESULTS.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+    RESULTS.with_suffix(".md").write_text(render(ordered), encoding="utf-8")
 
 
 if __name__ == "__main__":

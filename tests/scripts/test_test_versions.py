@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,40 @@ def test_render_shows_versions_counts_failures_and_lanes_not_run():
     assert "| torch 2.14 | 3.11.7 | 2.14.1 |  |  |  |  | 3 | 2 | 2 | 1.1 | abc | all |" in page
     assert "- `tests/c.py::test_d`" in page
     assert "Not run, python 3.14: it is absent" in page
+
+
+def test_main_with_failed_runs_the_failed_tests_and_adds_their_results(monkeypatch, tmp_path: Path):
+    results = tmp_path / "versions.json"
+    first = {**script.read_counts(OUTPUT), "versions": {}, "minutes": 1.1}
+    first |= {"commit": "abc", "tests": "all"}
+    again = {"passed": 1, "failed": 1, "skipped": 0, "failures": ["tests/c.py::test_d"]}
+    again |= {"versions": {}, "minutes": 0.2, "commit": "def", "tests": "two"}
+    ran = {}
+
+    def check_lane(name: str, arguments: list[str], keep: bool):
+        ran[name] = arguments
+        return again
+
+    monkeypatch.setattr(script, "RESULTS", results)
+    monkeypatch.setattr(script, "check_lane", check_lane)
+    results.write_text(json.dumps({"pinned": {**first, "failures": []}, "nightly": first}))
+    assert script.main(["--lanes", "pinned", "nightly", "--jobs", "1", "--failed"]) == 1
+    assert ran == {"nightly": ["-n", "1", "tests/a.py::test_b[x-y]", "tests/c.py::test_d"]}
+    merged = json.loads(results.read_text())["nightly"]
+    assert (merged["passed"], merged["failed"], merged["skipped"]) == (4, 1, 2)
+    assert merged["failures"] == ["tests/c.py::test_d"] and merged["tests"] == "all"
+    assert merged["commit"] == "abc, 2 tests again with def"
+
+
+def test_run_says_which_tests_are_left_out(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(script.subprocess, "run", lambda *args, **options: None)
+    monkeypatch.setattr(script, "_versions", lambda python: {})
+    monkeypatch.setattr(script, "_commit", lambda: "abc")
+    (tmp_path / "lane" / "bin").mkdir(parents=True)
+    python = tmp_path / "lane" / "bin" / "python"
+    whole = script.run(LANES["nightly"], python, ["-n", "1"])
+    assert whole["tests"] == "all but tests/test_packaging.py"
+    assert (
+        script.run(LANES["nightly"], python, ["-n", "1", "tests/cells"])["tests"] == "tests/cells"
+    )
+    assert (tmp_path / "lane.log").exists()
