@@ -21,9 +21,6 @@ from ..mode import recurrent_mode
 class StatePrimer(TensorDictPrimer):
     """Create zero states at every reset, one per agent where the environment has agents.
 
-    It warns if its environment runs in recurrent mode, in which a policy takes the batch of
-    environments for time.
-
     Args:
         shapes: for every state key its shape without batch and agents, ``(L, H)``.
         dtype: of the states.
@@ -59,15 +56,10 @@ class StatePrimer(TensorDictPrimer):
     def _reset(
         self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
     ) -> TensorDictBase:
-        _warn_in_recurrent_mode()
         # Agents are there without a batch too, and a reset may come before anyone reads the specs.
         if self._has_groups and not self._fitted:
             self._fit()
         return super()._reset(tensordict, tensordict_reset)
-
-    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        _warn_in_recurrent_mode()
-        return super()._step(tensordict, next_tensordict)
 
     @property
     def _has_groups(self) -> bool:
@@ -94,6 +86,24 @@ class StatePrimer(TensorDictPrimer):
         # Where agents end apart from each other, theirs is the reset that counts.
         self.reset_key = _reset_key(parent._filtered_reset_keys, _groups(self.shapes))
         self._fitted = True
+
+
+class SingleSteps(NestableCompose):
+    """Transforms of an environment whose policy is recurrent.
+
+    They warn if the environment runs in recurrent mode, in which a policy takes the batch of
+    environments for time.
+    """
+
+    def _reset(
+        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        _warn_in_recurrent_mode()
+        return super()._reset(tensordict, tensordict_reset)
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        _warn_in_recurrent_mode()
+        return super()._step(tensordict, next_tensordict)
 
 
 def _specs(
@@ -174,9 +184,30 @@ def get_primers_from_module(
     return primers[0] if len(primers) == 1 else _compose(*primers)
 
 
-def _compose(*transforms: Any) -> NestableCompose:
+def _compose(*transforms: Any) -> SingleSteps:
     # Typed apart: torchrl annotates the starred argument as if it were the list.
-    return NestableCompose(*transforms)
+    return SingleSteps(*transforms)
+
+
+def make_primer(
+    shapes: Mapping[NestedKey, tuple[int, ...]],
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> TensorDictPrimer:
+    """Make a primer of zero states: TorchRL's own unless a key is nested, so may have agents.
+
+    Args:
+        shapes: for every state key its shape without batch and agents, ``(L, H)``.
+        dtype: of the states.
+        device: of the states.
+
+    Examples:
+        >>> type(make_primer({"h": (1, 5)})).__name__
+        'TensorDictPrimer'
+    """
+    if any(_groups(shapes)):
+        return StatePrimer(shapes, dtype=dtype, device=device)
+    return TensorDictPrimer(_specs(shapes, {}, dtype, device), expand_specs=True)
 
 
 def _warn_in_recurrent_mode() -> None:
@@ -267,7 +298,7 @@ def get_env_transforms_from_module(
         >>> from rnnkeys import GRUModule
         >>> policy = GRUModule(3, 5, in_key="observation", out_key="embed")
         >>> [type(t).__name__ for t in get_env_transforms_from_module(policy)]
-        ['InitTracker', 'StatePrimer']
+        ['InitTracker', 'TensorDictPrimer']
     """
     keys = [init_key] if init_key is not None else _init_keys(module)
     # InitTracker writes beside every done entry, so a nested key is named by its last part.

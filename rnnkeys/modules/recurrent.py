@@ -27,7 +27,7 @@ from . import entries, key_arguments
 from .arguments import check_choice, check_floating_dtype
 from .dispatch import dispatch_tensors
 from .dtypes import as_dtype, choose_dtype, is_autocast, no_autocast
-from .primers import StatePrimer
+from .primers import make_primer
 from .stacks import read_layers
 
 _RECOMPUTES = ("none", "full")
@@ -318,7 +318,7 @@ class RecurrentModule(TensorDictModuleBase, ABC):
             for key, size in zip(self.state_keys, self.state_sizes, strict=True)
         }
         device = None if parameter.is_meta else parameter.device
-        return StatePrimer(shapes, dtype=parameter.dtype, device=device)
+        return make_primer(shapes, dtype=parameter.dtype, device=device)
 
     @dispatch_tensors
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

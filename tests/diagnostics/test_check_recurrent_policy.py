@@ -573,7 +573,6 @@ def test_check_random_warm_up_is_found() -> None:
     assert "init_random_frames" in next(iter(report)).remedy
 
 
-@pytest.mark.filterwarnings("ignore:An environment runs inside set_recurrent_mode:UserWarning")
 def test_check_batch_collected_in_recurrent_mode_is_found() -> None:
     policy = right().policy
     wrap: Any = TransformedEnv
@@ -581,8 +580,7 @@ def test_check_batch_collected_in_recurrent_mode_is_found() -> None:
     transforms = compose(InitTracker(), get_primers_from_module(policy))
     env = wrap(ShortEpisodes("discrete", (3,)), transforms)
     with torch.no_grad(), set_recurrent_mode(True):
-        with pytest.warns(UserWarning, match="set_recurrent_mode"):
-            data = env.rollout(20, policy, break_when_any_done=False)
+        data = env.rollout(20, policy, break_when_any_done=False)
     report = Wiring(policy, batch=data).check()
     assert "collected-in-recurrent-mode" in report.checks(), str(report)
     with torch.no_grad():

@@ -19,6 +19,7 @@ from torchrl.envs import (
     InitTracker,
     RewardSum,
     SerialEnv,
+    TensorDictPrimer,
     TransformedEnv,
 )
 from torchrl.modules import MLP, ConsistentDropoutModule
@@ -63,7 +64,7 @@ def _append(env: Any, transform: Any) -> Any:
 def test_primer_has_the_specs_of_torchrls(kind, num_layers):
     ours, theirs = (m(kind, num_layers=num_layers) for m in (make, make_theirs))
     primer, reference = (m.make_tensordict_primer() for m in (ours, theirs))
-    assert _type(primer) is StatePrimer
+    assert _type(primer) is TensorDictPrimer
     assert primer.expand_specs and reference.expand_specs
     assert set(primer.primers.keys(True, True)) == set(reference.primers.keys(True, True))
     for key, spec in reference.primers.items(True, True):
@@ -236,7 +237,7 @@ def test_module_inside_others_has_one_primer(kind):
     module = make(kind)
     holder = nn.ModuleDict({"a": nn.Sequential(chain(module)), "again": module})
     primer: Any = get_primers_from_module(holder)
-    assert _type(primer) is StatePrimer
+    assert _type(primer) is TensorDictPrimer
     assert set(primer.primers.keys()) == set(module.state_keys)
 
 
@@ -258,7 +259,7 @@ def test_torchrls_modules_have_primers():
 def test_modules_with_the_same_layers_share_a_state(recwarn):
     layers = nn.GRU(3, 5, batch_first=True)
     primer = get_primers_from_module(chain(make("gru", gru=layers), make("gru", gru=layers)))
-    assert _type(primer) is StatePrimer
+    assert _type(primer) is TensorDictPrimer
     assert not recwarn.list
 
 
@@ -266,7 +267,7 @@ def test_two_modules_with_one_state_key_warn():
     policy = chain(make("lstm"), make("lstm", in_key="embed", out_key="y", input_size=5))
     with pytest.warns(UserWarning) as caught:
         primer = get_primers_from_module(policy)
-    assert _type(primer) is StatePrimer, "created once"
+    assert _type(primer) is TensorDictPrimer, "created once"
     for word in ("'recurrent_state_h'", "LSTMModule", "in_keys and out_keys"):
         assert word in str(caught[0].message)
     assert caught[0].filename == __file__
@@ -302,7 +303,7 @@ def test_env_transforms_without_state_are_the_tracker_alone():
 @in_both_kinds
 def test_env_transforms_flag_starts_before_states_are_made(kind):
     transforms: Any = get_env_transforms_from_module(chain(make(kind)))
-    assert [type(t) for t in transforms] == [InitTracker, StatePrimer]
+    assert [type(t) for t in transforms] == [InitTracker, TensorDictPrimer]
 
 
 @pytest.mark.parametrize("key", ["start", ("agents", "start"), ("a", "b", "start")])
@@ -327,7 +328,7 @@ def test_env_transforms_pass_torchrls_own_check(kind):
     missing = torchrl.modules.utils.utils._compute_missing_env_transforms
     env: Any = CountingEnv()
     found = missing(env, policy)
-    assert [type(t) for t in found] == [InitTracker, StatePrimer]
+    assert [type(t) for t in found] == [InitTracker, TensorDictPrimer]
     assert not missing(_append(env, get_env_transforms_from_module(policy)), policy)
 
 
@@ -367,3 +368,11 @@ def test_env_that_runs_in_recurrent_mode_warns(recwarn):
         for call in (env.reset, lambda: env.step(step)):
             with pytest.warns(UserWarning, match=r"with set_recurrent_mode\(False\).*\[mode\]"):
                 call()
+
+
+def test_env_transforms_in_recurrent_mode_warn():
+    policy = chain(make("gru"))
+    env = _append(CountingEnv(), get_env_transforms_from_module(policy))
+    with set_recurrent_mode(True):
+        with pytest.warns(UserWarning, match="An environment runs inside set_recurrent_mode"):
+            env.reset()

@@ -28,7 +28,7 @@ SEGMENTS = "rnnkeys.backends.packing:"
 TRITON = "rnnkeys.backends.triton:"
 ENTRIES = "rnnkeys.modules.entries:"
 MODE = "rnnkeys.mode:"
-PRIMERS = "rnnkeys.modules.primers:"
+RECURRENT = "rnnkeys.modules.recurrent:"
 STARTS = "rnnkeys.sequences.segment_starts:"
 LOSS_INPUTS = "rnnkeys.objectives.loss_inputs:"
 WIRING = "rnnkeys.objectives.wiring:"
@@ -249,13 +249,11 @@ def mode_left_after_an_exception(original: Any, self: Any, kind: Any, *rest: Any
 
 @seen_by(
     "tests/modules/test_primers.py::test_states_are_zeros_of_the_environments_batch",
-    target=PRIMERS + "StatePrimer.__init__",
+    target="rnnkeys.modules.recurrent:make_primer",
 )
-def primer_of_another_dtype(
-    original: Any, self: Any, shapes: Any, dtype: Any = None, device: Any = None
-):
+def primer_of_another_dtype(original: Any, shapes: Any, dtype: Any = None, device: Any = None):
     """The primer makes float32 states whatever the parameters' dtype is."""
-    original(self, shapes, torch.float32, device)
+    return original(shapes, torch.float32, device)
 
 
 @seen_by(
