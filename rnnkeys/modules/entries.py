@@ -7,7 +7,6 @@ come between it and the features, so inputs are ``[*lead, *agents, I]`` and stat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,14 +78,20 @@ def read(spec: EntrySpec, tensordict: TensorDictBase, *, sequences: bool) -> Ent
     lead = tensordict.batch_size
     x = tensordict.get(spec.in_key, None)
     if x is None:
-        raise KeyError(_missing(spec, spec.in_key, tensordict, "the input of the layer"))
+        entries = sorted(map(str, tensordict.keys(include_nested=True, leaves_only=True)))
+        raise KeyError(
+            f"{spec.owner}: entry {spec.in_key!r} (the input of the layer) is not in the "
+            f"TensorDict, which has {', '.join(entries)}. Change in_keys or write the entry before "
+            "this module."
+        )
     rank = len(lead)
     if not isinstance(x, Tensor):
         _raise_tensor_problem(spec, tensordict)
     if x.ndim <= rank or x.shape[-1] != spec.input_size:
         raise RuntimeError(
             f"{spec.owner}: input {spec.in_key!r} has shape {tuple(x.shape)}; expected "
-            f"{_dims(lead)}, optionally agents, and input_size={spec.input_size} last."
+            f"the batch {tuple(lead)} first, optionally agents, and input_size={spec.input_size} "
+            "last."
         )
     shape = x.shape[:-1]
     if not spec.state_keys:
@@ -245,15 +250,3 @@ def unfold_sequences(entry: Tensor, lead: torch.Size, shape: torch.Size) -> Tens
         return entry
     unfolded = entry.reshape(*lead[:-1], *shape[len(lead) :], lead[-1], *entry.shape[2:])
     return unfolded.movedim(time + agents, time) if agents else unfolded
-
-
-def _dims(lead: Sequence[int]) -> str:
-    return f"the batch {tuple(lead)} first"
-
-
-def _missing(spec: EntrySpec, key: NestedKey, tensordict: TensorDictBase, what: str) -> str:
-    keys = sorted(str(k) for k in tensordict.keys(include_nested=True, leaves_only=True))
-    return (
-        f"{spec.owner}: entry {key!r} ({what}) is not in the TensorDict, which has "
-        f"{', '.join(keys)}. Change in_keys or write the entry before this module."
-    )

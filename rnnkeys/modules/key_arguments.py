@@ -78,43 +78,34 @@ def split_init_key(
     Raises:
         ValueError: if the number of keys does not fit, or if a key occurs twice.
     """
-    expected = 1 + len(state_names)
     wanted = "is_init" if init_key is None else unravel_key(init_key)
-    if len(keys) == expected + 1 and keys[-1] == wanted:
+    if len(keys) == 2 + len(state_names) and keys[-1] == wanted:
         keys = keys[:-1]
-    if len(keys) != expected:
-        raise ValueError(
-            f"{owner} expects {expected} in_keys: {_listed('the input', state_names)} (optionally "
-            f"the init key {wanted!r} last). Got {keys}. For another name of the init key use "
-            "init_key=."
-        )
+    optional = f" (optionally the init key {wanted!r} last; for another name use init_key=)"
+    check_keys(owner, "in", keys, state_names, optional)
     _check_distinct(owner, "in_keys", [*keys, wanted])
     return keys, wanted
 
 
-def check_in_keys(owner: str, keys: list[NestedKey], state_names: Sequence[str]) -> None:
-    """Raise ValueError unless there is one distinct key for the input and one for each state."""
-    if len(keys) != 1 + len(state_names):
-        raise ValueError(
-            f"{owner} reads {_listed('the input', state_names)}, and then the init key. Got "
-            f"in_keys={keys}."
-        )
-    _check_distinct(owner, "in_keys", keys)
+def check_keys(
+    owner: str, side: str, keys: list[NestedKey], state_names: Sequence[str], also: str = ""
+) -> None:
+    """Raise ValueError unless there is one distinct key for the first entry and for each state.
 
-
-def check_out_keys(owner: str, keys: list[NestedKey], state_names: Sequence[str]) -> None:
-    """Raise ValueError unless there is one distinct key for the output and one for each state."""
+    Args:
+        owner: name of the module's class.
+        side: ``"in"``, whose first entry is the input, or ``"out"``, whose first is the output.
+        keys: to check.
+        state_names: of the cell.
+        also: what may stand beside these keys, for the message.
+    """
     expected = 1 + len(state_names)
     if len(keys) != expected:
+        states = f" and the states {', '.join(state_names)}" if state_names else ""
         raise ValueError(
-            f"{owner} expects {expected} out_keys: {_listed('the output', state_names)}. Got "
-            f"{keys}."
+            f"{owner} expects {expected} {side}_keys: the {side}put{states}{also}. Got {keys}."
         )
-    _check_distinct(owner, "out_keys", keys)
-
-
-def _listed(first: str, state_names: Sequence[str]) -> str:
-    return f"{first} and the states {', '.join(state_names)}" if state_names else first
+    _check_distinct(owner, f"{side}_keys", keys)
 
 
 def _check_distinct(owner: str, side: str, keys: list[NestedKey]) -> None:

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+import inspect
+from typing import Any, ClassVar
 
 import torch
 
-from ..cells import (
-    FFM,
-    LRU,
-    S5,
-    S6,
-    Cell,
-    Elman,
-    LinearCell,
-    MinGRU,
-    MinLSTM,
-    ResidualBlock,
-)
+from ..cells import FFM, LRU, S5, S6, Cell, Elman, MinGRU, MinLSTM, ResidualBlock
 from .arguments import check_choice
 from .cell_module import StackModule
 from .stacks import CellStack
@@ -27,29 +16,40 @@ _BLOCKS = ("plain", "residual")
 
 
 class _CellModule(StackModule):
-    """Makes the layers of one cell; abstract."""
+    """Makes the layers of one cell; abstract. Arguments of the cell's class go to the cell."""
+
+    cell_class: ClassVar[type[Any]]
 
     def __init__(
         self,
-        cell: Cell,
         input_size: int,
         hidden_size: int,
-        num_layers: int,
-        bias: bool,
-        dropout: float,
-        device: torch.device | str | int | None,
-        dtype: torch.dtype | None,
-        arguments: dict[str, Any],
+        num_layers: int = 1,
+        bias: bool = True,
+        dropout: float = 0.0,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        **arguments: Any,
     ) -> None:
-        sizes = {"num_layers": num_layers, "bias": bias, "dropout": dropout}
-        layers = CellStack(cell, input_size, hidden_size, **sizes, device=device, dtype=dtype)
-        super().__init__(layers, **arguments)
+        cell = self._make_cell(arguments)
+        sizes = (input_size, hidden_size, num_layers, bias, dropout)
+        super().__init__(CellStack(cell, *sizes, device=device, dtype=dtype), **arguments)
+
+    def _make_cell(self, arguments: dict[str, Any]) -> Cell:
+        """Make the cell from its own arguments, which are taken out of the others."""
+        own = inspect.signature(self.cell_class).parameters.keys() & arguments.keys()
+        return self.cell_class(**{name: arguments.pop(name) for name in own})
 
 
-def _in_block(cell: LinearCell, block: str) -> LinearCell:
-    """Return a linear cell, inside the residual block if that is asked for."""
-    check_choice("block", block, _BLOCKS)
-    return ResidualBlock(cell) if block == "residual" else cell
+class _LinearModule(_CellModule):
+    """Makes the layers of one linear cell, inside the residual block or alone; abstract."""
+
+    def _make_cell(self, arguments: dict[str, Any]) -> Cell:
+        block = arguments.pop("block", "residual")
+        check_choice("block", block, _BLOCKS)
+        cell: Any = super()._make_cell(arguments)
+        return ResidualBlock(cell) if block == "residual" else cell
 
 
 class RNNModule(_CellModule):
@@ -79,25 +79,10 @@ class RNNModule(_CellModule):
         <All keys matched successfully>
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        nonlinearity: str = "tanh",
-        bias: bool = True,
-        dropout: float = 0.0,
-        *,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        **arguments: Any,
-    ) -> None:
-        cell = Elman(nonlinearity)
-        sizes = (input_size, hidden_size, num_layers, bias, dropout)
-        super().__init__(cell, *sizes, device, dtype, arguments)
+    cell_class = Elman
 
 
-class MinGRUModule(_CellModule):
+class MinGRUModule(_LinearModule):
     """A minimal gated recurrent unit (minGRU) whose state lives in the TensorDict.
 
     Time runs as a parallel scan. Equation and source are in :class:`rnnkeys.cells.MinGRU`.
@@ -124,25 +109,10 @@ class MinGRUModule(_CellModule):
         torch.Size([1, 5])
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        dropout: float = 0.0,
-        block: str = "residual",
-        *,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        **arguments: Any,
-    ) -> None:
-        cell = _in_block(MinGRU(), block)
-        sizes = (input_size, hidden_size, num_layers, bias, dropout)
-        super().__init__(cell, *sizes, device, dtype, arguments)
+    cell_class = MinGRU
 
 
-class MinLSTMModule(_CellModule):
+class MinLSTMModule(_LinearModule):
     """A minimal long short-term memory (minLSTM) whose state lives in the TensorDict.
 
     Time runs as a parallel scan. Equation and source are in :class:`rnnkeys.cells.MinLSTM`.
@@ -169,25 +139,10 @@ class MinLSTMModule(_CellModule):
         (5,)
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        dropout: float = 0.0,
-        block: str = "residual",
-        *,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        **arguments: Any,
-    ) -> None:
-        cell = _in_block(MinLSTM(), block)
-        sizes = (input_size, hidden_size, num_layers, bias, dropout)
-        super().__init__(cell, *sizes, device, dtype, arguments)
+    cell_class = MinLSTM
 
 
-class LRUModule(_CellModule):
+class LRUModule(_LinearModule):
     """A linear recurrent unit (LRU) whose state lives in the TensorDict.
 
     Time runs as a parallel scan. Equation and source are in :class:`rnnkeys.cells.LRU`. The
@@ -218,28 +173,10 @@ class LRUModule(_CellModule):
         (10,)
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        dropout: float = 0.0,
-        block: str = "residual",
-        *,
-        min_radius: float = 0.9,
-        max_radius: float = 0.999,
-        max_phase: float = math.pi / 10,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        **arguments: Any,
-    ) -> None:
-        cell = _in_block(LRU(min_radius, max_radius, max_phase), block)
-        sizes = (input_size, hidden_size, num_layers, bias, dropout)
-        super().__init__(cell, *sizes, device, dtype, arguments)
+    cell_class = LRU
 
 
-class S5Module(_CellModule):
+class S5Module(_LinearModule):
     """A simplified state space layer (S5) whose state lives in the TensorDict.
 
     Time runs as a parallel scan. Equation and source are in :class:`rnnkeys.cells.S5`. The
@@ -269,27 +206,10 @@ class S5Module(_CellModule):
         (6,)
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        dropout: float = 0.0,
-        block: str = "residual",
-        *,
-        min_step: float = 1e-3,
-        max_step: float = 1e-1,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        **arguments: Any,
-    ) -> None:
-        cell = _in_block(S5(min_step, max_step), block)
-        sizes = (input_size, hidden_size, num_layers, bias, dropout)
-        super().__init__(cell, *sizes, device, dtype, arguments)
+    cell_class = S5
 
 
-class FFMModule(_CellModule):
+class FFMModule(_LinearModule):
     """Fast and forgetful memory (FFM) whose state lives in the TensorDict.
 
     Time runs as a parallel scan. Equation and source are in :class:`rnnkeys.cells.FFM`. The
@@ -319,27 +239,10 @@ class FFMModule(_CellModule):
         (16,)
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        dropout: float = 0.0,
-        block: str = "residual",
-        *,
-        num_contexts: int = 4,
-        max_period: float = 1024.0,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        **arguments: Any,
-    ) -> None:
-        cell = _in_block(FFM(num_contexts, max_period), block)
-        sizes = (input_size, hidden_size, num_layers, bias, dropout)
-        super().__init__(cell, *sizes, device, dtype, arguments)
+    cell_class = FFM
 
 
-class S6Module(_CellModule):
+class S6Module(_LinearModule):
     """A selective state space layer (S6, of Mamba) whose two states live in the TensorDict.
 
     Time runs as a parallel scan. Equation and source are in :class:`rnnkeys.cells.S6`. The
@@ -371,23 +274,4 @@ class S6Module(_CellModule):
         (('recurrent_state_h', 'recurrent_state_window'), (32, 24))
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        dropout: float = 0.0,
-        block: str = "residual",
-        *,
-        state_size: int = 16,
-        window_len: int = 4,
-        min_step: float = 1e-3,
-        max_step: float = 1e-1,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        **arguments: Any,
-    ) -> None:
-        cell = _in_block(S6(state_size, window_len, min_step, max_step), block)
-        sizes = (input_size, hidden_size, num_layers, bias, dropout)
-        super().__init__(cell, *sizes, device, dtype, arguments)
+    cell_class = S6

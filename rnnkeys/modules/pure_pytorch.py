@@ -112,18 +112,8 @@ class LSTM(_PurePyTorchRNN):
         use_scan: bool = False,
     ) -> None:
         _check_bidirectional(self, bidirectional)
-        super().__init__(
-            "LSTM",
-            input_size,
-            hidden_size,
-            num_layers=num_layers,
-            bias=bias,
-            batch_first=batch_first,
-            dropout=dropout,
-            proj_size=proj_size,
-            device=device,
-            dtype=dtype,
-        )
+        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout)
+        super().__init__("LSTM", *sizes, proj_size=proj_size, device=device, dtype=dtype)
         self.use_scan = use_scan
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -192,17 +182,8 @@ class GRU(_PurePyTorchRNN):
         use_scan: bool = False,
     ) -> None:
         _check_bidirectional(self, bidirectional)
-        super().__init__(
-            "GRU",
-            input_size,
-            hidden_size,
-            num_layers=num_layers,
-            bias=bias,
-            batch_first=batch_first,
-            dropout=dropout,
-            device=device,
-            dtype=dtype,
-        )
+        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout)
+        super().__init__("GRU", *sizes, device=device, dtype=dtype)
         self.use_scan = use_scan
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -164,7 +164,7 @@ class RecurrentModule(TensorDictModuleBase, ABC):
             value = self._complete_in_keys(value)
         elif name == "out_keys":
             keys = key_arguments.join_keys("out", None, value, [])
-            key_arguments.check_out_keys(type(self).__name__, keys, self.cell.state_names)
+            key_arguments.check_keys(type(self).__name__, "out", keys, self.cell.state_names)
         elif name == "recurrent_backend":
             check_choice(name, value, BACKENDS)
         super().__setattr__(name, value)
@@ -184,7 +184,7 @@ class RecurrentModule(TensorDictModuleBase, ABC):
         names = self.cell.state_names
         number = 1 + len(names)
         given = key_arguments.join_keys("in", None, keys, [])
-        key_arguments.check_in_keys(type(self).__name__, given[:number], names)
+        key_arguments.check_keys(type(self).__name__, "in", given[:number], names)
         needs_init = bool(names) and len(given) == number
         return [*given, self._init_key] if needs_init else keys
 
