@@ -11,6 +11,28 @@ from torch import Tensor
 from ..cells import Cell, State
 
 
+class Options(NamedTuple):
+    """How to run time.
+
+    Attributes:
+        state_grad: whether gradients flow through the returned states (through the outputs they
+            always do).
+        native: whether torch's native kernels may run.
+        dropout: probability of dropout between layers, 0 outside training.
+        recompute: ``"none"``, or ``"full"`` to keep no activations and compute them again in the
+            backward pass.
+        compute_dtype: of the recurrent matmul in the ``"triton"`` backend.
+        precision: recurrent matmul precision of the ``"triton"`` backend, as the user gave it.
+    """
+
+    state_grad: bool = True
+    native: bool = True
+    dropout: float = 0.0
+    recompute: str = "none"
+    compute_dtype: torch.dtype = torch.float32
+    precision: str = "auto"
+
+
 class LayerRun(NamedTuple):
     """The result of one layer, in the backend's layout.
 

@@ -6,7 +6,7 @@ every time step. Backends work on tensors: they know neither keys nor equations.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .._compat import in_transform
 from ..cells import Cell, LinearCell, State
 from . import triton
-from .batch import Batch
+from .batch import Batch, Options
 from .loop import LoopBatch
 from .pad import PackedBatch, runs_native
 from .scan import ScanBatch
@@ -25,28 +25,6 @@ from .step import run_step
 from .triton.batch import TritonBatch
 
 BACKENDS = ("auto", "loop", "pad", "scan", "triton")
-
-
-class Options(NamedTuple):
-    """How to run time.
-
-    Attributes:
-        state_grad: whether gradients flow through the returned states (through the outputs they
-            always do).
-        native: whether torch's native kernels may run.
-        dropout: probability of dropout between layers, 0 outside training.
-        recompute: ``"none"``, or ``"full"`` to keep no activations and compute them again in the
-            backward pass.
-        compute_dtype: of the recurrent matmul in the ``"triton"`` backend.
-        precision: recurrent matmul precision of the ``"triton"`` backend, as the user gave it.
-    """
-
-    state_grad: bool = True
-    native: bool = True
-    dropout: float = 0.0
-    recompute: str = "none"
-    compute_dtype: torch.dtype = torch.float32
-    precision: str = "auto"
 
 
 def why_not(

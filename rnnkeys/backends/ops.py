@@ -12,15 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fused, fused_gru, fused_lstm
-from .cut_rows import cut_rows
-
-
-def _sizes(sizes: Sequence[int], where: Tensor | None) -> list[int]:
-    """Return the number of rows of every step; of a dense batch, from its reset mask ``[T, B]``."""
-    if where is None:
-        return list(sizes)
-    return [where.shape[1]] * where.shape[0]
+from . import fused_gru, fused_lstm
+from .cut_rows import lay_out
 
 
 @torch.library.custom_op("rnnkeys::lstm", mutates_args=())
@@ -39,20 +32,14 @@ def lstm(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run ``lstm_forward``; a dense batch passes ``where [T, B]`` and the reset states."""
-    resets, bias = _resets(where, reset_h, reset_c), None
-    if b_ih is not None and b_hh is not None:
-        bias = b_ih + b_hh
-    weights = w_ih, w_hh, bias
-    cut = cut_rows(resets)
-    if cut is None or resets is None:
-        steps = _sizes(sizes, where)
-        return fused_lstm.lstm_forward(x, *weights, (h0, c0), steps, resets, keep)
-    start_h, start_c = cut.starts((h0, c0), resets)
+    rows = lay_out(sizes, where, reset_h, reset_c)
+    bias = None if b_ih is None or b_hh is None else b_ih + b_hh
+    start_h, start_c = rows.starts((h0, c0))
     # Activations stay packed: only the backward pass reads them.
     h, c, i_f_o, g = fused_lstm.lstm_forward(
-        cut.pack(x), *weights, (start_h, start_c), cut.sizes, None, keep
+        rows.pack(x), w_ih, w_hh, bias, (start_h, start_c), rows.sizes, rows.resets, keep
     )
-    return cut.unpack(h), cut.unpack(c), i_f_o, g
+    return rows.unpack(h), rows.unpack(c), i_f_o, g
 
 
 @torch.library.custom_op("rnnkeys::lstm_backward", mutates_args=())
@@ -76,42 +63,26 @@ def lstm_backward(
     want_reset_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run ``lstm_backward``; gradients that are not wanted are empty."""
-    weights, resets = (w_ih, w_hh), _resets(where, reset_h, reset_c)
-    cut = cut_rows(resets)
-    if cut is None or resets is None:
-        grads = fused_lstm.lstm_backward(
-            (grad_h, grad_c),
-            weights,
-            x,
-            (h0, c0),
-            (h, c, i_f_o, g),
-            _sizes(sizes, where),
-            resets,
-            want_x_grad,
-            want_reset_grad,
-        )
-        d_x, d_w_ih, d_w_hh, d_b, dh, dc, d_reset_h, d_reset_c = grads
-    else:
-        start_h, start_c = cut.starts((h0, c0), resets)
-        grads = fused_lstm.lstm_backward(
-            (cut.pack_if(grad_h), cut.pack_if(grad_c)),
-            weights,
-            cut.pack(x),
-            (start_h, start_c),
-            (cut.pack(h), cut.pack(c), i_f_o, g),
-            cut.sizes,
-            None,
-            want_x_grad,
-            False,
-        )
-        d_w_ih, d_w_hh, d_b = grads[1:4]
-        d_x = cut.unpack_if(grads.x)
-        dh, d_reset_h = cut.split_start_grad(grads.h0, resets)
-        dc, d_reset_c = cut.split_start_grad(grads.c0, resets)
+    rows = lay_out(sizes, where, reset_h, reset_c)
+    start_h, start_c = rows.starts((h0, c0))
+    grads = fused_lstm.lstm_backward(
+        (_if_given(rows.pack, grad_h), _if_given(rows.pack, grad_c)),
+        (w_ih, w_hh),
+        rows.pack(x),
+        (start_h, start_c),
+        (rows.pack(h), rows.pack(c), i_f_o, g),
+        rows.sizes,
+        rows.resets,
+        want_x_grad,
+        want_reset_grad,
+    )
+    dh, d_reset_h = rows.split_start_grad(grads.h0, grads.reset_h)
+    dc, d_reset_c = rows.split_start_grad(grads.c0, grads.reset_c)
     if not want_reset_grad:
-        d_reset_h, d_reset_c = None, None
-    resets_grads = _or_empty(d_reset_h, h), _or_empty(d_reset_c, h)
-    return _or_empty(d_x, h), d_w_ih, d_w_hh, d_b, dh, dc, *resets_grads
+        d_reset_h = d_reset_c = None
+    d_x = _if_given(rows.unpack, grads.x)
+    d_x, d_reset_h, d_reset_c = (_or_empty(d, h) for d in (d_x, d_reset_h, d_reset_c))
+    return d_x, grads.w_ih, grads.w_hh, grads.bias, dh, dc, d_reset_h, d_reset_c
 
 
 @torch.library.custom_op("rnnkeys::gru", mutates_args=())
@@ -128,14 +99,13 @@ def gru(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run ``gru_forward``; a dense batch passes ``where [T, B]`` and the reset states."""
-    weights, resets = (w_ih, w_hh, b_ih, b_hh), _resets(where, reset_h)
-    cut = cut_rows(resets)
-    if cut is None or resets is None:
-        return fused_gru.gru_forward(x, *weights, h0, _sizes(sizes, where), resets, keep)
-    (start,) = cut.starts((h0,), resets)
+    rows = lay_out(sizes, where, reset_h)
+    (start,) = rows.starts((h0,))
     # Activations stay packed: only the backward pass reads them.
-    h, r_z, n = fused_gru.gru_forward(cut.pack(x), *weights, start, cut.sizes, None, keep)
-    return cut.unpack(h), r_z, n
+    h, r_z, n = fused_gru.gru_forward(
+        rows.pack(x), w_ih, w_hh, b_ih, b_hh, start, rows.sizes, rows.resets, keep
+    )
+    return rows.unpack(h), r_z, n
 
 
 @torch.library.custom_op("rnnkeys::gru_backward", mutates_args=())
@@ -156,45 +126,27 @@ def gru_backward(
     want_reset_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run ``gru_backward``; gradients that are not wanted are empty."""
-    weights, resets = (w_ih, w_hh, b_hh), _resets(where, reset_h)
-    cut = cut_rows(resets)
-    if cut is None or resets is None:
-        grads = fused_gru.gru_backward(
-            grad_h,
-            weights,
-            x,
-            h0,
-            (h, r_z, n),
-            _sizes(sizes, where),
-            resets,
-            want_x_grad,
-            want_reset_grad,
-        )
-        d_x, *most, d_reset = grads
-    else:
-        (start,) = cut.starts((h0,), resets)
-        grads = fused_gru.gru_backward(
-            cut.pack(grad_h),
-            weights,
-            cut.pack(x),
-            start,
-            (cut.pack(h), r_z, n),
-            cut.sizes,
-            None,
-            want_x_grad,
-            False,
-        )
-        dh, d_reset = cut.split_start_grad(grads.h0, resets)
-        d_x, most = cut.unpack_if(grads.x), [*grads[1:5], dh]
-    d_reset = d_reset if want_reset_grad else None
-    d_w_ih, d_w_hh, d_b_ih, d_b_hh, dh = most
-    return _or_empty(d_x, h), d_w_ih, d_w_hh, d_b_ih, d_b_hh, dh, _or_empty(d_reset, h)
+    rows = lay_out(sizes, where, reset_h)
+    (start,) = rows.starts((h0,))
+    grads = fused_gru.gru_backward(
+        rows.pack(grad_h),
+        (w_ih, w_hh, b_hh),
+        rows.pack(x),
+        start,
+        (rows.pack(h), r_z, n),
+        rows.sizes,
+        rows.resets,
+        want_x_grad,
+        want_reset_grad,
+    )
+    dh, d_reset = rows.split_start_grad(grads.h0, grads.reset_h)
+    d_x = _or_empty(_if_given(rows.unpack, grads.x), h)
+    d_reset = _or_empty(d_reset if want_reset_grad else None, h)
+    return d_x, grads.w_ih, grads.w_hh, grads.b_ih, grads.b_hh, dh, d_reset
 
 
-def _resets(where: Tensor | None, *state: Tensor | None) -> fused.Resets | None:
-    if where is None:
-        return None
-    return fused.Resets(where, tuple(s for s in state if s is not None))
+def _if_given(function: Callable[[Tensor], Tensor], rows: Tensor | None) -> Tensor | None:
+    return None if rows is None else function(rows)
 
 
 def _or_empty(grad: Tensor | None, like: Tensor) -> Tensor:

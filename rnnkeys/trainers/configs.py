@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from tensordict.nn import TensorDictSequential
-from tensordict.utils import NestedKey
 from torch import nn
 from torchrl.modules import ProbabilisticActor
 from torchrl.objectives.value import GAE
@@ -33,7 +32,6 @@ except ImportError as error:
     ) from error
 
 from ..environments import make_gym_env
-from ..modules.lstm_gru import GRUModule, LSTMModule
 from ..modules.primers import get_env_transforms_from_module
 from ..objectives import SequenceMinibatches, recurrent_loss
 from ..policies import recurrent_module
@@ -47,7 +45,27 @@ _KEYS = ("in_key", "out_key", "state_key", "init_key", "in_keys", "out_keys")
 
 
 @dataclass
-class RecurrentModuleConfig(ModelConfig):
+class _LayersConfig(ModelConfig):
+    """What the configs of recurrent modules share; abstract."""
+
+    kind: str = "lstm"
+    input_size: int = MISSING
+    hidden_size: int = MISSING
+    num_layers: int = 1
+    dropout: float = 0.0
+    in_key: Any = None
+    out_key: Any = None
+    state_key: Any = None
+    init_key: Any = None
+    default_recurrent_mode: bool | None = None
+    recurrent_backend: str = "auto"
+    state_grad: bool = False
+    device: Any = None
+    _target_: str = f"{_HERE}.make_module"
+
+
+@dataclass
+class RecurrentModuleConfig(_LayersConfig):
     """Config of :func:`rnnkeys.recurrent_module`: any recurrent layer by the name of its cell.
 
     Nested keys are lists, as in TorchRL's configs: ``in_key: [agents, observation]``.
@@ -61,25 +79,11 @@ class RecurrentModuleConfig(ModelConfig):
         'MinGRUModule'
     """
 
-    kind: str = "lstm"
-    input_size: int = MISSING
-    hidden_size: int = MISSING
-    num_layers: int = 1
-    dropout: float = 0.0
     block: str = "plain"
-    in_key: Any = None
-    out_key: Any = None
-    state_key: Any = None
-    init_key: Any = None
-    default_recurrent_mode: bool | None = None
-    recurrent_backend: str = "auto"
-    state_grad: bool = False
-    device: Any = None
-    _target_: str = f"{_HERE}.make_module"
 
 
 @dataclass
-class LSTMModuleConfig(ModelConfig):
+class LSTMModuleConfig(_LayersConfig):
     """Config of :class:`rnnkeys.LSTMModule`.
 
     Examples:
@@ -89,26 +93,13 @@ class LSTMModuleConfig(ModelConfig):
         'LSTMModule'
     """
 
-    input_size: int = MISSING
-    hidden_size: int = MISSING
-    num_layers: int = 1
     bias: bool = True
-    dropout: float = 0.0
     proj_size: int = 0
     python_based: bool = False
-    in_key: Any = None
-    out_key: Any = None
-    state_key: Any = None
-    init_key: Any = None
-    default_recurrent_mode: bool | None = None
-    recurrent_backend: str = "auto"
-    state_grad: bool = False
-    device: Any = None
-    _target_: str = f"{_HERE}.make_lstm_module"
 
 
 @dataclass
-class GRUModuleConfig(ModelConfig):
+class GRUModuleConfig(_LayersConfig):
     """Config of :class:`rnnkeys.GRUModule`.
 
     Examples:
@@ -118,21 +109,9 @@ class GRUModuleConfig(ModelConfig):
         ('recurrent_state',)
     """
 
-    input_size: int = MISSING
-    hidden_size: int = MISSING
-    num_layers: int = 1
+    kind: str = "gru"
     bias: bool = True
-    dropout: float = 0.0
     python_based: bool = False
-    in_key: Any = None
-    out_key: Any = None
-    state_key: Any = None
-    init_key: Any = None
-    default_recurrent_mode: bool | None = None
-    recurrent_backend: str = "auto"
-    state_grad: bool = False
-    device: Any = None
-    _target_: str = f"{_HERE}.make_gru_module"
 
 
 @dataclass
@@ -219,26 +198,6 @@ def make_module(kind: str, shared: bool = False, **arguments: Any) -> nn.Module:
         **arguments: as for :func:`rnnkeys.recurrent_module`, nested keys as lists.
     """
     return recurrent_module(kind, **_without_none(arguments))
-
-
-def make_lstm_module(shared: bool = False, **arguments: Any) -> LSTMModule:
-    """Make an ``LSTMModule``; arguments as for :func:`make_module`.
-
-    Args:
-        shared: has no effect.
-        **arguments: as for :class:`rnnkeys.LSTMModule`, nested keys as lists.
-    """
-    return LSTMModule(**_without_none(arguments))
-
-
-def make_gru_module(shared: bool = False, **arguments: Any) -> GRUModule:
-    """Make a ``GRUModule``; arguments as for :func:`make_module`.
-
-    Args:
-        shared: has no effect.
-        **arguments: as for :class:`rnnkeys.GRUModule`, nested keys as lists.
-    """
-    return GRUModule(**_without_none(arguments))
 
 
 def wire_loss(loss: Any, init_key: Any = None) -> Any:
@@ -342,10 +301,10 @@ def make_recurrent_ppo_trainer(
         options: further keyword arguments of ``PPOTrainer``, or None.
     """
     kind, arguments, _ = action_distribution(env.action_spec)
-    keys: Any = ["logits"] if "logits" in _out_keys(actor) else ["loc", "scale"]
     masks = [key for key in env.observation_spec.keys() if key == "action_mask"]
     network: Any = actor
     value: Any = critic
+    keys: Any = ["logits"] if "logits" in network.out_keys else ["loc", "scale"]
     policy: Any = ProbabilisticActor(
         network,
         in_keys=[*keys, *masks],
@@ -384,10 +343,6 @@ def make_recurrent_ppo_trainer(
     )
     SequenceMinibatchesHook(minibatches).register(trainer)
     return trainer
-
-
-def _out_keys(network: Any) -> list[NestedKey]:
-    return list(network.out_keys)
 
 
 def _without_none(arguments: dict[str, Any]) -> dict[str, Any]:

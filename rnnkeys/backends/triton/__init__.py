@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,30 +17,12 @@ from torch.compiler import is_compiling
 from ..._compat import TransformType, get_interpreter_stack
 from ...cells import Cell, State, Weights
 from ...precision import resolve
+from ..batch import Options
 from .config import MAX_HIDDEN
 from .ordering import order_segments as order_segments
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INSTEAD = "Use recurrent_backend='pad' or 'auto'"
-
-
-class Modes(Protocol):
-    """The options of a call that this backend reads."""
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Dtype of the products' operands, for float32 parameters."""
-        ...
-
-    @property
-    def recompute(self) -> str:
-        """``"none"``, or ``"full"`` to keep no activations."""
-        ...
-
-    @property
-    def precision(self) -> str:
-        """Recurrent matmul precision, as passed by the user."""
-        ...
 
 
 def why_not(
@@ -133,7 +115,7 @@ def unroll(
     x: Tensor,
     reset_state: State,
     is_init: Tensor,
-    options: Modes,
+    options: Options,
     order: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Run one layer over a batch.
@@ -147,7 +129,7 @@ def unroll(
         x: ``[B, T, I]``, any strides.
         reset_state: per state name ``[B, T, H]``, any strides, read at t=0 and where ``is_init``.
         is_init: bool ``[B, T]``.
-        options: any object with the attributes of :class:`Modes`.
+        options: of the call; ``compute_dtype``, ``recompute`` and ``precision`` are read.
         order: result of :func:`order_segments` for ``is_init``, which layers can share; computed
             here by default.
 
@@ -180,7 +162,7 @@ def unroll(
 
 
 def _check(
-    cell: Cell, weights: Weights, x: Tensor, reset_state: State, is_init: Tensor, options: Modes
+    cell: Cell, weights: Weights, x: Tensor, reset_state: State, is_init: Tensor, options: Options
 ) -> None:
     if is_init.dtype != torch.bool:
         raise TypeError(

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ...cells import Cell, State
-from ..batch import Batch, LayerRun
-from . import Modes, order_segments, unroll
+from ..batch import Batch, LayerRun, Options
+from . import order_segments, unroll
 
 
 class TritonBatch(Batch):
@@ -21,7 +21,7 @@ class TritonBatch(Batch):
         options: how to run.
     """
 
-    def __init__(self, cell: Cell, reset_state: State, is_init: Tensor, options: Modes) -> None:
+    def __init__(self, cell: Cell, reset_state: State, is_init: Tensor, options: Options) -> None:
         self.cell = cell
         self.reset_state = reset_state
         self.is_init = is_init
