@@ -12,8 +12,9 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
+from ..checks import as_int
 from ..keys import TRAJECTORY_KEY
-from .worker import MakeEnv, Plan, Policy
+from .worker import Plan
 
 ACTOR_KEY = ("collector", "actor")
 """Number of the actor that collected a step, int64 ``[num_envs, T]``."""
@@ -42,9 +43,9 @@ class Actors(ABC):
     """
 
     def __init__(self, first_trajectory: int = 0) -> None:
-        check_positive_int("first_trajectory", first_trajectory, least=0)
         self._policy_version = 0
-        self._trajectories = _TrajectoryNumbers(first_trajectory)
+        first = as_int("first_trajectory", first_trajectory, minimum=0)
+        self._trajectories = _TrajectoryNumbers(first)
 
     @property
     def policy_version(self) -> int:
@@ -121,31 +122,20 @@ class _TrajectoryNumbers:
         self._running.pop(actor, None)
 
 
-def check_positive_int(name: str, value: int, least: int = 1) -> None:
-    """Raise ``ValueError`` unless an argument is an int of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an int, at least {least}. Got {value!r}.")
-
-
 def check_plan(plan: Plan) -> None:
     """Raise ``TypeError`` or ``ValueError`` if an argument common to all actors is wrong."""
-    check_maker(plan.make_env, plan.policy)
-    check_positive_int("frames_per_batch", plan.frames_per_batch)
-    check_positive_int("num_threads", plan.num_threads)
-
-
-def check_maker(make_env: MakeEnv, policy: Policy) -> None:
-    """Raise ``TypeError`` unless environments and policies can be made."""
-    if isinstance(make_env, EnvBase) or not callable(make_env):
+    if isinstance(plan.make_env, EnvBase) or not callable(plan.make_env):
         raise TypeError(
             "make_env must be a function that makes an actor's environment. Got "
-            f"{type(make_env).__name__}: pass a function that returns one."
+            f"{type(plan.make_env).__name__}: pass a function that returns one."
         )
-    if not callable(policy):
+    if not callable(plan.policy):
         raise TypeError(
             "policy must be a TensorDict module, or a function that makes the policy of actor 0, "
-            f"1, ... Got {type(policy).__name__}."
+            f"1, ... Got {type(plan.policy).__name__}."
         )
+    as_int("frames_per_batch", plan.frames_per_batch)
+    as_int("num_threads", plan.num_threads)
 
 
 def draw_seed(seed: int, actor: int, restarts: int = 0) -> int:

@@ -14,7 +14,7 @@ from threading import Lock, Thread
 from tensordict import TensorDictBase
 
 from .remote import RemoteActors
-from .worker import Answer, MakeEnv, Plan, Policy, Worker
+from .worker import Answer, Worker
 
 
 class ProcessActors(RemoteActors):
@@ -48,33 +48,12 @@ class ProcessActors(RemoteActors):
         max_restarts: how many times in a row an actor is restarted before it has given a batch.
         first_trajectory: number of the first trajectory, :attr:`num_trajectories` of an earlier run
             that is resumed.
+        release: called once, after the last process has ended.
 
     Raises:
         TypeError: if ``make_env`` or ``policy`` is of a wrong type.
         ValueError: if a number is out of range.
     """
-
-    def __init__(
-        self,
-        make_env: MakeEnv,
-        policy: Policy,
-        *,
-        num_actors: int,
-        frames_per_batch: int,
-        seed: int = 0,
-        num_threads: int = 1,
-        timeout: float = 600.0,
-        max_restarts: int = 2,
-        first_trajectory: int = 0,
-    ) -> None:
-        super().__init__(
-            Plan(make_env, policy, frames_per_batch, num_threads),
-            num_actors,
-            seed=seed,
-            timeout=timeout,
-            max_restarts=max_restarts,
-            first_trajectory=first_trajectory,
-        )
 
     def start_worker(self, plan: bytes, actor: int, seed: int) -> _ProcessWorker:
         """Start a process."""

@@ -9,10 +9,10 @@ from typing import Any
 
 from tensordict import TensorDictBase
 
-from .base import check_positive_int
+from ..checks import as_int
 from .ray_cluster import connect, import_ray
 from .remote import RemoteActors
-from .worker import Answer, MakeEnv, Plan, Policy, Worker
+from .worker import Answer, MakeEnv, Policy, Worker
 
 STORE_BYTES = 128 * 2**20
 
@@ -31,17 +31,13 @@ class RayActors(RemoteActors):
         make_env: makes the environments of one actor, with all transforms that the policy needs.
         policy: a TensorDict module, or a function that makes it from the actor's number.
         num_actors: number of Ray actors.
-        frames_per_batch: steps in a batch of one actor, of all its environments together.
-        seed: from which the seed of each actor is drawn.
-        num_threads: CPU threads of torch in each actor.
-        timeout: seconds after which an actor without an answer counts as lost. An actor that Ray
-            finds no place for gives no answer.
-        max_restarts: how many times in a row an actor is restarted before it has given a batch.
-        first_trajectory: number of the first trajectory.
         address: of a running cluster, such as ``"10.0.0.1:6379"``.
         actor_options: options of ``ray.remote`` for each actor, ``{"num_cpus": 1}`` by default.
         runtime_env: Ray's description of what the nodes need; the package itself is added to it.
         object_store_memory: bytes for batches and weights in a cluster that is started here.
+        **arguments: ``frames_per_batch``, ``seed``, ``num_threads``, ``timeout``, ``max_restarts``
+            and ``first_trajectory``, as for :class:`ProcessActors`. An actor that Ray finds no
+            place for gives no answer until ``timeout``.
 
     Raises:
         ModuleNotFoundError: if Ray is not installed.
@@ -56,32 +52,19 @@ class RayActors(RemoteActors):
         policy: Policy,
         *,
         num_actors: int,
-        frames_per_batch: int,
-        seed: int = 0,
-        num_threads: int = 1,
-        timeout: float = 600.0,
-        max_restarts: int = 2,
-        first_trajectory: int = 0,
         address: str | None = None,
         actor_options: Mapping[str, Any] | None = None,
         runtime_env: Mapping[str, Any] | None = None,
         object_store_memory: int = STORE_BYTES,
+        **arguments: Any,
     ) -> None:
         self._ray = import_ray()
-        check_positive_int("num_actors", num_actors)
+        num_actors = as_int("num_actors", num_actors)
         options = {"num_cpus": 1, "max_restarts": 0, **(actor_options or {})}
         self._worker_class: Any = self._ray.remote(**options)(Worker)
         num_cpus = num_actors * options["num_cpus"]
         disconnect = connect(address, num_cpus, object_store_memory, runtime_env or {})
-        super().__init__(
-            Plan(make_env, policy, frames_per_batch, num_threads),
-            num_actors,
-            seed=seed,
-            timeout=timeout,
-            max_restarts=max_restarts,
-            first_trajectory=first_trajectory,
-            release=disconnect,
-        )
+        super().__init__(make_env, policy, num_actors=num_actors, release=disconnect, **arguments)
 
     def start_worker(self, plan: bytes, actor: int, seed: int) -> _RayWorker:
         """Start a Ray actor."""

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, Protocol
 from tensordict import TensorDictBase
 from torch import nn
 
-from .base import Actors, check_plan, check_positive_int, draw_seed
-from .worker import Answer, Plan, dumps, weights_of
+from ..checks import as_int
+from .base import Actors, check_plan, draw_seed
+from .worker import Answer, MakeEnv, Plan, Policy, dumps, weights_of
 
 
 class ActorError(RuntimeError):
@@ -56,34 +57,31 @@ class RemoteActors(Actors):
 
     def __init__(
         self,
-        plan: Plan,
-        num_actors: int,
+        make_env: MakeEnv,
+        policy: Policy,
         *,
-        seed: int,
-        timeout: float,
-        max_restarts: int,
-        first_trajectory: int,
+        num_actors: int,
+        frames_per_batch: int,
+        seed: int = 0,
+        num_threads: int = 1,
+        timeout: float = 600.0,
+        max_restarts: int = 2,
+        first_trajectory: int = 0,
         release: Callable[[], None] = lambda: None,
     ) -> None:
-        """Start the workers.
-
-        Args:
-            plan: of each worker.
-            num_actors: number of workers.
-            seed: from which the seed of each worker is drawn.
-            timeout: seconds after which a worker without an answer counts as lost.
-            max_restarts: how many times in a row a worker is replaced before it has given a batch.
-            first_trajectory: number of the first trajectory.
-            release: called after the last worker was stopped, also if the constructor raises.
-        """
+        """Start the workers; arguments are those of :class:`ProcessActors`."""
         self._workers: dict[int, RemoteWorker] = {}
         self._close = weakref.finalize(self, _stop_all, self._workers, release)
         self._requests: dict[Future[Answer], _Request] = {}  # in the order of the requests
         try:
             super().__init__(first_trajectory)
-            _check_remote(plan, num_actors, timeout, max_restarts)
-            self.num_actors = num_actors
-            self._timeout, self._max_restarts, self._seed = timeout, max_restarts, seed
+            plan = Plan(make_env, policy, frames_per_batch, num_threads)
+            check_plan(plan)
+            if not timeout > 0:
+                raise ValueError(f"timeout must be a number of seconds above 0. Got {timeout!r}.")
+            self.num_actors = as_int("num_actors", num_actors)
+            self._max_restarts = as_int("max_restarts", max_restarts, minimum=0)
+            self._timeout, self._seed = timeout, seed
             self._plan = dumps(plan)  # once, so that restarted actors have the same first weights
             self._restarts = [0] * num_actors
             self._failures = [0] * num_actors
@@ -212,11 +210,3 @@ def _stop_all(workers: dict[int, RemoteWorker], release: Callable[[], None]) -> 
         for worker in workers.values():
             stack.callback(worker.stop)
     workers.clear()
-
-
-def _check_remote(plan: Plan, num_actors: int, timeout: float, max_restarts: int) -> None:
-    check_plan(plan)
-    check_positive_int("num_actors", num_actors)
-    check_positive_int("max_restarts", max_restarts, least=0)
-    if not timeout > 0:
-        raise ValueError(f"timeout must be a number of seconds above 0. Got {timeout!r}.")

@@ -238,12 +238,20 @@ def test_constructor_that_raises_stops_what_was_started(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({"num_actors": 0}, ValueError, "num_actors must be an int, at least 1. Got 0"),
-        ({"frames_per_batch": 1.5}, ValueError, "frames_per_batch must be an int, .* Got 1.5"),
+        (
+            {"num_actors": 0},
+            ValueError,
+            "num_actors must be an int of at least 1. Got",
+        ),
+        (
+            {"frames_per_batch": 1.5},
+            ValueError,
+            "frames_per_batch must be an int .* Got",
+        ),
         ({"timeout": 0}, ValueError, "timeout must be a number of seconds above 0. Got 0"),
-        ({"max_restarts": -1}, ValueError, "max_restarts must be an int, at least 0. Got -1"),
-        ({"num_threads": True}, ValueError, "num_threads must be an int, at least 1. Got True"),
-        ({"first_trajectory": -1}, ValueError, "first_trajectory must be an int, at least 0"),
+        ({"max_restarts": -1}, ValueError, "max_restarts must be an int of at least 0. Got"),
+        ({"num_threads": True}, ValueError, "num_threads must be an int of at least 1. Got"),
+        ({"first_trajectory": -1}, ValueError, "first_trajectory must be an int of at least 0"),
         ({"make_env": 3}, TypeError, "make_env must be a function .* Got int"),
         ({"policy": None}, TypeError, "policy must be a TensorDict module, or .* Got NoneType"),
     ],

@@ -21,7 +21,7 @@ from torchrl.data import OneHot
 from rnnkeys import drqn_policy
 from rnnkeys.collectors import ACTOR_KEY, POLICY_VERSION_KEY, EpsilonGreedy, ProcessActors
 from rnnkeys.collectors.remote import RemoteActors
-from rnnkeys.collectors.worker import Answer, MakeEnv, Plan
+from rnnkeys.collectors.worker import Answer, MakeEnv
 from rnnkeys.keys import TRAJECTORY_KEY
 
 ROOT = Path(__file__).parents[2]
@@ -64,13 +64,9 @@ class ManualActors(RemoteActors):
     def __init__(self, **options: Any) -> None:
         self.started: list[ManualWorker] = []
         self.mortal: set[int] = set()
-        defaults: dict[str, Any] = {
-            "seed": 0,
-            "timeout": PATIENCE,
-            "max_restarts": 2,
-            "first_trajectory": 0,
-        }
-        super().__init__(Plan(_no_env, nn.Identity(), 6), 2, **{**defaults, **options})  # pyright: ignore[reportArgumentType]
+        policy: Any = nn.Identity()
+        defaults = {"num_actors": 2, "frames_per_batch": 6, "timeout": PATIENCE}
+        super().__init__(_no_env, policy, **{**defaults, **options})
 
     def start_worker(self, plan: bytes, actor: int, seed: int) -> ManualWorker:
         worker = ManualWorker(actor, seed)
