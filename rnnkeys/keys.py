@@ -34,6 +34,16 @@ def next_key(key: NestedKey) -> tuple[str, ...]:
     return ("next", *as_tuple(key))
 
 
+def join_key(key: NestedKey) -> str:
+    """Return the name of an entry as one string, parts of nested keys joined by dots.
+
+    Examples:
+        >>> join_key(("agents", "observation"))
+        'agents.observation'
+    """
+    return ".".join(as_tuple(key))
+
+
 def as_key(argument: str, key: Any) -> Any:
     """Return a key, unravelled.
 

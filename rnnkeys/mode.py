@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
-from types import TracebackType
 from typing import Any, Literal, TypeVar, cast
 
 from torch.compiler import is_compiling
@@ -146,12 +145,7 @@ class set_recurrent_mode:
             _entered.set((*_entered.get(), (self, recurrent_mode())))
         recurrent_mode_state_manager.set_mode(self.mode)
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         """Restore the mode that was in force at the matching entry.
 
         Raises:

@@ -25,6 +25,7 @@ from .entries import find_tensor_problems as find_tensor_problems
 from .entries import find_type_problems as find_type_problems
 from .problem import Problem as Problem
 from .problem import raise_first as raise_first
+from .state_keys import RecurrentLayer as RecurrentLayer
 from .state_keys import find_shared_key_problems as find_shared_key_problems
 from .state_keys import read_state_keys as read_state_keys
 from .switch import can_read_values as can_read_values

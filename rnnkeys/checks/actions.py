@@ -11,7 +11,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from ..keys import next_key
-from .problem import Problem
+from .problem import Problem, make_bool_problem
 
 _REMEDY = (
     "Store one-hot vectors [*batch, A] or integer indices [*batch] or [*batch, 1], as the "
@@ -118,12 +118,7 @@ def find_action_mask_problems(
     for key in map(unravel_key, (mask_key, next_key(mask_key))):
         allowed = batch.get(key, None)
         if allowed is not None and allowed.dtype is not torch.bool:
-            yield Problem(
-                "action-mask-dtype",
-                f"The action mask {key!r} must be bool. Got {allowed.dtype}.",
-                f"Convert it: batch.set({key!r}, batch.get({key!r}).bool()).",
-                TypeError,
-            )
+            yield make_bool_problem("action-mask-dtype", "action mask", key, allowed)
             return
     if not read_values:
         return

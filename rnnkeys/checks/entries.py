@@ -11,7 +11,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from ..keys import MASK_KEY, as_tuple, entry_names
-from .problem import Problem
+from .problem import Problem, make_bool_problem
 
 
 def find_type_problems(batch: Any, reader: str) -> Iterator[Problem]:
@@ -211,12 +211,7 @@ def _flag_problems(
     check: str, noun: str, key: NestedKey, flags: Tensor, batch: TensorDictBase
 ) -> Iterator[Problem]:
     if flags.dtype is not torch.bool:
-        yield Problem(
-            f"{check}-dtype",
-            f"The {noun} {key!r} must be bool. Got {flags.dtype}.",
-            f"Convert it: batch.set({key!r}, batch.get({key!r}).bool()).",
-            TypeError,
-        )
+        yield make_bool_problem(f"{check}-dtype", noun, key, flags)
     if flags.ndim <= batch.ndim or flags.shape[-1] != 1:
         yield Problem(
             f"{check}-shape",
@@ -248,7 +243,7 @@ def find_mask_problems(
     if mask is None:
         return
     if mask.dtype is not torch.bool:
-        yield _mask_dtype(mask, mask_key)
+        yield make_bool_problem("mask-dtype", "mask", mask_key, mask)
     if mask.shape not in (batch.batch_size, (*batch.batch_size, 1)):
         yield Problem(
             "mask-shape",
@@ -258,15 +253,6 @@ def find_mask_problems(
             f'"alive", and name it to the loss: loss.loss_mask_key = "alive"; {mask_key!r} is for '
             f"padding, which {reader} removes.",
         )
-
-
-def _mask_dtype(mask: Tensor, mask_key: NestedKey) -> Problem:
-    return Problem(
-        "mask-dtype",
-        f"The mask {mask_key!r} must be bool. Got {mask.dtype}.",
-        f"Convert it: batch.set({mask_key!r}, batch.get({mask_key!r}).bool()).",
-        TypeError,
-    )
 
 
 def find_loss_mask_problems(
@@ -288,7 +274,7 @@ def find_loss_mask_problems(
     for key in mask_keys:
         mask = batch.get(key, None)
         if mask is not None and mask.dtype is not torch.bool:
-            yield _mask_dtype(mask, key)
+            yield make_bool_problem("mask-dtype", "mask", key, mask)
 
 
 def find_empty_mask_problems(

@@ -29,7 +29,7 @@ from torchrl.objectives.value import ValueEstimatorBase, VTrace
 from ..keys import MASK_KEY, MULTI_STEP_KEY, as_tuple, next_key
 from .entries import find_done_problems, find_finite_problems, find_multi_step_problems
 from .problem import Problem
-from .state_keys import Layer
+from .state_keys import RecurrentLayer
 
 # Their next tensordict comes from the batch into which their own forward wrote the next states.
 READS_OWN_STATES = (DQNLoss, QMixerLoss)
@@ -65,12 +65,12 @@ _LOSSES: dict[type[nn.Module], tuple[str, str]] = {
 }
 
 
-def _name(thing: Any) -> str:
+def loss_name(thing: Any) -> str:
     """Return the name of a class; of a wired loss that of the class before wiring."""
     return str(getattr(thing, "wired_class", type(thing)).__name__)
 
 
-def find_loss_problems(loss: nn.Module, layers: Iterable[Layer]) -> Iterator[Problem]:
+def find_loss_problems(loss: nn.Module, layers: Iterable[RecurrentLayer]) -> Iterator[Problem]:
     """Yield problems of a loss that no flags and states can make right.
 
     Args:
@@ -84,19 +84,19 @@ def find_loss_problems(loss: nn.Module, layers: Iterable[Layer]) -> Iterator[Pro
     """
     for kind, (reason, remedy) in _LOSSES.items():
         if isinstance(loss, kind):
-            yield _unsupported(_name(loss), reason, remedy)
+            yield _unsupported(loss_name(loss), reason, remedy)
     yield from find_estimator_problems(loss)
     if isinstance(loss, (SACLoss, DiscreteSACLoss)) and not isinstance(loss, TQCLoss):
         if loss.skip_done_states:
             yield _unsupported(
-                f"{_name(loss)}(skip_done_states=True)",
+                f"{loss_name(loss)}(skip_done_states=True)",
                 "it skips every step that is done, and so bootstraps nothing where an episode or a "
                 "sampled slice was merely cut",
                 "Leave skip_done_states=False.",
             )
     if isinstance(loss, READS_OWN_STATES):
         for layer in layers:
-            yield from _find_own_state_problems(_name(loss), layer)
+            yield from _find_own_state_problems(loss_name(loss), layer)
 
 
 def _unsupported(name: str, reason: str, remedy: str) -> Problem:
@@ -111,45 +111,40 @@ def find_estimator_problems(loss: nn.Module) -> Iterator[Problem]:
         yield _unsupported("VTrace", *_LOSSES[VTrace])
 
 
-def _find_own_state_problems(name: str, layer: Layer) -> Iterator[Problem]:
-    kind = _name(layer.module)
-    if not layer.writes_states:
-        yield Problem(
-            "states-not-written",
-            f"{name} starts its next tensordict from the states that its own forward writes, and "
-            f"{type(layer.module).__module__.split('.')[0]}'s {kind} writes zeros in place of most "
-            "states.",
-            f"Use rnnkeys.{kind}: the same arguments, keys and state_dict.",
-        )
-    elif getattr(layer.module, "state_grad", False):
+def _find_own_state_problems(name: str, layer: RecurrentLayer) -> Iterator[Problem]:
+    starts = f"{name} starts its next tensordict from the states that its own forward writes"
+    yield from _find_unwritten_problems(layer, starts)
+    if getattr(layer.module, "state_grad", False):
         yield Problem(
             "state-grad",
-            f"{name} starts its next tensordict from the states that its own forward writes, "
-            "without detaching them, so with state_grad=True gradients reach the target.",
-            f"Make the {kind} with state_grad=False.",
+            f"{starts}, without detaching them, so with state_grad=True gradients reach the "
+            "target.",
+            f"Make the {layer.name} with state_grad=False.",
         )
 
 
-def find_written_state_problems(layer: Layer, reader: str) -> Iterator[Problem]:
+def find_written_state_problems(layer: RecurrentLayer, reader: str) -> Iterator[Problem]:
     """Yield a problem if a module does not write the state after every step.
 
     Args:
-        layer: the recurrent module.
-        reader: who reads the states, for the message.
+        layer: of a network whose next states are used.
+        reader: name of the function or option that uses them.
     """
+    yield from _find_unwritten_problems(layer, f"{reader} reads the states that networks write")
+
+
+def _find_unwritten_problems(layer: RecurrentLayer, reason: str) -> Iterator[Problem]:
     if not layer.writes_states:
-        kind = _name(layer.module)
+        library = type(layer.module).__module__.split(".")[0]
         yield Problem(
             "states-not-written",
-            f"{reader} reads the states that networks write, and "
-            f"{type(layer.module).__module__.split('.')[0]}'s {kind} writes zeros in place of most "
-            "states.",
-            f"Use rnnkeys.{kind}: the same arguments, keys and state_dict.",
+            f"{reason}, and {library}'s {layer.name} writes zeros in place of most states.",
+            f"Use rnnkeys.{layer.name}: the same arguments, keys and state_dict.",
         )
 
 
 def find_batch_problems(
-    loss: nn.Module, batch: TensorDictBase, layers: Iterable[Layer]
+    loss: nn.Module, batch: TensorDictBase, layers: Iterable[RecurrentLayer]
 ) -> Iterator[Problem]:
     """Yield problems of a batch for a loss that keys, dtypes and shapes show.
 
@@ -161,7 +156,7 @@ def find_batch_problems(
         batch: sequences ``[*, T]``.
         layers: the recurrent layers inside.
     """
-    name, keys = _name(loss), getattr(loss, "tensor_keys", None)
+    name, keys = loss_name(loss), getattr(loss, "tensor_keys", None)
     yield from find_multi_step_problems(
         batch,
         getattr(keys, MULTI_STEP_KEY, MULTI_STEP_KEY),
@@ -201,14 +196,16 @@ def _find_chunk_problems(estimator: ValueEstimatorBase, batch: TensorDictBase) -
     if batch.ndim and estimator.value_chunk_dim % batch.ndim == batch.ndim - 1:
         yield Problem(
             "chunks-of-time",
-            f"{_name(estimator)}(value_chunk_dim={estimator.value_chunk_dim}) would cut a batch of "
-            f"shape {list(batch.shape)} along time, its last dimension, and the value network "
-            "would lose its state at the cuts.",
+            f"{loss_name(estimator)}(value_chunk_dim={estimator.value_chunk_dim}) would cut a "
+            f"batch of shape {list(batch.shape)} along time, its last dimension, and the value "
+            "network would lose its state at the cuts.",
             "Chunk another dimension, or leave out value_chunk_size and num_chunks.",
         )
 
 
-def find_start_problems(batch: TensorDictBase, layer: Layer, reader: str) -> Iterator[Problem]:
+def find_start_problems(
+    batch: TensorDictBase, layer: RecurrentLayer, reader: str
+) -> Iterator[Problem]:
     """Yield a problem if a row starts inside an episode and holds no state to start from.
 
     Reads the flags of the first steps only where a state is missing.
@@ -225,7 +222,7 @@ def find_start_problems(batch: TensorDictBase, layer: Layer, reader: str) -> Ite
     if not flags.select(batch.ndim - 1, 0).all():
         yield Problem(
             "state-missing",
-            f"{reader} would run {_name(layer.module)} from zeros inside episodes: the state "
+            f"{reader} would run {layer.name} from zeros inside episodes: the state "
             f"{missing} is not in the batch, and not every row starts with an episode.",
             "Collect with it, TensorDictSequential(actor, critic) as the collector's policy, and "
             "append get_env_transforms_from_module(...) of the same to the environment.",
@@ -260,7 +257,9 @@ def _reads_stored_states(loss: nn.Module, batch: TensorDictBase) -> bool:
     return _computes_advantage(loss, batch)
 
 
-def _find_next_state_problems(name: str, batch: TensorDictBase, layer: Layer) -> Iterator[Problem]:
+def _find_next_state_problems(
+    name: str, batch: TensorDictBase, layer: RecurrentLayer
+) -> Iterator[Problem]:
     for key in layer.state_keys:
         ahead = next_key(key)
         if batch.get(key, None) is not None and batch.get(ahead, None) is None:
@@ -273,7 +272,9 @@ def _find_next_state_problems(name: str, batch: TensorDictBase, layer: Layer) ->
             )
 
 
-def _find_value_state_problems(loss: Any, batch: TensorDictBase, layer: Layer) -> Iterator[Problem]:
+def _find_value_state_problems(
+    loss: Any, batch: TensorDictBase, layer: RecurrentLayer
+) -> Iterator[Problem]:
     """Yield a problem if a value network would run the next tensordict from zeros."""
     missing = [key for key in layer.state_keys if batch.get(next_key(key), None) is None]
     if not missing:
@@ -288,7 +289,7 @@ def _find_value_state_problems(loss: Any, batch: TensorDictBase, layer: Layer) -
     if any(module is layer.module for module in network.modules()):
         yield Problem(
             "next-state-missing",
-            f"The state {missing} is not in the batch, so {_name(loss)} would run the next "
+            f"The state {missing} is not in the batch, so {loss_name(loss)} would run the next "
             "tensordict of its value network from zeros instead of the state after the first "
             "step.",
             "Collect with it, TensorDictSequential(actor, critic) as the collector's policy, and "
@@ -341,8 +342,8 @@ def _find_part_problems(loss: Any, batch: TensorDictBase, starts: Tensor) -> Ite
     if not fits:
         yield Problem(
             "parts",
-            f"{_name(loss)} with a value_network gives each of its {parts} critics a part of the "
-            f"batch, and would cut this one, {list(batch.batch_size)}, inside a slice.",
+            f"{loss_name(loss)} with a value_network gives each of its {parts} critics a part of "
+            f"the batch, and would cut this one, {list(batch.batch_size)}, inside a slice.",
             "Reshape slices of one length to rows, batch.reshape(-1, slice_len), and take a "
             f"multiple of {parts} of them; or leave value_network out.",
         )

@@ -6,6 +6,9 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tensordict.utils import NestedKey
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -36,6 +39,23 @@ class Problem:
     def as_error(self) -> Exception:
         """Return the exception whose text is this problem."""
         return self.error(str(self))
+
+
+def make_bool_problem(check: str, noun: str, key: NestedKey, value: Tensor) -> Problem:
+    """Return the problem of flags that are not bool.
+
+    Args:
+        check: name of the check.
+        noun: what the entry is, for the message.
+        key: of the entry.
+        value: the entry.
+    """
+    return Problem(
+        check,
+        f"The {noun} {key!r} must be bool. Got {value.dtype}.",
+        f"Convert it: batch.set({key!r}, batch.get({key!r}).bool()).",
+        TypeError,
+    )
 
 
 def raise_first(problems: Iterable[Problem], stacklevel: int = 2) -> None:

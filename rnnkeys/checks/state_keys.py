@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from tensordict import unravel_key
 from tensordict.utils import NestedKey
@@ -11,31 +11,29 @@ from tensordict.utils import NestedKey
 from .problem import Problem
 
 
-class Layer(Protocol):
-    """A recurrent module and its keys, as ``rnnkeys.modules.network`` finds them in networks."""
+class RecurrentLayer(NamedTuple):
+    """A recurrent module inside a network, and the keys that it works with.
+
+    Attributes:
+        module: the module.
+        init_key: key of its ``is_init`` flags.
+        state_keys: keys of its recurrent states.
+        writes_states: whether recurrent mode writes the state after every step; TorchRL's writes
+            zeros.
+    """
+
+    module: Any
+    init_key: NestedKey
+    state_keys: tuple[NestedKey, ...]
+    writes_states: bool
 
     @property
-    def module(self) -> Any:
-        """The recurrent module."""
-        ...
-
-    @property
-    def init_key(self) -> NestedKey:
-        """Key of the ``is_init`` flags."""
-        ...
-
-    @property
-    def state_keys(self) -> tuple[NestedKey, ...]:
-        """Keys of the recurrent states."""
-        ...
-
-    @property
-    def writes_states(self) -> bool:
-        """Whether recurrent mode writes the state after every step."""
-        ...
+    def name(self) -> str:
+        """Name of the module's class."""
+        return type(self.module).__name__
 
 
-def read_state_keys(layer: Layer) -> list[NestedKey]:
+def read_state_keys(layer: RecurrentLayer) -> list[NestedKey]:
     """Return the keys that a recurrent module reads, without the input and the flags.
 
     They are those of its states, also where none of its out keys is ``("next", key)``.
@@ -45,7 +43,7 @@ def read_state_keys(layer: Layer) -> list[NestedKey]:
 
 
 def find_shared_key_problems(
-    owner: str, layers: Iterable[tuple[Layer, frozenset[int]]]
+    owner: str, layers: Iterable[tuple[RecurrentLayer, frozenset[int]]]
 ) -> Iterator[Problem]:
     """Yield a problem if modules with parameters of their own share the keys of their states.
 
@@ -53,21 +51,17 @@ def find_shared_key_problems(
         owner: name of the policy or loss that contains them.
         layers: each with the addresses of its parameters.
     """
-    owners: dict[Any, tuple[Layer, frozenset[int]]] = {}
+    owners: dict[Any, tuple[RecurrentLayer, frozenset[int]]] = {}
     for layer, parameters in layers:
         for key in read_state_keys(layer):
             other, others = owners.setdefault(key, (layer, parameters))
             if others.isdisjoint(parameters) and other is not layer:
                 yield Problem(
                     "shared-key",
-                    f"{_name(other)} and {_name(layer)} in {owner} have parameters of their own "
+                    f"{other.name} and {layer.name} in {owner} have parameters of their own "
                     f"and keep their states under one key, {key!r}: each overwrites the other's "
                     "state, or starts from it, and a state of one means nothing to the other.",
                     "Give one of them state keys of its own: in_keys=[..., 'other_h', ...], "
                     "out_keys=[..., ('next', 'other_h'), ...].",
                 )
                 break
-
-
-def _name(layer: Layer) -> str:
-    return str(type(layer.module).__name__)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import TracebackType
 
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -50,12 +49,7 @@ class set_value_checks:
         global _enabled
         _enabled = self.mode
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         global _enabled
         _enabled = self._previous
 

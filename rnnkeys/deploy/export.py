@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from .._compat import UserError as ExportUserError
-from ..keys import entry_names, next_key
+from ..keys import entry_names, join_key, next_key
 from ..mode import set_recurrent_mode
 from ..modules.network import RecurrentNetwork
-from .step_metadata import describe_step, join_key
+from .step_metadata import describe_step
 
 
 class Step(nn.Module):

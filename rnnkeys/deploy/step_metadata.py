@@ -12,20 +12,10 @@ from tensordict import TensorDict
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from ..keys import as_tuple, next_key
+from ..keys import join_key, next_key
 
 FORMAT = 1
 """Version of the description; it changes if a reader of an older one would be wrong."""
-
-
-def join_key(key: NestedKey) -> str:
-    """Return the name of an entry in an exported step: its key, nested ones with dots.
-
-    Examples:
-        >>> join_key(("next", "recurrent_state"))
-        'next.recurrent_state'
-    """
-    return ".".join(as_tuple(key))
 
 
 def describe_step(

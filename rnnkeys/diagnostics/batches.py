@@ -76,7 +76,7 @@ def _find_time(
 
 def _find_state_problems(batch: TensorDictBase, layer: RecurrentLayer) -> Iterator[Problem]:
     missing = [key for key in layer.state_keys if batch.get(key, None) is None]
-    name = type(layer.module).__name__
+    name = layer.name
     if 0 < len(missing) < len(layer.state_keys):
         yield Problem(
             "state-missing",

@@ -81,7 +81,7 @@ def _find_spec_problems(policy: Any, network: RecurrentNetwork, env: EnvBase) ->
 def _find_primer_problems(
     layer: RecurrentLayer, env: EnvBase, provided: set[Any]
 ) -> Iterator[Problem]:
-    name = type(layer.module).__name__
+    name = layer.name
     missing = [key for key in layer.state_keys if key not in provided]
     if missing:
         yield Problem(

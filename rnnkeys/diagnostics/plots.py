@@ -11,7 +11,7 @@ from tensordict import TensorDictBase, unravel_key
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..keys import next_key
+from ..keys import join_key, next_key
 from ..modules.network import RecurrentLayer, RecurrentNetwork
 from ..sequences import find_segment_starts, shift_states
 from ..sequences.segment_starts import any_agent
@@ -161,7 +161,7 @@ def _find_states(data: TensorDictBase) -> list[Any]:
 def _draw_norms(panel: Axes, states: dict[Any, Tensor]) -> None:
     for key, state in states.items():
         norm = state.detach().float().flatten(1).norm(dim=-1)
-        panel.plot(norm.cpu(), label=_name(key))
+        panel.plot(norm.cpu(), label=join_key(key))
     panel.set_ylabel("norm of the state")
     panel.set_ylim(bottom=0)
 
@@ -173,15 +173,11 @@ def _draw_starts(panel: Axes, starts: Tensor) -> None:
         )
 
 
-def _name(key: Any) -> str:
-    return key if isinstance(key, str) else ".".join(key)
-
-
 def _draw_saturation(
     panel: Axes, network: RecurrentNetwork, data: TensorDictBase, layers: list[RecurrentLayer]
 ) -> None:
     for layer in layers:
-        prefix = f"{_name(layer.state_keys[0])}: " if len(layers) > 1 else ""
+        prefix = f"{join_key(layer.state_keys[0])}: " if len(layers) > 1 else ""
         for gate, share in gate_saturation(network, data, layer).items():
             panel.plot(share.cpu(), label=f"{prefix}{gate}")
     panel.set_ylabel("share of saturated gates")
@@ -225,7 +221,7 @@ def _draw_reach(
     starts: Tensor,
 ) -> None:
     key, reach = gradient_reach(network, data, layer, starts)
-    panel.semilogy(reach.cpu(), marker=".", label=f"d {_name(key)} / d input")
+    panel.semilogy(reach.cpu(), marker=".", label=f"d {join_key(key)} / d input")
     panel.set_xlabel("age of the observation (steps)")
     panel.set_ylabel("gradient, age 0 = 1")
     _count_in_steps(panel)
@@ -320,7 +316,7 @@ def plot_state_staleness(
         _draw_staleness(panel, name, found)
     panel.set_xlabel("steps since the start of the sequence")
     _count_in_steps(panel)
-    panel.set_ylabel(f"staleness of {_name(keys[0])}")
+    panel.set_ylabel(f"staleness of {join_key(keys[0])}")
     panel.set_ylim(bottom=0)
     _add_legend(panel)
     return figure

@@ -29,17 +29,13 @@ def find_module_problems(policy: nn.Module, layers: list[RecurrentLayer]) -> Ite
             reads = read_state_keys(layer)
             yield Problem(
                 "state-not-carried",
-                f"{_name(layer)} reads {reads} and writes {_written_states(layer)}: no environment "
+                f"{layer.name} reads {reads} and writes {_written_states(layer)}: no environment "
                 "carries these to the next step, so the state is lost at every step.",
                 f"Name its state out_keys {[next_key(key) for key in reads]}.",
             )
     parameters = [(layer, point_at(layer.module.parameters())) for layer in layers]
     yield from find_shared_key_problems(type(policy).__name__, parameters)
     yield from _find_overwritten_states(policy, layers)
-
-
-def _name(layer: RecurrentLayer) -> str:
-    return str(type(layer.module).__name__)
 
 
 def _written_states(layer: RecurrentLayer) -> list[Any]:
@@ -63,7 +59,7 @@ def _find_overwritten_states(policy: nn.Module, layers: list[RecurrentLayer]) ->
             if not hasattr(other, "recurrent_mode") and key in owners:
                 yield Problem(
                     "shared-key",
-                    f"{type(other).__name__} writes {key!r}, the state of a {_name(owners[key])}.",
+                    f"{type(other).__name__} writes {key!r}, the state of a {owners[key].name}.",
                     f"Give {type(other).__name__} another out key.",
                 )
 
@@ -91,7 +87,7 @@ def find_mode_problems(layers: list[RecurrentLayer]) -> Iterator[Problem]:
         if mode is None and module.recurrent_mode:
             yield Problem(
                 "mode",
-                f"{_name(layer)} is in recurrent mode by default (default_recurrent_mode=True), so "
+                f"{layer.name} is in recurrent mode by default (default_recurrent_mode=True), so "
                 "a policy that collects would take the environments of a batch for time steps.",
                 "Make it with default_recurrent_mode=None; losses enter recurrent mode themselves.",
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase, unravel_key
@@ -14,6 +14,7 @@ from torchrl.modules import QValueModule
 from torchrl.objectives import LossModule
 from torchrl.objectives.value import ValueEstimatorBase
 
+from ..checks import RecurrentLayer as RecurrentLayer
 from ..keys import as_tuple, next_key
 from ..mode import set_recurrent_mode
 from .network_errors import explain_network_errors
@@ -22,25 +23,6 @@ from .submodules import find_networks
 
 # Names under which distributions take an action mask.
 _MASK_ARGUMENTS = ("mask", "action_mask")
-
-
-class RecurrentLayer(NamedTuple):
-    """A recurrent module inside a network, and the keys that it works with.
-
-    Attributes:
-        module: the module, of this package or of TorchRL.
-        init_key: key of the ``is_init`` flags that it reads.
-        state_keys: keys of its recurrent states; the next states are at ``("next", key)``.
-    """
-
-    module: TensorDictModuleBase
-    init_key: NestedKey
-    state_keys: tuple[NestedKey, ...]
-
-    @property
-    def writes_states(self) -> bool:
-        """Whether recurrent mode writes the state after every step; TorchRL's writes zeros."""
-        return isinstance(self.module, RecurrentModule)
 
 
 class RecurrentNetwork:
@@ -203,7 +185,8 @@ def _find_layers(module: nn.Module) -> Iterator[RecurrentLayer]:
         # TorchRL's recurrent modules share no base class, but all have this property.
         if isinstance(one, TensorDictModuleBase) and hasattr(one, "recurrent_mode"):
             init_key = unravel_key(getattr(one, "init_key", "is_init"))
-            yield RecurrentLayer(one, init_key, _state_keys(one))
+            is_own = isinstance(one, RecurrentModule)
+            yield RecurrentLayer(one, init_key, _state_keys(one), writes_states=is_own)
 
 
 def _state_keys(module: TensorDictModuleBase) -> tuple[NestedKey, ...]:
