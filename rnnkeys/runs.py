@@ -199,6 +199,26 @@ def _explain_write_errors(folder: str | Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def explain_resume_errors() -> Iterator[None]:
+    """Raise a :class:`RunError` where the entries of a checkpoint are not those of a program.
+
+    Examples:
+        >>> checkpoint = {"policy": nn.Linear(2, 1).state_dict()}
+        >>> with explain_resume_errors():
+        ...     nn.Linear(3, 1).load_state_dict(checkpoint["policy"])
+        Traceback (most recent call last):
+        rnnkeys.runs.RunError: the checkpoint to resume was written by another version of ...
+    """
+    try:
+        yield
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise RunError(
+            "the checkpoint to resume was written by another version of this program, or by "
+            f"another one: {type(error).__name__}, {' '.join(str(error).split())}"
+        ) from error
+
+
 class Run:
     """The progress of a training run, and its files.
 
@@ -259,16 +279,11 @@ class Run:
         self._start = time.perf_counter() - self.seconds
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
-        try:
+        with explain_resume_errors():
             for name, module in self.modules.items():
                 module.load_state_dict(checkpoint[name])
             for name in _PROGRESS:
                 setattr(self, name, checkpoint[name])
-        except (LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise RunError(
-                "the checkpoint to resume was written by another version of this program, or by "
-                f"another one: {type(error).__name__}, {' '.join(str(error).split())}"
-            ) from error
 
     def count(self, data: TensorDictBase) -> None:
         """Add the frames and the episodes that end in a batch.

@@ -231,8 +231,9 @@ class Learner:
             self.target = HardUpdate(self.loss, value_network_update_interval=interval)
         self.optimizer = torch.optim.Adam(self.loss.parameters(), args.learning_rate, eps=1e-5)
         self.epsilon_floor = torch.tensor(args.epsilon_start, device=args.device)
-        self.replay = make_replay(args, checkpoint.get("replay", {}))
-        self.trajectories = checkpoint.get("trajectories", 0)
+        with runs.explain_resume_errors():
+            self.replay = make_replay(args, checkpoint["replay"] if checkpoint else {})
+            self.trajectories = checkpoint["trajectories"] if checkpoint else 0
         self.lag = 0  # policy updates since the latest batch was requested
 
     def make_run(self, checkpoint: dict[str, Any]) -> runs.Run:

@@ -207,10 +207,12 @@ def train(args: Args, checkpoint: dict[str, Any]) -> None:
     advantage = recurrent_loss(TD1Estimator(gamma=args.gamma, value_network=critic))
     minibatches = SequenceMinibatches(normalize_advantage=True)
     optimizer = torch.optim.Adam(loss_module.parameters(), args.learning_rate)
-    returns, seconds = checkpoint.get("returns", []), checkpoint.get("seconds", [])
+    returns, seconds = [], []
     if checkpoint:
-        loss_module.load_state_dict(checkpoint["loss"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        with runs.explain_resume_errors():
+            loss_module.load_state_dict(checkpoint["loss"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            returns, seconds = checkpoint["returns"], checkpoint["seconds"]
     logger = get_logger(args.logger, args.output, "log")
 
     runs.make_folder(args.output, resumed=bool(checkpoint))

@@ -137,6 +137,16 @@ def test_resume_restores_the_saved_state(run: Run, tmp_path: Path, capacity: str
     assert_same(again, saved)
 
 
+def test_resume_without_the_replay_buffer_raises(run: Run) -> None:
+    folder = run(*SHORT)
+    saved = read_checkpoint(folder)
+    del saved["replay"]
+    torch.save(saved, folder / "checkpoint.pt")
+    with pytest.raises(SystemExit, match=r"error: .*written by another version.*KeyError, 'replay"):
+        tutorial.main(["--resume", str(folder / "checkpoint.pt"), "--frames", "512"])
+    assert read_result(folder)
+
+
 def test_resume_that_stops_early_leaves_no_old_result(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -121,6 +121,19 @@ def test_resume_repeats_the_uninterrupted_run_bit_by_bit(tmp_path: Path) -> None
     assert read_result(parts)["test_returns"] == read_result(whole)["test_returns"]
 
 
+@pytest.mark.parametrize("entry", ["loss", "returns", "seconds"])
+def test_resume_without_an_entry_fails_and_deletes_nothing(
+    run: Run, entry: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run(*SHORT) / "checkpoint.pt"
+    checkpoint = read_checkpoint(path.parent)
+    del checkpoint[entry]
+    torch.save(checkpoint, path)
+    message = f"written by another version of this program.*KeyError, '{entry}'"
+    assert_fails(capsys, message, lambda: tutorial.main(["--resume", str(path)]))
+    assert read_result(path.parent)
+
+
 def test_run_stops_when_the_target_is_reached(run: Run) -> None:
     folder = run(*SHORT, "--episodes", "400", "--target", "5", "--num-envs", "50")
     assert len(read_rows(folder)) == 100

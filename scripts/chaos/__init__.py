@@ -1,0 +1,1 @@
+"""Kill, stop and starve runs of the tutorials: ``python -m scripts.chaos``."""
