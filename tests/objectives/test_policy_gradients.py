@@ -74,6 +74,30 @@ def test_values_and_advantages_equal_single_steps(name: str, cell: str, shared: 
     assert_equal(result["value_target"], truth + value, torch.float32, "returns")
 
 
+@pytest.mark.skipif(not hasattr(GAE, "for_recurrent"), reason="needs TorchRL 0.15")
+@pytest.mark.parametrize("masks", [True, False], ids=["both masks", "its own mask"])
+def test_gae_for_recurrent_networks_with_a_mask_ignores_padding(masks: bool) -> None:
+    agent = make_agent()
+    data = collect(agent)
+    lengths = [data.shape[1] - 3 * row for row in range(len(data))]
+    mask = torch.arange(data.shape[1]) < torch.tensor(lengths)[:, None]
+    make: Any = getattr(GAE, "for_recurrent")  # noqa: B009
+    options: dict[str, Any] = {"gamma": GAMMA, "lmbda": LAMBDA, "value_network": agent.critic}
+    each = recurrent_loss(make(average_gae=False, **options))
+    rows = [each(row[None, :length].clone())[0] for row, length in zip(data, lengths, strict=True)]
+    advantage = torch.cat([row["advantage"] for row in rows])
+    advantage = (advantage - advantage.mean()) / advantage.std()
+    padded = data.clone().set("valid", mask)
+    if masks:
+        padded.set(("collector", "mask"), mask)
+    padded["observation"][~mask] = padded["next", "observation"][~mask] = 1e3
+    result = recurrent_loss(make(valid="valid", **options))(padded)
+    torch.testing.assert_close(result["advantage"][mask], advantage)
+    target = torch.cat([row["value_target"] for row in rows])
+    torch.testing.assert_close(result["value_target"][mask], target)
+    assert not result["advantage"][~mask].any() and not result["value_target"][~mask].any()
+
+
 def check_every_kind_of_end(data: TensorDictBase) -> None:
     """Episodes terminate and are truncated inside, and some continue across the batch's ends."""
     terminated, done = (data["next", key][:, :-1] for key in ("terminated", "done"))
