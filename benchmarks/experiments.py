@@ -24,10 +24,11 @@ class Experiment:
         seeds: seeds of each variant.
         few: seeds of single variants whose runs take too long for all seeds.
         published: results of others on the same task: a name with its source, and the result.
-        milestones: frames at which the summary shows ``y`` of the learning curve; where there are
-            none, it shows the returns of the fresh episodes.
+        milestones: frames at which the summary shows ``y`` of the learning curve, above the returns
+            of the fresh episodes.
         success: the return above which an episode is a success. The summary then shows the share of
             successes, and not the mean return.
+        without: what benchmarks/without.py takes from single variants.
     """
 
     script: str
@@ -42,6 +43,21 @@ class Experiment:
     published: Mapping[str, str] = field(default_factory=dict)
     milestones: Sequence[int] = ()
     success: float | None = None
+    without: Mapping[str, str] = field(default_factory=dict)
+
+    def program(self, variant: str) -> list[str]:
+        """Return the words that run a variant, after ``python`` and without its seed.
+
+        Examples:
+            >>> one = Experiment("r2d2", "", "", {"GRU": ("--cell", "gru")})
+            >>> one.program("GRU")
+            ['tutorials/r2d2.py', '--cell', 'gru']
+        """
+        if variant in self.without:
+            words = ["-m", "benchmarks.without", self.without[variant], self.script]
+        else:
+            words = [f"tutorials/{self.script}.py"]
+        return [*words, *self.variants[variant]]
 
 
 FEED_FORWARD = ("--cell", "feed_forward")

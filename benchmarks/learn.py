@@ -32,6 +32,7 @@ import torch
 import torchrl
 
 import rnnkeys
+from benchmarks.ablations import ABLATIONS
 from benchmarks.experiments import EXPERIMENTS, EXTRAS, Experiment
 from benchmarks.published import PUBLISHED
 from benchmarks.summary import score, summarize, write_overview
@@ -39,8 +40,12 @@ from benchmarks.summary import score, summarize, write_overview
 matplotlib.use("Agg")  # a picture in a file: no display is needed
 from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen before pyplot loads)
 
-SUITES = {"learn": EXPERIMENTS, "results": PUBLISHED, "extras": EXTRAS}
-ALL = EXPERIMENTS | PUBLISHED | EXTRAS
+SUITES = {
+    "learn": EXPERIMENTS,
+    "results": PUBLISHED | ABLATIONS,
+    "extras": EXTRAS,
+}
+ALL = EXPERIMENTS | PUBLISHED | ABLATIONS | EXTRAS
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -56,6 +61,7 @@ class Run:
     curve: list[dict[str, float]]
     result: dict[str, Any]
     cpu_seconds: float
+    commit: str
 
     def row(self) -> dict[str, Any]:
         """Return the run's row of the table."""
@@ -91,22 +97,40 @@ def run(variant_and_seed: tuple[str, int], name: str, runs: Path) -> Run:
     variant, seed = variant_and_seed
     experiment, folder = ALL[name], folder_of(variant_and_seed, name, runs)
     if not (folder / "result.json").exists():
-        argv = [*experiment.variants[variant], "--seed", str(seed), "--output", str(folder)]
+        argv = [*experiment.program(variant), "--seed", str(seed), "--output", str(folder)]
         if (folder / "checkpoint.pt").exists():  # the run was interrupted
             argv += ["--resume", str(folder / "checkpoint.pt")]
-        seconds = run_tutorial(experiment.script, argv) + read_cpu_seconds(folder)
+        seconds = run_tutorial(argv) + read_cpu_seconds(folder)
         (folder / "cpu_seconds.txt").write_text(f"{seconds:.1f}\n")
+        (folder / "commit.txt").write_text(find_commit())
     with (folder / "learning_curve.csv").open(newline="") as file:
         curve = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     result = json.loads((folder / "result.json").read_text())
-    done = Run(experiment, variant, seed, folder, curve, result, read_cpu_seconds(folder))
+    commit = folder / "commit.txt"
+    done = Run(
+        experiment,
+        variant,
+        seed,
+        folder,
+        curve,
+        result,
+        read_cpu_seconds(folder),
+        commit.read_text().strip() if commit.exists() else "unknown",
+    )
     print("  ".join(f"{k} {v}" for k, v in done.row().items()), flush=True)
     return done
 
 
 def folder_of(variant_and_seed: tuple[str, int], name: str, runs: Path) -> Path:
     variant, seed = variant_and_seed
-    return runs / name / f"{variant}_{seed}".replace(", ", "_").replace(" ", "_")
+    return runs.resolve() / name / f"{variant}_{seed}".replace(", ", "_").replace(" ", "_")
+
+
+def find_commit() -> str:
+    """Return the commit that is checked out, ``unknown`` outside of a repository."""
+    words = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
 
 
 def read_cpu_seconds(folder: Path) -> float:
@@ -115,11 +139,12 @@ def read_cpu_seconds(folder: Path) -> float:
     return float(path.read_text()) if path.exists() else 0.0
 
 
-def run_tutorial(script: str, argv: list[str]) -> float:
-    """Run a tutorial, and return its CPU time in seconds."""
+def run_tutorial(argv: list[str]) -> float:
+    """Run Python with the words of a tutorial, and return its CPU time in seconds."""
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tutorials" / f"{script}.py"), *argv],
+            [sys.executable, *argv],
+            cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL,
             stderr=errors,
@@ -128,7 +153,7 @@ def run_tutorial(script: str, argv: list[str]) -> float:
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             errors.seek(0)
-            raise RuntimeError(f"{script} fails with {argv}:\n{errors.read()[-2000:]}")
+            raise RuntimeError(f"python {' '.join(argv)} fails:\n{errors.read()[-2000:]}")
     return usage.ru_utime + usage.ru_stime
 
 
@@ -159,15 +184,15 @@ def write_markdown(name: str, runs: list[Run], path: Path) -> None:
         "",
         f"![learning curves]({path.with_suffix('.png').name})",
         "",
-        f"{describe_machine()}, one thread per run.",
+        f"{describe_machine()}, one thread per run. Runs are of commit "
+        f"{', '.join(sorted({run.commit for run in runs}))}.",
         "",
     ]
     path.write_text("\n".join(lines))
 
 
 def command(experiment: Experiment, variant: str) -> str:
-    words = [f"tutorials/{experiment.script}.py", *experiment.variants[variant], "--seed SEED"]
-    return f"python {' '.join(words)}"
+    return f"python {' '.join(experiment.program(variant))} --seed SEED"
 
 
 def describe_machine() -> str:

@@ -75,8 +75,8 @@ PUBLISHED = {
         script="recurrent_ppo",
         title="PPO on CartPole-v0 with its velocities hidden",
         text=(
-            "Episodes end after 200 steps. The summary shows the mean return of the last 100 "
-            f"episodes while training, with exploration, as the published numbers do. {LAST}"
+            "Episodes end after 200 steps. Rows *at N frames* are the mean return of the last 100 "
+            f"episodes while training, with exploration, as the published numbers are. {LAST}"
         ),
         variants={
             "LSTM": ("--env", "benchmarks.tasks:CartPole200-v0", "--hide", "1", "3", "--frames")

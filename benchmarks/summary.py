@@ -124,9 +124,8 @@ def summarize(experiment: Experiment, runs: Sequence[Any]) -> str:
         for at in experiment.milestones:
             values = [read_milestone(experiment, run.curve, at) for run in group]
             rows.append([variant, f"at {at:,} frames", *_cell(values), *costs])
-        if not experiment.milestones:
-            values = [score(experiment, run.result["test_returns"]) for run in group]
-            rows.append([variant, "fresh episodes", *_cell(values), *costs])
+        values = [score(experiment, run.result["test_returns"]) for run in group]
+        rows.append([variant, "fresh episodes", *_cell(values), *costs])
     rows += [
         [source, "published", value, "", "", "", ""]
         for source, value in experiment.published.items()

@@ -64,12 +64,14 @@ class TwoGoals(gym.Env[np.ndarray, np.int64]):
     """Walk along a line to the one of its two ends that is good.
 
     The observation is ``[left end, position, right end]``. The ends are -1 (bad) or 1 (good) in
-    the first three observations, and 0 afterwards. Positions are from -1 to 1, a step moves by .2
-    to the left or to the right, and an episode starts at most .4 from the middle. A step costs .1;
-    the good end is rewarded with 1.6, the bad one with -1.6.
+    the first three observations, and 0 afterwards. Positions are from -1 to 1, and an episode
+    starts at most .4 from the middle. The first two steps do nothing and cost nothing: an agent
+    that could move while the ends are shown would read them from its position later. Every other
+    step moves by .2 to the left or to the right. It costs .1; the good end is rewarded with 1.6,
+    the bad one with -1.6.
 
-    Source: written from the description of the "Proof of Concept Memory Environment" of
-    https://github.com/MarcoMeter/recurrent-ppo-truncated-bptt.
+    Source: written from the description of the "Proof of Concept Memory Environment", with the
+    agent frozen, of https://github.com/MarcoMeter/recurrent-ppo-truncated-bptt.
     """
 
     def __init__(self) -> None:
@@ -93,6 +95,8 @@ class TwoGoals(gym.Env[np.ndarray, np.int64]):
         self, action: np.int64
     ) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
         self.time += 1
+        if self.time <= 2:
+            return self._observe(), 0.0, False, False, {}
         self.place += 1 if action == 1 else -1
         done = abs(self.place) == 5
         reward = 1.6 * np.sign(self.place * self.good) if done else -0.1
@@ -100,5 +104,5 @@ class TwoGoals(gym.Env[np.ndarray, np.int64]):
 
 
 gym.register("PassiveTMaze-v0", PassiveTMaze)
-gym.register("TwoGoals-v0", TwoGoals, max_episode_steps=128)
+gym.register("TwoGoals-v0", TwoGoals, max_episode_steps=32)
 gym.register("CartPole200-v0", "gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=200)

@@ -52,13 +52,13 @@ def test_passive_t_maze_steps_off_the_shortest_path_cost_their_share() -> None:
     assert rewards == [-0.25] * 4 + [0.0] and done  # walls let nobody through; no goal, no reward
 
 
-def test_two_goals_ends_are_shown_in_three_observations_only() -> None:
-    observations, rewards, done = play(gym.make("TwoGoals-v0"), [0, 1, 0, 1])
+def test_two_goals_the_agent_moves_once_the_ends_are_hidden() -> None:
+    observations, rewards, done = play(gym.make("TwoGoals-v0"), [0, 1, 0, 1, 0])
     shown = [abs(left) for left, _, _ in observations]
-    assert shown == [1, 1, 1, 0, 0] and not done
-    assert rewards == pytest.approx([-0.1] * 4)
+    assert shown == [1, 1, 1, 0, 0, 0] and not done
+    assert rewards == pytest.approx([0, 0, -0.1, -0.1, -0.1])
     places = [place for _, place, _ in observations]
-    assert np.diff(places) == pytest.approx([-0.2, 0.2, -0.2, 0.2])
+    assert np.diff(places) == pytest.approx([0, 0, -0.2, 0.2, -0.2])
 
 
 @pytest.mark.parametrize("action", [0, 1])
@@ -66,7 +66,7 @@ def test_two_goals_the_shown_end_is_rewarded(action: int) -> None:
     env = gym.make("TwoGoals-v0")
     for seed in range(4):
         (left, place, right), _ = env.reset(seed=seed)
-        steps = round((1 + place if action == 0 else 1 - place) / 0.2)
+        steps = 2 + round((1 + place if action == 0 else 1 - place) / 0.2)
         _, rewards, done = play(env, [action] * steps, seed)
         good = (left if action == 0 else right) == 1
         assert done and rewards[-1] == pytest.approx(1.6 if good else -1.6)

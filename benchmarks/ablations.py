@@ -1,0 +1,50 @@
+"""Experiments that take one thing away (benchmarks/without.py) and keep everything else equal."""
+
+from __future__ import annotations
+
+from .experiments import BEST, HIDDEN, LAST, Experiment
+
+WIRED = "recurrent_loss"
+PLAIN = "TorchRL's loss"
+TARGETS = (
+    f"*{PLAIN}* is the same run with the loss as TorchRL makes it: bootstrapped values carry the "
+    "recurrent state of one episode into the next (benchmarks/results/targets.md). Batches, "
+    "stored states, networks, seeds and settings are equal."
+)
+CURVES = "Rows *at N frames* are the regular evaluations, of 32 episodes."
+
+ABLATIONS = {
+    "targets_dqn": Experiment(
+        script="recurrent_dqn",
+        title="DQN with right and with wrong targets",
+        text=f"CartPole. {HIDDEN} {TARGETS} {CURVES} {BEST}",
+        variants={WIRED: (), PLAIN: ()},
+        without={PLAIN: "recurrent_loss"},
+        milestones=(25_000, 50_000, 75_000, 100_000),
+    ),
+    "targets_sac": Experiment(
+        script="recurrent_sac",
+        title="SAC with right and with wrong targets",
+        text=f"Pendulum with its velocity hidden. {TARGETS} {BEST}",
+        variants={WIRED: (), PLAIN: ()},
+        without={PLAIN: "recurrent_loss"},
+        milestones=(6_000, 12_000, 24_000),
+        seeds=range(3),
+    ),
+    "start_states_ppo": Experiment(
+        script="recurrent_ppo",
+        title="PPO with sequences that start from stored states and from zeros",
+        text=(
+            f"CartPole. {HIDDEN} Sequences of a minibatch start from the states that were stored "
+            f"while collecting, or from zeros; there are 16 or 64 steps in each. {CURVES} {LAST}"
+        ),
+        variants={
+            "stored, 16 steps": ("--seq-len", "16"),
+            "zeros, 16 steps": ("--seq-len", "16"),
+            "stored, 64 steps": (),
+            "zeros, 64 steps": (),
+        },
+        without={"zeros, 16 steps": "stored_states", "zeros, 64 steps": "stored_states"},
+        milestones=(25_000, 50_000, 100_000),
+    ),
+}
