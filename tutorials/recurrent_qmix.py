@@ -83,7 +83,8 @@ def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any]]:
     args, checkpoint = runs.read_args(Args, argv, fixed=FIXED, description=__doc__)
     shortest = args.num_envs * args.slice_len  # frames of one sequence of each environment
     limits = {name: (0, 1) for name in ("gamma", "lmbda", "tau", "epsilon")}
-    limits |= {"warmup": (shortest, args.frames - 1), "capacity": (shortest, math.inf)}
+    limits |= {"frames": (shortest + 1, math.inf), "warmup": (shortest, args.frames - 1)}
+    limits["capacity"] = (shortest, math.inf)
     runs.check_ranges(args, words=(2, math.inf), **limits)
     if args.batch_frames % args.num_envs:
         raise runs.RunError("--batch_frames: expected a multiple of --num_envs")

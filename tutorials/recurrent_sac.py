@@ -97,7 +97,8 @@ def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any]]:
     args, checkpoint = runs.read_args(Args, argv, fixed=FIXED, description=__doc__)
     shortest = args.num_envs * args.slice_len  # frames of one sequence of each environment
     limits = {name: (0, 1) for name in ("gamma", "lmbda", "tau")}
-    limits |= {"warmup": (shortest, args.frames - 1), "capacity": (shortest, math.inf)}
+    limits |= {"frames": (shortest + 1, math.inf), "warmup": (shortest, args.frames - 1)}
+    limits["capacity"] = (shortest, math.inf)
     limits |= {"burn_in": (0, args.slice_len - 1), "alpha": (1e-6, math.inf)}
     runs.check_ranges(args, **limits)
     if args.batch_frames % args.num_envs:

@@ -189,6 +189,7 @@ def test_resume_of_another_run_raises(
         (["--batch-frames", "100"], "--batch_frames: expected a multiple of --num_envs"),
         (["--warmup", "100"], "--warmup is 100: expected a number from 1024 to"),
         (["--updates", "0"], "--updates is 0: expected at least 1"),
+        (["--frames", "1000"], "--frames is 1000: expected at least 1025"),
         (["--frames", "2000"], "--warmup is 2000: expected a number from .* to 1999"),
         (["--gamma", "1.5"], "--gamma is 1.5: expected a number from 0 to 1"),
         (["--env", "Pendulum-v1"], "Pendulum-v1 has the action space Box.*: expected Discrete"),
