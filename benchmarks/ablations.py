@@ -11,6 +11,8 @@ TARGETS = (
     "recurrent state of one episode into the next (benchmarks/results/targets.md). Batches, "
     "stored states, networks, seeds and settings are equal."
 )
+SHORT_EPISODES = ("--env", "benchmarks.tasks:TwoGoals-v0", "--frames", "30000")
+SHORT_EPISODES += ("--reward-scale", "1")
 CURVES = "Rows *at N frames* are the regular evaluations, of 32 episodes."
 
 ABLATIONS = {
@@ -21,6 +23,18 @@ ABLATIONS = {
         variants={WIRED: (), PLAIN: ()},
         without={PLAIN: "recurrent_loss"},
         milestones=(25_000, 50_000, 75_000, 100_000),
+    ),
+    "targets_dqn_short": Experiment(
+        script="recurrent_dqn",
+        title="DQN with right and with wrong targets, several episodes in a sequence",
+        text=(
+            "The line with two ends of benchmarks/tasks.py: episodes of up to 32 steps, sequences "
+            f"of 64. {TARGETS} {CURVES} {BEST}"
+        ),
+        variants={WIRED: SHORT_EPISODES, PLAIN: SHORT_EPISODES},
+        without={PLAIN: "recurrent_loss"},
+        milestones=(10_000, 20_000, 30_000),
+        success=0.0,
     ),
     "targets_sac": Experiment(
         script="recurrent_sac",

@@ -29,6 +29,8 @@ class Experiment:
         success: the return above which an episode is a success. The summary then shows the share of
             successes, and not the mean return.
         without: what benchmarks/without.py takes from single variants.
+        scale: the values that count as 0 and as 1 where tasks are taken together: those of random
+            or motionless behaviour, and the best, or a good one where the best is not known.
     """
 
     script: str
@@ -44,6 +46,7 @@ class Experiment:
     milestones: Sequence[int] = ()
     success: float | None = None
     without: Mapping[str, str] = field(default_factory=dict)
+    scale: tuple[float, float] | None = None
 
     def program(self, variant: str) -> list[str]:
         """Return the words that run a variant, after ``python`` and without its seed.
@@ -92,6 +95,9 @@ BEST = (
     "Weights are those that did best in the regular evaluations (*best evaluation*), tested on "
     "fresh episodes."
 )
+CART_POLE = (22.0, 500.0)  # returns of random actions, and of whole episodes
+SWING = (-1230.0, -150.0)  # returns of random actions, and of good ones, in Pendulum
+ZOO = "rl-baselines3-zoo (benchmark.md), RecurrentPPO, 5 seeds"
 HIDDEN = "Velocities are hidden. An episode of CartPole returns 500 at most."
 
 EXPERIMENTS = {
@@ -101,6 +107,7 @@ EXPERIMENTS = {
         text=f"{HIDDEN} {BEST}",
         variants={"LSTM": (), "feed-forward": FEED_FORWARD, "GRU": ("--cell", "gru")},
         few={"GRU": [0]},
+        scale=CART_POLE,
     ),
     "recurrent_reinforce": Experiment(
         script="recurrent_reinforce",
@@ -132,6 +139,8 @@ EXPERIMENTS = {
             "GRU, shared": ("--cell", "gru", "--critic", "shared"),
         },
         few={"feed-forward": [0, 1], "GRU, shared": [0, 1]},
+        published={f"{ZOO}, CartPoleNoVel, 100k steps": "500.0 +- 0.0"},
+        scale=CART_POLE,
     ),
     "r2d2": Experiment(
         script="r2d2",
@@ -142,6 +151,7 @@ EXPERIMENTS = {
             "feed-forward": (*FEED_FORWARD, "--frames", "40000"),
         },
         few={"feed-forward": range(2)},
+        scale=CART_POLE,
     ),
     "r2d2_states": Experiment(
         script="r2d2",
@@ -173,6 +183,7 @@ EXPERIMENTS = {
         },
         seeds=range(3),
         few={"feed-forward": range(2)},
+        scale=(-0.5, 1.0),
     ),
     "recurrent_ppo_pendulum": Experiment(
         script="recurrent_ppo",
@@ -187,6 +198,8 @@ EXPERIMENTS = {
             "fresh noise": (*PENDULUM, "--noise-correlation", "0", "--eval-every", "20000"),
         },
         few={"feed-forward": [0], "fresh noise": [0, 1]},
+        published={f"{ZOO}, PendulumNoVel, 100k steps": "-217.9 +- 140.1"},
+        scale=SWING,
     ),
     "recurrent_ppo_mountain_car": Experiment(
         script="recurrent_ppo",
@@ -201,6 +214,8 @@ EXPERIMENTS = {
             "fresh noise": (*HILL, "--noise-correlation", "0"),
         },
         few={"feed-forward": [0], "fresh noise": [0]},
+        published={f"{ZOO}, MountainCarContinuousNoVel, 300k steps": "91.5 +- 1.8"},
+        scale=(0.0, 100.0),
     ),
     "recurrent_ppo_cheetah": Experiment(
         script="recurrent_ppo",
@@ -222,6 +237,7 @@ EXPERIMENTS = {
         },
         seeds=range(3),
         few={"feed-forward": [0]},
+        scale=SWING,
     ),
     "recurrent_qmix": Experiment(
         script="recurrent_qmix",
@@ -235,6 +251,7 @@ EXPERIMENTS = {
             "own weights": ("--own",),
             "feed-forward": FEED_FORWARD,
         },
+        scale=(0.125, 1.0),
     ),
 }
 

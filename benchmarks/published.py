@@ -6,7 +6,7 @@ One set of settings per algorithm and family of tasks serves every cell. Reporte
 
 from __future__ import annotations
 
-from .experiments import HIDDEN, LAST, Experiment
+from .experiments import HIDDEN, LAST, ZOO, Experiment
 
 # One episode per sequence, and two per minibatch at least: the reward depends on the first step.
 CORRIDOR = ("--num-envs", "16", "--reward-scale", "1", "--entropy", "0.01")
@@ -40,6 +40,7 @@ def make_maze(length: int, frames: int) -> Experiment:
         },
         seeds=range(3),
         success=0.5,
+        scale=(0.5, 1.0),
         published={
             "GRU with R2D2-like agents of a third party, 5 seeds, 1M steps": THIRD_PARTY_GRU[length]
         },
@@ -66,6 +67,7 @@ PUBLISHED = {
         seeds=range(10),
         few={"feed-forward": range(3)},
         success=0.0,
+        scale=(0.5, 1.0),
         published={
             "MarcoMeter/recurrent-ppo-truncated-bptt, 10 seeds, 14,336 steps": ".931 +- .064",
             "MarcoMeter/recurrent-ppo-truncated-bptt, 10 seeds, 30,720 steps": "1.00",
@@ -97,7 +99,7 @@ PUBLISHED = {
         text=f"{HIDDEN} {LAST}",
         variants={"minGRU": ("--cell", "mingru"), "LRU": ("--cell", "lru")},
         published={
-            "rl-baselines3-zoo, RecurrentPPO on CartPoleNoVel, 5 seeds, 100k steps": "500.0 +- 0.0"
+            f"{ZOO}, CartPoleNoVel, 100k steps": "500.0 +- 0.0",
         },
     ),
 }

@@ -20,10 +20,24 @@ Every table of learning in this folder is made by `make results` or `make learn`
 interrupted. Seeds count from 0. Each page names the version of its rows, and the seeds that were
 run again since. Values are mean returns of episodes that were
 not seen before, or shares of successes where the page says so; intervals are percentile bootstrap
-intervals of the mean over seeds. A task that the feed-forward network solves tests no recurrence.
+intervals of the mean over seeds. The column *needs recurrence* compares the best recurrent network
+of an experiment with the feed-forward one: *yes* if the whole interval of the feed-forward network
+is below the mean of the recurrent one, *no* if it is not, and nothing where none was run. What
+others published is on the same task, but not always with the same settings or number of seeds.
 
 {table}
+
+## All tasks together
+
+Interquartile means of normalized values, of all seeds of all tasks that both kinds of networks have
+run on and that name two reference values: 0 is the value of random or motionless behaviour, and 1
+the best possible one, or a good one where that is not known. Of the recurrent networks, the first
+of each table counts. Intervals are 95 % percentile intervals of a bootstrap that draws seeds in
+each task by itself, as by R. Agarwal et al., arXiv:2108.13264.
+
+{aggregates}
 """
+FEED_FORWARD = "feed-forward"
 
 
 def bootstrap_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
@@ -47,7 +61,7 @@ def bootstrap_interval(values: Sequence[float], level: float = 0.95) -> tuple[fl
     return float(low), float(high)
 
 
-def interquartile_mean(values: Sequence[float]) -> float:
+def interquartile_mean(values: Sequence[float] | np.ndarray) -> float:
     """Return the mean of the middle half of the values, as rliable defines it.
 
     Source: R. Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical
@@ -133,6 +147,97 @@ def summarize(experiment: Experiment, runs: Sequence[Any]) -> str:
     return table(header, rows)
 
 
+def stratified_interval(
+    groups: Sequence[Sequence[float]], level: float = 0.95
+) -> tuple[float, float]:
+    """Return the percentile interval of the interquartile mean, with seeds drawn in each task.
+
+    Source: R. Agarwal et al., arXiv:2108.13264. ``rliable`` needs as many seeds in every task;
+    this does not.
+
+    Args:
+        groups: the values of each task, one per seed.
+        level: share of the bootstrap values inside the interval.
+
+    Examples:
+        >>> stratified_interval([[1.0, 1.0], [1.0]])
+        (1.0, 1.0)
+    """
+    generator = np.random.default_rng(0)
+    draws = [
+        interquartile_mean(np.concatenate([generator.choice(one, len(one)) for one in groups]))
+        for _ in range(DRAWS // 5)
+    ]
+    tail = (1 - level) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def read_results(experiment: Experiment, path: Path) -> dict[str, list[float]]:
+    """Return the value of each seed, for each variant in a table of an experiment.
+
+    Args:
+        experiment: what was run.
+        path: its table, NAME.csv.
+    """
+    with path.open(newline="") as file:
+        runs = list(csv.DictReader(file))
+    # Tables of version 0.1.0 have another name for the mean.
+    names = ("fresh episodes: mean", "test_mean") if experiment.success is None else ("success",)
+    column = next(name for name in names if name in runs[0])
+    values: dict[str, list[float]] = {}
+    for run in runs:
+        values.setdefault(run["variant"], []).append(float(run[column]))
+    return values
+
+
+def find_feed_forward(values: Mapping[str, Sequence[float]]) -> Sequence[float]:
+    """Return the values of the feed-forward variant; none if it was not run."""
+    found = [each for variant, each in values.items() if FEED_FORWARD in variant]
+    return found[0] if found else []
+
+
+def needs_recurrence(values: Mapping[str, Sequence[float]]) -> str:
+    """Return whether the feed-forward network does worse: ``yes``, ``no``, or nothing.
+
+    Args:
+        values: values of every seed, by variant.
+
+    Examples:
+        >>> needs_recurrence({"GRU": [5.0, 6.0], "feed-forward": [1.0, 2.0]})
+        'yes'
+        >>> needs_recurrence({"GRU": [5.0, 6.0], "feed-forward": [5.0, 7.0]})
+        'no'
+        >>> needs_recurrence({"GRU": [5.0, 6.0]})
+        ''
+    """
+    baseline = find_feed_forward(values)
+    others = [np.mean(each) for variant, each in values.items() if FEED_FORWARD not in variant]
+    if not baseline or not others:
+        return ""
+    return "yes" if bootstrap_interval(baseline)[1] < max(others) else "no"
+
+
+def _aggregate(results: Mapping[str, tuple[Experiment, dict[str, list[float]]]]) -> str:
+    """Return a table of both kinds of networks over all tasks."""
+    groups: dict[str, list[list[float]]] = {"recurrent": [], FEED_FORWARD: []}
+    for experiment, values in results.values():
+        baseline = find_feed_forward(values)
+        if experiment.scale is None or not baseline:
+            continue
+        low, high = experiment.scale
+        for kind, each in (("recurrent", next(iter(values.values()))), (FEED_FORWARD, baseline)):
+            groups[kind].append([(value - low) / (high - low) for value in each])
+    rows = []
+    for kind, tasks in groups.items():
+        if tasks:
+            low, high = stratified_interval(tasks)
+            mean = interquartile_mean(np.concatenate(tasks))
+            seeds = sum(map(len, tasks))
+            rows.append([kind, f"{mean:.2f} [{low:.2f}, {high:.2f}]", f"{len(tasks)}", f"{seeds}"])
+    return table(["networks", "interquartile mean [95 % interval]", "tasks", "runs"], rows)
+
+
 def write_overview(experiments: Mapping[str, Experiment], folder: Path) -> None:
     """Write ``README.md``: a table of every experiment that has results in ``folder``.
 
@@ -140,21 +245,25 @@ def write_overview(experiments: Mapping[str, Experiment], folder: Path) -> None:
         experiments: all experiments, by name.
         folder: where the files NAME.csv and NAME.md are.
     """
+    results = {
+        name: (experiment, read_results(experiment, path))
+        for name, experiment in experiments.items()
+        if (path := folder / f"{name}.csv").exists()
+    }
     rows: list[list[str]] = []
-    for name, experiment in experiments.items():
-        path = folder / f"{name}.csv"
-        if not path.exists():
-            continue
-        with path.open(newline="") as file:
-            runs = list(csv.DictReader(file))
-        # Tables of version 0.1.0 have another name for the mean.
-        names = (
-            ("fresh episodes: mean", "test_mean") if experiment.success is None else ("success",)
-        )
-        column = next(name for name in names if name in runs[0])
-        for variant in dict.fromkeys(run["variant"] for run in runs):
-            values = [float(run[column]) for run in runs if run["variant"] == variant]
-            mean, each = _cell(values)
-            rows.append([f"[{experiment.title}]({name}.md)", variant, mean, each, f"`{name}`"])
-    header = ["task", "network", "mean [95 % interval]", "every seed", "experiment"]
-    (folder / "README.md").write_text(OVERVIEW.format(table=table(header, rows)))
+    for name, (experiment, values) in results.items():
+        title, mark = f"[{experiment.title}]({name}.md)", needs_recurrence(values)
+        for variant, each in values.items():
+            rows.append([title, variant, *_cell(each), mark, f"`{name}`"])
+        for source, value in experiment.published.items():
+            rows.append([title, f"published: {source}", value, "", mark, f"`{name}`"])
+    header = [
+        "task",
+        "network",
+        "mean [95 % interval]",
+        "every seed",
+        "needs recurrence",
+        "experiment",
+    ]
+    text = OVERVIEW.format(table=table(header, rows), aggregates=_aggregate(results))
+    (folder / "README.md").write_text(text)

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import learn
 from benchmarks.experiments import Experiment
-from benchmarks.summary import summarize, write_overview
+from benchmarks.summary import stratified_interval, summarize, write_overview
 
 VARIANTS = [(name, variant) for name, one in learn.ALL.items() for variant in one.variants]
 
@@ -71,5 +71,28 @@ def test_write_overview_lists_the_experiments_that_have_results(
         writer.writerows([["LSTM", 0, 100.0], ["LSTM", 1, 300.0]])
     write_overview({"one": make_experiment(), "two": make_experiment()}, tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "| [Title](one.md) | LSTM | 200.0 [100.0, 300.0] | 100.0, 300.0 | `one` |" in text
+    assert "| [Title](one.md) | LSTM | 200.0 [100.0, 300.0] | 100.0, 300.0 |  | `one` |" in text
     assert "two.md" not in text
+
+
+def test_write_overview_shows_published_numbers_and_what_the_feed_forward_network_solves(
+    tmp_path: Path,
+) -> None:
+    tables = {"hard": ("0", "50"), "easy": ("50", "100")}
+    for name, baseline in tables.items():
+        rows = [("GRU", 0, "50"), ("GRU", 1, "100")]
+        rows += [("feed-forward", seed, value) for seed, value in enumerate(baseline)]
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("variant", "seed", "fresh episodes: mean"), *rows])
+    one = make_experiment(published={"others": "31"}, scale=(0.0, 100.0))
+    write_overview(dict.fromkeys(tables, one), tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| [Title](hard.md) | published: others | 31 |  | yes | `hard` |" in text
+    assert "| [Title](easy.md) | published: others | 31 |  | no | `easy` |" in text
+    # Of 50, 100, 50, 100 and of 0, 50, 50, 100, without the lowest and the highest value.
+    assert "| recurrent | 0.75 [" in text
+    assert "| feed-forward | 0.50 [" in text
+
+
+def test_stratified_interval_draws_the_seeds_of_each_task_by_itself() -> None:
+    assert stratified_interval([[0.0], [0.0], [1.0], [1.0]]) == (0.5, 0.5)
