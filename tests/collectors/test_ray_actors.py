@@ -5,6 +5,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 
 from rnnkeys.collectors import RayActors, ray_cluster
 from tests.support.actors import (
+    PATIENCE,
     collect_with_two_actors,
     is_running,
     make_policy,
@@ -34,36 +36,46 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
         # By default workers run at niceness 15, and hardly at all on a machine with other work.
         monkeypatch.setenv("RAY_worker_niceness", "0")
+        # Ray ends workers that take a minute to start, and starts others, which take as long.
+        monkeypatch.setenv("RAY_worker_register_timeout_seconds", str(int(PATIENCE)))
         yield Path(folder)
 
 
-def listening_addresses() -> set[str]:
-    """Return the addresses beyond loopback on which Ray's processes listen."""
-    owners = {}
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            target = os.readlink(link)
-        except OSError:
-            continue
-        if target.startswith("socket:["):
-            owners[target[8:-1]] = link.parts[2]
-    addresses = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            _, local, _, state, *_, inode = line.split()[:10]
-            if state == "0A" and is_of_ray(owners.get(inode)):
-                addresses.add(local.partition(":")[0])
-    return addresses
+def find_ray_processes() -> set[int]:
+    """Return Ray's processes below this one, and not those of other programs."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended meanwhile
+            stat = (path / "stat").read_text().rpartition(")")[2].split()
+            parents[int(path.name)] = int(stat[1])
+    below = {os.getpid()}
+    for _ in range(3):  # raylet, its agents and workers
+        below |= {process for process, parent in parents.items() if parent in below}
+    return set(filter(is_of_ray, below - {os.getpid()}))
 
 
-def is_of_ray(process: str | None) -> bool:
-    if process is None:
-        return False
+def is_of_ray(process: int) -> bool:
     try:
         command = Path(f"/proc/{process}/cmdline").read_text()
     except OSError:
         return False
     return "ray" in command.partition("\0")[0] or "gcs_server" in command
+
+
+def listening_addresses(processes: set[int]) -> set[str]:
+    """Return the addresses on which processes listen."""
+    sockets = set()
+    for process in processes:
+        for link in Path(f"/proc/{process}/fd").glob("*"):
+            with suppress(OSError):
+                sockets.add(os.readlink(link))
+    addresses = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in sockets:
+                addresses.add(local.partition(":")[0])
+    return addresses
 
 
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}
@@ -72,17 +84,17 @@ LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}
 @linux
 @pytest.mark.filterwarnings("ignore:Actor . .* is lost:RuntimeWarning")
 def test_ray_actors_collect_survive_a_kill_and_leave_nothing(folder: Path) -> None:
-    addresses = []
+    processes, addresses = set(), set()
 
     def make(*args: Any, **kwargs: Any) -> RayActors:
         actors = RayActors(*args, **kwargs)
-        addresses.append(listening_addresses())
+        processes.update(find_ray_processes())
+        addresses.update(listening_addresses(processes))
         return actors
 
-    processes = collect_with_two_actors(make)
-    assert addresses[0] and addresses[0] <= LOOPBACK
+    processes.update(collect_with_two_actors(make))
+    assert addresses and addresses <= LOOPBACK
     wait_until(lambda: not any(map(is_running, processes)))
-    wait_until(lambda: not listening_addresses())
     assert not list(folder.iterdir())
 
 

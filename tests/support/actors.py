@@ -25,7 +25,7 @@ from rnnkeys.collectors.worker import Answer, MakeEnv
 from rnnkeys.keys import TRAJECTORY_KEY
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 240.0
+PATIENCE = 600.0
 """Seconds that a busy machine may take for an answer."""
 
 

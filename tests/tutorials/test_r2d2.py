@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -377,6 +378,24 @@ def test_script_after_a_signal_saves_the_run(tmp_path: Path, number: signal.Sign
     assert f"Stopped after {checkpoint['frames']} frames" in out
     assert "--resume out/checkpoint.pt" in out
     assert len(read_rows(tmp_path / "out")) == checkpoint["frames"] // 128
+
+
+@NO_SIGNALS
+def test_script_after_kill_leaves_no_temporary_file_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary, folder = tmp_path / "tmp", tmp_path / "out"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    process = start_script(SCRIPT, [*SMALL, "--frames", "10000000", "--output", "out"], tmp_path)
+    while process.poll() is None and not (folder / "checkpoint.pt").exists():
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=60)
+    assert not list(temporary.iterdir())
+    end = read_checkpoint(folder)["frames"] + 128
+    tutorial.main(["--resume", str(folder / "checkpoint.pt"), "--frames", str(end)])
+    assert_complete(folder, list(range(128, end + 1, 128)))
 
 
 def test_script_in_another_folder_collects_with_processes(tmp_path: Path) -> None:
