@@ -60,6 +60,35 @@ class PassiveTMaze(gym.Env[np.ndarray, np.int64]):
         return np.array([self.x == self.length, self.y], np.float32), reward, done, False, {}
 
 
+class ShowPenalty(gym.Wrapper[np.ndarray, np.int64, np.ndarray, np.int64]):
+    """Append the sign of the last reward to a vector of observations, 0 at the first step.
+
+    In :class:`PassiveTMaze` it is -1 from the first wrong step on, which costs a little at a time:
+    a critic that sees it values the wrong step at once. It does not depend on the cue.
+
+    Args:
+        env: environment with observations float32 ``[F]``; they become ``[F + 1]``.
+    """
+
+    def __init__(self, env: gym.Env[np.ndarray, np.int64]) -> None:
+        super().__init__(env)
+        inner: Any = env.observation_space
+        low, high = np.append(inner.low, -1.0), np.append(inner.high, 1.0)
+        bounds = low.astype(np.float32), high.astype(np.float32)  # so that Box casts nothing
+        self.observation_space = spaces.Box(*bounds, dtype=np.float32)
+
+    def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        observation, info = self.env.reset(**options)
+        return np.append(observation, np.float32(0)), info
+
+    def step(
+        self, action: np.int64
+    ) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
+        observation, reward, ended, cut, info = self.env.step(action)
+        shown = np.append(observation, np.float32(np.sign(float(reward))))
+        return shown, reward, ended, cut, info
+
+
 class TwoGoals(gym.Env[np.ndarray, np.int64]):
     """Walk along a line to the one of its two ends that is good.
 

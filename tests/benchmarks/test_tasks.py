@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-import benchmarks.tasks  # noqa: F401 (registers the environments)
+import benchmarks.tasks
 
 RIGHT, UP, LEFT, DOWN = range(4)
 
@@ -50,6 +50,14 @@ def test_passive_t_maze_steps_off_the_shortest_path_cost_their_share() -> None:
     observations, rewards, done = play(env, [UP, LEFT, RIGHT, RIGHT, RIGHT])
     assert observations[1:] == [[0, 0]] * 5
     assert rewards == [-0.25] * 4 + [0.0] and done  # walls let nobody through; no goal, no reward
+
+
+def test_show_penalty_appends_the_sign_of_the_last_reward() -> None:
+    env = benchmarks.tasks.ShowPenalty(gym.make("PassiveTMaze-v0", length=4).unwrapped)
+    assert env.observation_space.shape == (3,)
+    observations, rewards, _ = play(env, [RIGHT, UP, RIGHT, RIGHT, RIGHT])
+    assert [shown[2] for shown in observations] == [0, *np.sign(rewards)] == [0, 0, -1, -1, -1, 0]
+    assert abs(observations[0][1]) == 1  # the cue stays where it was
 
 
 def test_two_goals_the_agent_moves_once_the_ends_are_hidden() -> None:
