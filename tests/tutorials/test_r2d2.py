@@ -12,10 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from tensordict import TensorDict
 
 from benchmarks.experiments import EXPERIMENTS
 from rnnkeys.collectors import ActorsLostError, LocalActors
@@ -159,64 +155,6 @@ def test_resume_that_stops_early_leaves_no_old_result(
     run(*SHORT, "--overwrite")
     assert not (folder / "learning_curve.csv").exists()
     assert read_checkpoint(folder)["frames"] == 0
-
-
-class ReplayMachine(RuleBasedStateMachine):
-    """A replay buffer of six windows of one step, against a list of values and priorities."""
-
-    args = tutorial.Args(window_len=1, period=1, burn_in=0, capacity=6, windows=3, alpha=0.6)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.replay = tutorial.make_replay(self.args, {})
-        self.next = 0
-
-    @property
-    def saved(self) -> dict[float, float]:
-        saved = tutorial.save_replay(self.replay)
-        if not saved:
-            return {}
-        values = saved["windows"]["x"].flatten().tolist()
-        return dict(zip(values, saved["priorities"].tolist(), strict=True))
-
-    @rule(steps=st.integers(1, 8))
-    def extend(self, steps: int) -> None:
-        before = self.saved
-        x = torch.arange(self.next, self.next + steps).float().unsqueeze(0)
-        flags = torch.zeros(1, steps, 1, dtype=torch.bool)
-        trajectory = torch.zeros(1, steps, dtype=torch.int64)
-        batch = TensorDict({"x": x, "is_init": flags}, [1, steps])
-        batch["next", "done"] = flags
-        batch["collector", "traj_ids"] = trajectory
-        self.replay.extend(batch)
-        self.next += steps
-        kept = {value: before[value] for value in before if value in self.saved}
-        assert {value: self.saved[value] for value in kept} == pytest.approx(kept, rel=1e-5)
-
-    @rule(priority=st.floats(0.1, 10.0))
-    def update_priorities(self, priority: float) -> None:
-        if not len(self.replay):
-            return
-        windows = self.replay.sample()
-        windows["td_error"] = torch.full(windows.shape, priority)
-        self.replay.update_tensordict_priority(windows)
-        for value in windows["x"].flatten().tolist():
-            assert self.saved[value] == pytest.approx(priority, rel=1e-5)
-
-    @rule()
-    def save_and_load(self) -> None:
-        before = self.saved
-        self.replay = tutorial.make_replay(self.args, tutorial.save_replay(self.replay))
-        assert self.saved == pytest.approx(before, rel=1e-5)
-
-    @invariant()
-    def holds_the_newest_windows_from_the_oldest_on(self) -> None:
-        newest = range(max(0, self.next - self.args.capacity), self.next)
-        assert list(self.saved) == list(newest)
-
-
-ReplayMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=12, deadline=None)
-TestReplayMachine = ReplayMachine.TestCase
 
 
 def test_learn_starts_windows_from_zero_or_stored_states(run: Run, tmp_path: Path) -> None:
