@@ -1,10 +1,11 @@
 """Speed of recurrent PPO from end to end: rnnkeys, TorchRL's modules and sb3-contrib.
 
     python -m benchmarks.bench_ppo                # needs sb3-contrib: pip install sb3-contrib
-    python -m benchmarks.bench_ppo --rounds 5 --epochs 4
+    python -m benchmarks.bench_ppo --rounds 5 --epochs 4 --num-envs 8
+    python -m benchmarks.bench_ppo --processes    # collect from several processes, too
 
-All three play CartPole without velocities in 8 environments, 128 steps each, with an LSTM of 64
-for the actor and another for the critic, and learn in minibatches of 256 steps of whole sequences.
+All three play CartPole without velocities, 128 steps in each environment, with an LSTM of 64 for
+the actor and another for the critic, and learn in minibatches of 256 steps of whole sequences.
 The first two run ``tutorials/recurrent_ppo.py``, with one module or the other. Rounds take turns,
 and the median counts. Results go to ``benchmarks/results/recurrent_ppo_speed.md``.
 """
@@ -12,6 +13,7 @@ and the median counts. Results go to ``benchmarks/results/recurrent_ppo_speed.md
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import platform
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,13 +33,13 @@ import torchrl.modules
 from torchrl.collectors import Collector
 
 import rnnkeys
+from benchmarks.learn import find_commit
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tutorials"))
 import recurrent_ppo  # noqa: E402 (tutorials are scripts, not a package)
 
 ENVS, STEPS, HIDDEN, MINIBATCH = 8, 128, 64, 256
-FRAMES = ENVS * STEPS
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -63,6 +66,9 @@ class Tutorial:
             output=tempfile.mkdtemp(),
         )
         self.trainer = recurrent_ppo.Trainer(args, {})
+        if make_recurrent is make_torchrl_lstm:
+            # TorchRL's LSTM branches on values, which the estimator's vmap does not allow.
+            self.trainer.advantage.deactivate_vmap = True
         policy = self.trainer.agent.collector
         env = recurrent_ppo.make_env(args, num_envs)
         env.append_transform(rnnkeys.get_env_transforms_from_module(policy))
@@ -108,11 +114,11 @@ class HideVelocities(gym.ObservationWrapper):
 class StableBaselines:
     """sb3-contrib's ``RecurrentPPO``."""
 
-    def __init__(self, epochs: int) -> None:
+    def __init__(self, epochs: int, num_envs: int = ENVS) -> None:
         from sb3_contrib import RecurrentPPO
         from stable_baselines3.common.env_util import make_vec_env
 
-        env = make_vec_env("CartPole-v1", ENVS, wrapper_class=HideVelocities)
+        env = make_vec_env("CartPole-v1", num_envs, wrapper_class=HideVelocities)
         self.model = RecurrentPPO(
             "MlpLstmPolicy",
             env,
@@ -139,10 +145,10 @@ class StableBaselines:
         self.model.train()
 
 
-CONTESTANTS: dict[str, Callable[[int], Any]] = {
+CONTESTANTS: dict[str, Callable[..., Any]] = {
     "rnnkeys": Tutorial,
-    "rnnkeys, sequences of 32": lambda epochs: Tutorial(epochs, seq_len=32),
-    "TorchRL's modules": lambda epochs: Tutorial(epochs, make_torchrl_lstm),
+    "rnnkeys, sequences of 32": partial(Tutorial, seq_len=32),
+    "TorchRL's modules": partial(Tutorial, make_recurrent=make_torchrl_lstm),
     "sb3-contrib": StableBaselines,
 }
 
@@ -154,9 +160,10 @@ def measure(call: Callable[[], None], clock: Callable[[], float] = time.process_
     return clock() - start
 
 
-def race(epochs: int, rounds: int) -> list[dict[str, Any]]:
+def race(epochs: int, num_envs: int, rounds: int) -> list[dict[str, Any]]:
     """Let all contestants collect and learn in turns; return a row for each."""
-    contestants = {name: make(epochs) for name, make in CONTESTANTS.items()}
+    frames = num_envs * STEPS
+    contestants = {name: make(epochs, num_envs=num_envs) for name, make in CONTESTANTS.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     for _ in range(rounds + 1):
         for name, one in contestants.items():
@@ -167,10 +174,11 @@ def race(epochs: int, rounds: int) -> list[dict[str, Any]]:
         rows.append(
             {
                 "": name,
+                "environments": num_envs,
                 "epochs": epochs,
-                "frames/s in all": round(FRAMES / (collect + learn)),
-                "collection, frames/s": round(FRAMES / collect),
-                "update, frames/s": round(FRAMES / learn),
+                "frames/s in all": round(frames / (collect + learn)),
+                "collection, frames/s": round(frames / collect),
+                "update, frames/s": round(frames / learn),
                 "collection, s": round(collect, 3),
                 "update, s": round(learn, 3),
             }
@@ -215,7 +223,7 @@ def write(
         "# Recurrent PPO from end to end",
         "",
         "Made by `python -m benchmarks.bench_ppo`: CartPole without velocities, "
-        f"{ENVS} environments, {STEPS} steps, two LSTMs of {HIDDEN}, minibatches of {MINIBATCH} "
+        f"{STEPS} steps of each environment, two LSTMs of {HIDDEN}, minibatches of {MINIBATCH} "
         f"steps in whole sequences. Medians of {rounds} rounds in which all took turns, in seconds "
         "of CPU on one thread, and of the clock where several processes collect.",
         "",
@@ -228,9 +236,10 @@ def write(
         "ours to choose help: environments of one process in a vector, and more of them, which "
         "share a step.",
         "",
-        *table(environments),
+        *(table(environments) if environments else []),
         "",
-        f"rnnkeys {rnnkeys.__version__}, torchrl {torchrl.__version__}, sb3-contrib "
+        f"rnnkeys {rnnkeys.__version__} (commit {find_commit()}), "
+        f"torchrl {torchrl.__version__}, sb3-contrib "
         f"{sb3_contrib.__version__}, torch {torch.__version__}, Python "
         f"{platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores, which "
         f"{os.getloadavg()[1]:.1f} processes wanted when it ended.",
@@ -248,11 +257,16 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--epochs", type=int, nargs="+", default=[4, 10])
+    parser.add_argument("--num-envs", type=int, nargs="+", default=[8, 32])
+    parser.add_argument(
+        "--processes", action="store_true", help="collect from several processes, too: by the clock"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("torchrl").setLevel(logging.WARNING)
-    rows = [row for epochs in options.epochs for row in race(epochs, options.rounds)]
-    environments = race_environments(options.rounds)
+    pairs = itertools.product(options.num_envs, options.epochs)
+    rows = [row for size, epochs in pairs for row in race(epochs, size, options.rounds)]
+    environments = race_environments(options.rounds) if options.processes else []
     write(rows, environments, RESULTS / "recurrent_ppo_speed.md", options.rounds)
 
 

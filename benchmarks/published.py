@@ -61,7 +61,9 @@ PUBLISHED = {
         title="PPO: walk to the end of a line that was shown as the good one",
         text=(
             "The ends are shown in the first three observations (benchmarks/tasks.py); an episode "
-            f"is a success if it ends at the good one. {LAST}"
+            "is a success if it ends at the good one. A policy without memory succeeds in more "
+            "than half: its position after its first move says something of what it saw before. "
+            f"{LAST}"
         ),
         variants={
             name: (

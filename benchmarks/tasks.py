@@ -97,7 +97,8 @@ class TwoGoals(gym.Env[np.ndarray, np.int64]):
     starts at most .4 from the middle. The first two steps do nothing and cost nothing: an agent
     that could move while the ends are shown would read them from its position later. Every other
     step moves by .2 to the left or to the right. It costs .1; the good end is rewarded with 1.6,
-    the bad one with -1.6.
+    the bad one with -1.6. The first move still follows an observation with the ends, as in the
+    source, so that a feed-forward policy does better than chance, which is .5.
 
     Source: written from the description of the "Proof of Concept Memory Environment", with the
     agent frozen, of https://github.com/MarcoMeter/recurrent-ppo-truncated-bptt.
