@@ -272,6 +272,7 @@ def test_export_of_statistics_by_environment_warns_and_keeps_the_batch_size() ->
 
 # torch.jit is deprecated, and still what robots run.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit[.a-z_]*` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("cell", KINDS)
 def test_step_that_is_traced_by_torch_jit_equals_the_step(cell: str) -> None:
