@@ -94,6 +94,33 @@ def onednn_lstm_layer(
     )
 
 
+def onednn_lstm_layer_backward(
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    start: tuple[Tensor, Tensor],
+    result: tuple[Tensor, Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, Tensor | None, Tensor | None],
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Compute gradients of :func:`onednn_lstm_layer`: torch 2.11 to 2.14.
+
+    Args:
+        x: as in the forward pass.
+        parameters: as in the forward pass.
+        start: ``h`` and ``c``, as in the forward pass.
+        result: of the forward pass.
+        grads: of the outputs and of the last ``h`` and ``c``; None is zero.
+
+    Returns:
+        Gradients of ``x``, ``w_ih``, ``w_hh`` and either bias; and of ``h`` and ``c``.
+    """
+    y, h, c, workspace = result
+    d_x, d_w_ih, d_w_hh, d_b, _, d_h, d_c = torch.ops.aten.mkldnn_rnn_layer_backward(
+        *(x, *parameters, *start, y, h, c, *grads),
+        *(False, _ONEDNN_LSTM, y.shape[2], 1, True, True, False, [], False, workspace),
+    )
+    return (d_x, d_w_ih, d_w_hh, d_b), (d_h, d_c)
+
+
 def has_onednn_linear() -> bool:
     """Return whether torch, 2.11 to 2.14, has oneDNN's matmul."""
     has_op = hasattr(torch.ops.mkldnn, "_linear_pointwise")

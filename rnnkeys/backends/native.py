@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .._compat import lstm_layers
 from ..cells import State, Weights
-from . import onednn
+from . import onednn, shared_rows
 from .batch import LayerRun
 from .packing import Plan
 
@@ -36,13 +36,16 @@ def run(weights: Weights, x: Tensor, start: State, plan: Plan) -> LayerRun:
     x = x.contiguous()
     h, c = (s.contiguous() for s in start)
     cells: Tensor | None = None
-    if onednn.runs(x):
+    if plan.is_shared:
+        y, cells = shared_rows.run(weights, x, h, c, plan)
+        outputs = [y]
+    elif onednn.runs(x):
         outputs, cells = onednn.run(weights, x, h, c, plan)
     else:
         outputs = _run_blocks(weights, x, h, c, plan)
     if outputs[-1].requires_grad:
         outputs[-1].register_hook(_raise_in_double_backward)
-    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    y = onednn.join_rows(outputs)
     if cells is None:
         cells = compute_cell_states(weights, x, y, h, c, plan.sizes)
     return LayerRun(y, (y, cells), saves_output=len(outputs) == 1)

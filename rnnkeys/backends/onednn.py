@@ -10,13 +10,14 @@ values found there and compared with the returned state. Where that fails, nothi
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .._compat import onednn_lstm_layer
+from .._compat import onednn_lstm_layer, onednn_lstm_layer_backward
 from ..cells import LSTM_CELL, Weights
 from .packing import Plan
 
@@ -63,25 +64,84 @@ def run(
         Outputs of blocks, which together are ``[N, H]``, and cell states ``[N, H]``, detached; None
         if they are not where they are expected.
     """
-    b_ih, b_hh = weights.b_ih, weights.b_hh
-    if b_ih is None or b_hh is None:
-        b_ih = b_hh = x.new_zeros(weights.w_hh.shape[0])
-    parameters = [weights.w_ih, weights.w_hh, b_ih, b_hh]
+    parameters = list_parameters(weights)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters, h, c))):
         # The kernel has a workspace only where it records a backward pass.
         x, h, c, *parameters = (t.detach() for t in (x, h, c, *parameters))
-    inputs, hidden = x.shape[1], h.shape[1]
-    blocks = _cut_blocks(plan.blocks, inputs, hidden)
     outputs: list[Tensor] = []
     cells: list[Tensor] | None = []
-    for rows, (steps, size) in zip(x.split([t * n for t, n in blocks]), blocks, strict=True):
-        block = run_block(parameters, rows.view(steps, size, inputs), h[:size], c[:size])
+    for block in run_blocks(parameters, x, h, c, cut_blocks(plan.blocks, x.shape[1], h.shape[1])):
         outputs.append(block.y.flatten(0, 1))
-        h, c = block.h, block.c
-        if cells is not None:
-            found = find_cell_states(block, inputs)
-            cells = None if found is None else [*cells, found.flatten(0, 1), c.detach()]
+        cells = add_cell_states(cells, block, x.shape[1])
     return outputs, None if cells is None else torch.cat(cells)
+
+
+def list_parameters(weights: Weights) -> list[Tensor]:
+    """Return ``w_ih``, ``w_hh``, ``b_ih`` and ``b_hh``; zeros for biases that are not there."""
+    b_ih, b_hh = weights.b_ih, weights.b_hh
+    if b_ih is None or b_hh is None:
+        b_ih = b_hh = weights.w_hh.new_zeros(weights.w_hh.shape[0])
+    return [weights.w_ih, weights.w_hh, b_ih, b_hh]
+
+
+def run_blocks(
+    parameters: list[Tensor], x: Tensor, h: Tensor, c: Tensor, blocks: list[tuple[int, int]]
+) -> Iterator[Block]:
+    """Run rows ``[N, I]`` block by block, each from the last state of the block before it."""
+    for rows, (steps, size) in zip(x.split([t * n for t, n in blocks]), blocks, strict=True):
+        block = run_block(parameters, rows.view(steps, size, -1), h[:size], c[:size])
+        h, c = block.h, block.c
+        yield block
+
+
+def as_blocks(tensors: Sequence[Tensor]) -> list[Block]:
+    """Return the blocks whose tensors are given one after the other."""
+    return [Block(*tensors[k : k + 4]) for k in range(0, len(tensors), 4)]
+
+
+def run_blocks_backward(
+    parameters: list[Tensor], x: Tensor, h: Tensor, c: Tensor, blocks: list[Block], d_y: Tensor
+) -> list[Tensor]:
+    """Compute the gradients of :func:`run_blocks` over blocks of one number of rows.
+
+    Args:
+        parameters: as in the forward pass.
+        x: as in the forward pass.
+        h: as in the forward pass.
+        c: as in the forward pass.
+        blocks: the results.
+        d_y: the gradient of the outputs, ``[N, H]``, contiguous.
+
+    Returns:
+        The gradients of ``x``, the four parameters, ``h`` and ``c``.
+    """
+    starts = [(h, c), *((block.h, block.c) for block in blocks[:-1])]
+    rows = [block.y.shape[:2].numel() for block in blocks]
+    parts = zip(x.split(rows), d_y.split(rows), starts, blocks, strict=True)
+    d_x: list[Tensor] = []
+    sums: list[Tensor] = []
+    d_state: tuple[Any, Any] = (None, None)
+    for x_k, d_y_k, start, block in reversed(list(parts)):
+        x_k = x_k.view(*block.y.shape[:2], -1)
+        grads = d_y_k.view_as(block.y), *d_state
+        (d_x_k, *terms), d_state = onednn_lstm_layer_backward(x_k, parameters, start, block, grads)
+        d_x.insert(0, d_x_k.flatten(0, 1))
+        sums = [a.add_(b) for a, b in zip(sums, terms, strict=True)] if sums else terms
+    # Both biases have one gradient: a change of one in place must not change the other.
+    return [join_rows(d_x), *sums, sums[-1].clone(), *d_state]
+
+
+def join_rows(blocks: list[Tensor]) -> Tensor:
+    """Return the rows of all blocks; those of one block are not copied."""
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def add_cell_states(cells: list[Tensor] | None, block: Block, inputs: int) -> list[Tensor] | None:
+    """Return ``cells`` and the block's cell states after every step, or None if any is missing."""
+    found = None if cells is None else find_cell_states(block, inputs)
+    if cells is None or found is None:
+        return None
+    return [*cells, found.flatten(0, 1), block.c.detach()]
 
 
 def run_block(parameters: list[Tensor], x: Tensor, h: Tensor, c: Tensor) -> Block:
@@ -101,7 +161,7 @@ def workspace_size(steps: int, rows: int, inputs: int, hidden: int) -> int:
     return rows * (steps * (_padded(4 * hidden) + _padded(hidden)) + (steps + 1) * wide)
 
 
-def _cut_blocks(blocks: list[tuple[int, int]], inputs: int, hidden: int) -> list[tuple[int, int]]:
+def cut_blocks(blocks: list[tuple[int, int]], inputs: int, hidden: int) -> list[tuple[int, int]]:
     """Cut blocks ``(steps, rows)`` along time so that no workspace is too large to be kept."""
     cut = []
     for steps, rows in blocks:
@@ -117,7 +177,7 @@ def find_cell_states(block: Block, inputs: int) -> Tensor | None:
 
     None if they are not where they are expected.
     """
-    if not _is_place_known(inputs, block.y.shape[2]):
+    if not is_place_known(inputs, block.y.shape[2]):
         return None
     cells = _view_cells(block, inputs)
     size = (*block.y.shape, inputs)
@@ -188,7 +248,7 @@ def _padded(width: int) -> int:
 
 
 @functools.cache
-def _is_place_known(inputs: int, hidden: int) -> bool:
+def is_place_known(inputs: int, hidden: int) -> bool:
     """Return whether the cell states of a small example are where they are expected."""
     steps, rows = 4, 3
     generator = torch.Generator().manual_seed(0)

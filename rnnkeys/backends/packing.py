@@ -4,7 +4,8 @@ A segment is a maximal run of time steps of one batch row with no ``is_init`` af
 Segments do not depend on each other, so they need not run one after the other: sorted by falling
 length and laid side by side, a ``[8, 1024]`` batch of short episodes becomes some 60 steps of some
 800 rows or fewer. Step ``t`` contains the segments longer than ``t``. Each segment has one row in
-every step, so neither a value nor a NaN passes from one segment to another.
+every step, so neither a value nor a NaN passes from one segment to another. A kernel that can clear
+the state between two segments may run several in one row (``shared_rows``).
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .layouts import choose_layout
+
 # Batches whose segments are kept, and plans for each.
 _MOST_BATCHES = 16
 _MOST_PLANS = 4
-_MOST_BLOCK_CANDIDATES = 48
 
 
 class Plan:
@@ -32,6 +34,7 @@ class Plan:
     Args:
         segments: of the batch.
         block_rows: see :meth:`Segments.plan`.
+        carried: see :meth:`Segments.plan`.
 
     Attributes:
         shape: ``(B, T)``.
@@ -39,32 +42,37 @@ class Plan:
         blocks: ``(steps, rows)`` of runs of packed steps with the same number of rows.
         source: ``[N]`` long, the flat position ``b * T + t`` that each row is copied from.
         position: ``[B * T]`` long, the row of each flat position.
-        padding: long, the rows that only fill blocks; they repeat the last step of a segment.
-        starts: ``[S]`` long, flat positions of the first steps of segments, in the order of rows.
+        padding: long, the rows that only fill blocks or gaps; they repeat a step of their row.
+        starts: ``[sizes[0]]`` long, flat positions of the first packed step.
         is_dense: whether no batch row is cut, so that packed rows are those of the batch.
+        is_shared: whether segments share rows, with padding between them.
     """
 
-    def __init__(self, segments: Segments, block_rows: int) -> None:
-        order = np.argsort(-segments.lengths, kind="stable")
-        starts = segments.starts[order]
-        lengths = segments.lengths[order]
-        sizes = _rows_per_step(lengths)
-        if block_rows:
-            sizes = _round_to_blocks(sizes, block_rows)
-        step = np.repeat(np.arange(len(sizes)), sizes)
-        row = np.arange(len(step)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        is_padding = step >= lengths[row]
-        source = starts[row] + np.minimum(step, lengths[row] - 1)
-        position = np.empty(lengths.sum(), dtype=np.int64)
-        position[source[~is_padding]] = np.flatnonzero(~is_padding)
+    def __init__(
+        self, segments: Segments, block_rows: int, carried: np.ndarray | None = None
+    ) -> None:
+        starts, lengths = segments.starts, segments.lengths
+        layout = choose_layout(lengths, block_rows, carried)
+        sizes = layout.sizes
+        offsets = np.cumsum(sizes) - sizes
+        steps = np.arange(lengths.sum()) + np.repeat(layout.step - starts, lengths)
+        position = offsets[steps] + np.repeat(layout.row, lengths)
+        source = np.full(sizes.sum(), -1)
+        source[position] = np.arange(len(position))
+        padding = np.flatnonzero(source < 0)
+        last = np.empty(sizes[0], dtype=np.int64)
+        last[layout.row] = starts + lengths - 1
+        row = padding - offsets[np.searchsorted(offsets, padding, side="right") - 1]
+        source[padding] = last[row]
         device = segments.device
         self.shape = segments.shape
         self.is_dense = segments.are_rows
+        self.is_shared = bool(layout.step.any())
         self.sizes: list[int] = sizes.tolist()
         self.source = _to(source, device)
         self.position = _to(position, device)
-        self.padding = _to(np.flatnonzero(is_padding), device)
-        self.starts = _to(starts, device)
+        self.padding = _to(padding, device)
+        self.starts = _to(source[: sizes[0]], device)
 
     @cached_property
     def blocks(self) -> list[tuple[int, int]]:
@@ -86,14 +94,17 @@ class Plan:
         return flat.view(*self.shape, -1)
 
     def at_starts(self, state: Tensor) -> Tensor:
-        """Return the entries of ``state [B, T, ...]`` at segment starts, ``[S, ...]``."""
-        if self.is_dense:
-            return state[:, 0]
-        steps = state.shape[1]
-        if state.stride(0) == steps * state.stride(1):
-            return state.flatten(0, 1).index_select(0, self.starts)
-        # Flattening would copy the whole state.
-        return state[self.starts // steps, self.starts % steps]
+        """Return the entries of ``state [B, T, ...]`` at the first packed step, ``[S, ...]``."""
+        return state[:, 0] if self.is_dense else _take(state, self.starts)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Return the entries of ``x [B, T, ...]`` at flat positions."""
+    steps = x.shape[1]
+    if x.stride(0) == steps * x.stride(1):
+        return x.flatten(0, 1).index_select(0, index)
+    # Flattening would copy the whole of it.
+    return x[index // steps, index % steps]
 
 
 def _gather(rows: Tensor, index: Tensor, inverse: Tensor, unused: Tensor | None) -> Tensor:
@@ -142,12 +153,13 @@ class Segments:
         self.are_rows = len(self.starts) == len(is_start)
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
 
-    def plan(self, block_rows: int = 0) -> Plan:
+    def plan(self, block_rows: int = 0, carried: np.ndarray | None = None) -> Plan:
         """Plan the packing, or return the plan made before.
 
         Args:
             block_rows: if not 0, the numbers of rows are rounded up so that steps form few blocks
                 of one size. A block costs about as much time as this many rows of one step.
+            carried: see :meth:`find_carried`; None if segments may not share rows.
 
         Returns:
             The plan, with its indices on the device of the flags.
@@ -156,7 +168,28 @@ class Segments:
             >>> read_segments(torch.tensor([[True, False, True, False, False]])).plan().sizes
             [2, 2, 1]
         """
-        return _recall(self._plans, _MOST_PLANS, block_rows, lambda: Plan(self, block_rows))
+        key = block_rows, None if carried is None else carried.tobytes()
+        return _recall(self._plans, _MOST_PLANS, key, lambda: Plan(self, block_rows, carried))
+
+    def find_carried(self, states: tuple[Tensor, ...]) -> np.ndarray:
+        """Find the segments that do not start from zeros, or whose initial state has a gradient.
+
+        Args:
+            states: each ``[B, T, ...]``, on the CPU, read at segment starts.
+
+        Returns:
+            Bool ``[S]``, in the order of the batch.
+
+        Examples:
+            >>> segments = read_segments(torch.tensor([[True, False, True, False]]))
+            >>> segments.find_carried((torch.tensor([[[2.0], [7.0], [0.0], [7.0]]]),))
+            array([ True, False])
+        """
+        if torch.is_grad_enabled() and any(state.requires_grad for state in states):
+            return np.ones(len(self.starts), dtype=bool)
+        index = torch.from_numpy(self.starts)
+        taken = [_take(state.detach(), index).flatten(1).numpy().any(1) for state in states]
+        return np.logical_or.reduce(taken)
 
 
 _read: OrderedDict[Any, Segments] = OrderedDict()
@@ -201,41 +234,6 @@ def _recall(kept: OrderedDict[Any, Any], most: int, key: Any, make: Callable[[],
         while len(kept) > most:
             kept.popitem(last=False)
     return made
-
-
-def _rows_per_step(lengths: np.ndarray) -> np.ndarray:
-    """Count the segments longer than ``t`` for every ``t``; ``lengths`` fall."""
-    return len(lengths) - np.searchsorted(lengths[::-1], np.arange(lengths[0]), side="right")
-
-
-def _round_to_blocks(sizes: np.ndarray, block_rows: int) -> np.ndarray:
-    """Round sizes up to few values, until one more block would cost more than it saves.
-
-    Dynamic programming over the steps at which the size falls: ``best[j]`` is the least cost of all
-    steps before candidate ``j`` if a block ends there.
-    """
-    falls = np.flatnonzero(np.diff(sizes)) + 1
-    if len(falls) > _MOST_BLOCK_CANDIDATES:
-        # Candidates with equal shares of all rows between them.
-        share = np.searchsorted(
-            np.cumsum(sizes)[falls - 1],
-            np.linspace(0, sizes.sum(), _MOST_BLOCK_CANDIDATES, endpoint=False)[1:],
-        )
-        falls = falls[np.unique(np.minimum(share, len(falls) - 1))]
-    cuts = np.concatenate([[0], falls, [len(sizes)]])
-    best = np.zeros(len(cuts))
-    choice = np.zeros(len(cuts), dtype=np.int64)
-    for j in range(1, len(cuts)):
-        cost = best[:j] + block_rows + (cuts[j] - cuts[:j]) * sizes[cuts[:j]]
-        choice[j] = int(cost.argmin())
-        best[j] = cost[choice[j]]
-    rounded = np.empty_like(sizes)
-    j = len(cuts) - 1
-    while j:
-        i = choice[j]
-        rounded[cuts[i] : cuts[j]] = sizes[cuts[i]]
-        j = i
-    return rounded
 
 
 def _to(index: np.ndarray, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cells import Cell, LongShortTermMemory, State
-from . import native
+from . import native, shared_rows
 from .batch import Batch, LayerRun
 from .loop import join_steps
 from .packing import Plan, read_segments
@@ -59,8 +59,12 @@ class PackedBatch(Batch):
     ) -> None:
         self.cell = cell
         self.is_native = is_native
-        rows = block_rows(x.shape[-1], reset_state[0].shape[-1]) if is_native else 0
-        self.plan: Plan = read_segments(is_init).plan(rows)
+        hidden = reset_state[0].shape[-1]
+        rows = block_rows(x.shape[-1], hidden) if is_native else 0
+        segments = read_segments(is_init)
+        may_share = is_native and not segments.are_rows and shared_rows.runs(x, hidden)
+        carried = segments.find_carried(reset_state) if may_share else None
+        self.plan: Plan = segments.plan(rows, carried)
         self.start = tuple(self.plan.at_starts(s) for s in reset_state)
         self.unpack_copies = not self.plan.is_dense
 

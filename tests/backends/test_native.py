@@ -57,7 +57,7 @@ def test_cell_states_equal_the_workspaces_when_its_layout_is_unknown(monkeypatch
     """Another version or processor may have another layout."""
     problem = problems.make("lstm", flags, dtype=F32, **SIZES)
     from_workspace = _states(problem)
-    monkeypatch.setattr(onednn, "_is_place_known", lambda inputs, hidden: False)
+    monkeypatch.setattr(onednn, "is_place_known", lambda inputs, hidden: False)
     for a, b in zip(_states(problem), from_workspace, strict=True):
         assert_equal(a, b, F32)
 
@@ -65,7 +65,7 @@ def test_cell_states_equal_the_workspaces_when_its_layout_is_unknown(monkeypatch
 def test_cell_states_are_right_when_the_workspaces_layout_changes(monkeypatch):
     problem = problems.make("lstm", "random", dtype=F32, **SIZES)
     expected = _states(problem)
-    monkeypatch.setattr(onednn, "_is_place_known", lambda inputs, hidden: True)
+    monkeypatch.setattr(onednn, "is_place_known", lambda inputs, hidden: True)
     monkeypatch.setattr(onednn, "_checked", set())
     first_cell = onednn._first_cell
     monkeypatch.setattr(onednn, "_first_cell", lambda *sizes: first_cell(*sizes) + 16)
@@ -76,7 +76,7 @@ def test_cell_states_are_right_when_the_workspaces_layout_changes(monkeypatch):
 def test_onednn_probe_does_not_depend_on_the_default_dtype():
     torch.set_default_dtype(torch.float64)
     try:
-        assert onednn._is_place_known.__wrapped__(5, 4)
+        assert onednn.is_place_known.__wrapped__(5, 4)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -161,7 +161,7 @@ def test_blocks_cut_into_pieces_equal_the_reference(monkeypatch, flags):
 
 
 def test_large_blocks_are_cut_so_that_no_workspace_exceeds_the_limit(monkeypatch):
-    assert onednn._is_place_known(5, 256)  # probes with a block of its own
+    assert onednn.is_place_known(5, 256)  # probes with a block of its own
     steps, largest = [], []
     run_block = onednn.run_block
 
