@@ -85,13 +85,7 @@ def as_keys(key: NestedKey | list[NestedKey]) -> list[NestedKey]:
         raise ValueError(
             "init_key=[] names no key: pass a key such as 'is_init', or a list of keys."
         )
-    for one in keys:
-        if not isinstance(one, (str, tuple)):
-            raise TypeError(
-                "init_key must be a key (a string or a tuple of strings) or a list of keys. Got "
-                f"{one!r}."
-            )
-    return [unravel_key(one) for one in keys]
+    return [as_key("init_key", one) for one in keys]
 
 
 def entry_names(tensordict: TensorDictBase) -> list[str]:

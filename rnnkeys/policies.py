@@ -275,7 +275,24 @@ def _make_frame_encoder(
             "observation_shape of frames must be (channels, height, width), both at least 36. Got "
             f"{tuple(shape)}: enlarge frames, or pass an encoder=."
         )
-    convolutions = ConvNet(
+    convolutions, size = make_convolutions(shape, device)
+    layer = nn.Linear(size, output_size, device=device)
+    return _FrameEncoder(convolutions, layer, nn.ReLU())
+
+
+def make_convolutions(
+    shape: Sequence[int], device: torch.device | str | None = None
+) -> tuple[ConvNet, int]:
+    """Make the three convolutions of "Human-level control through deep RL", Mnih et al., 2015.
+
+    Args:
+        shape: ``(C, Y, X)`` of a frame.
+        device: of the parameters.
+
+    Returns:
+        The layers, which flatten their result, and the number of features for one frame.
+    """
+    layers = ConvNet(
         in_features=shape[0],
         num_cells=[32, 64, 64],
         kernel_sizes=[8, 4, 3],
@@ -284,9 +301,7 @@ def _make_frame_encoder(
         device=device,
     )
     with torch.no_grad():
-        size = convolutions(torch.zeros(1, *shape, device=device)).shape[-1]
-    layer = nn.Linear(size, output_size, device=device)
-    return _FrameEncoder(convolutions, layer, nn.ReLU())
+        return layers, layers(torch.zeros(1, *shape, device=device)).shape[-1]
 
 
 def _mlp(

@@ -12,7 +12,9 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent
-from torchrl.modules import ConvNet, IndependentNormal, TanhNormal
+from torchrl.modules import IndependentNormal, TanhNormal
+
+from .policies import make_convolutions
 
 
 class Layers(TensorDictModuleBase):
@@ -164,14 +166,7 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, shape: Sequence[int], ortho_init: bool = False) -> None:
         super().__init__()
-        self.convolutions = ConvNet(
-            in_features=shape[0],
-            num_cells=[32, 64, 64],
-            kernel_sizes=[8, 4, 3],
-            strides=[4, 2, 1],
-            activation_class=nn.ReLU,
-        )
-        size = self.convolutions(torch.zeros(*shape)).shape[-1]
+        self.convolutions, size = make_convolutions(shape)
         self.linear = nn.Linear(size, self.num_features)
         if ortho_init:
             layers: list[Any] = [*self.convolutions, self.linear]

@@ -149,7 +149,12 @@ def unroll_layers(
     # "triton" recomputes by itself, without running time again. Transforms allow no checkpoint.
     recomputes = options.recompute == "full" and backend != "triton" and not in_transform()
     if recomputes and torch.is_grad_enabled():
-        return _unroll_in_checkpoint(cell, layers, x, reset_state, is_init, options, backend)
+        once = options._replace(recompute="none")
+
+        def run(x: Tensor, layers: list[Any], reset_state: State) -> tuple[Tensor, State]:
+            return unroll_layers(cell, layers, x, reset_state, is_init, once, backend)
+
+        return checkpoint(run, x, layers, reset_state, use_reentrant=False)
     if is_init.numel() == 0:
         return _unroll_nothing(cell, layers, x, reset_state)
     name = choose(backend, options, cell)
@@ -193,21 +198,3 @@ def _unroll_nothing(
     zeros = tuple(s.new_zeros(2, *s.shape[2:]) for s in reset_state)
     y, _ = run_step(cell, layers, x.new_zeros(2, x.shape[-1]) + x.sum(), zeros, 0.0, native=False)
     return y[:0].reshape(*x.shape[:2], y.shape[-1]), tuple(s.detach().clone() for s in reset_state)
-
-
-def _unroll_in_checkpoint(
-    cell: Cell,
-    layers: list[Any],
-    x: Tensor,
-    reset_state: State,
-    is_init: Tensor,
-    options: Options,
-    backend: str,
-) -> tuple[Tensor, State]:
-    """Keep no activations, and run again in the backward pass."""
-    once = options._replace(recompute="none")
-
-    def run(x: Tensor, layers: list[Any], reset_state: State) -> tuple[Tensor, State]:
-        return unroll_layers(cell, layers, x, reset_state, is_init, once, backend)
-
-    return checkpoint(run, x, layers, reset_state, use_reentrant=False)

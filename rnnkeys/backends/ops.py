@@ -264,7 +264,7 @@ def raise_second_derivative(ctx, *grads):
         RuntimeError: always, with the remedy.
     """
     raise RuntimeError(
-        "The hand-written recurrent kernels have no second derivative (a gradient made with "
+        "The recurrent kernels have no second derivative (a gradient made with "
         "create_graph=True was differentiated again). Build the module with "
         "recurrent_backend='loop', which any order of autograd sees through."
     )

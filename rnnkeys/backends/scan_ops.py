@@ -229,7 +229,10 @@ def linear_scan(
         >>> linear_scan(ones / 2, ones, is_init=flags).flatten()
         tensor([1.0000, 1.5000, 1.0000, 1.5000])
     """
-    _check(a, b, initial, is_init)
+    _check_types(a=a, b=b, initial=initial, is_init=is_init)
+    _check_shapes(a, b, initial)
+    if is_init is not None:
+        _check_flags(is_init, b)
     if not b.numel():
         return b + 0 * a.sum()
     batch, steps, _ = b.shape
@@ -268,7 +271,14 @@ def run_gated(p: Tensor, start: Tensor, reset: Tensor) -> Tensor:
     return gated(p, start, reset)
 
 
-def _check(a: Tensor, b: Tensor, initial: Tensor | None, is_init: Tensor | None) -> None:
+def _check_types(**given: Any) -> None:
+    for name, value in given.items():
+        is_missing = value is None and name in ("initial", "is_init")
+        if not is_missing and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor. Got a {type(value).__name__}.")
+
+
+def _check_shapes(a: Tensor, b: Tensor, initial: Tensor | None) -> None:
     if b.ndim != 3:
         raise ValueError(f"b must have the shape [B, T, F]. Got {list(b.shape)}.")
     if a.shape not in (b.shape, b.shape[2:]):
@@ -287,8 +297,9 @@ def _check(a: Tensor, b: Tensor, initial: Tensor | None, is_init: Tensor | None)
                 f"{name} must have the dtype of b, {b.dtype}. Got {value.dtype}: convert it with "
                 f"{name}.to(b.dtype)."
             )
-    if is_init is None:
-        return
+
+
+def _check_flags(is_init: Tensor, b: Tensor) -> None:
     if is_init.dtype != torch.bool:
         raise TypeError(f"is_init must be bool. Got {is_init.dtype}: convert it with .bool().")
     if is_init.shape != b.shape[:2]:

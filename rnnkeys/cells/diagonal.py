@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..checks.arguments import as_float
 from .linear import (
     LinearCell,
     Parameters,
@@ -131,7 +132,9 @@ class LRU(_DiagonalCell):
     def __init__(
         self, min_radius: float = 0.9, max_radius: float = 0.999, max_phase: float = math.pi / 10
     ) -> None:
-        if not 0 <= min_radius < max_radius < 1:
+        as_float("min_radius", min_radius)
+        as_float("max_radius", max_radius)
+        if not min_radius < max_radius < 1:
             raise ValueError(
                 f"min_radius and max_radius must be ordered, 0 <= min_radius < max_radius < 1, so "
                 f"that states decay. Got min_radius={min_radius}, max_radius={max_radius}."

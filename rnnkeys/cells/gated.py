@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..checks.arguments import check_choice
 from .base import Cell, State
 
 _FIELDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
@@ -130,8 +131,7 @@ class Elman(GatedCell):
     state_names = ("h",)
 
     def __init__(self, nonlinearity: str = "tanh") -> None:
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"nonlinearity must be 'tanh' or 'relu'. Got {nonlinearity!r}.")
+        check_choice("nonlinearity", nonlinearity, ("tanh", "relu"))
         self.nonlinearity = nonlinearity
 
     def pointwise(self, gates_x: Tensor, gates_h: Tensor, state: State) -> State:

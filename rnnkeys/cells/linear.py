@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -184,13 +185,14 @@ class ConvexCell(LinearCell):
 
 def check_positive(name: str, value: float) -> None:
     """Raise ValueError unless an argument is a number above 0."""
-    if not value > 0:
-        raise ValueError(f"{name} must be above 0. Got {name}={value}.")
+    if not isinstance(value, Real) or not value > 0:
+        raise ValueError(f"{name} must be above 0. Got {name}={value!r}.")
 
 
 def check_ordered(low_name: str, low: float, high_name: str, high: float) -> None:
     """Raise ValueError unless ``0 < low <= high``."""
     check_positive(low_name, low)
+    check_positive(high_name, high)
     if not low <= high:
         raise ValueError(
             f"{low_name} must be at most {high_name}. Got {low_name}={low}, {high_name}={high}."

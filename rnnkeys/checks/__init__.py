@@ -11,6 +11,7 @@ from .actions import find_action_mask_problems as find_action_mask_problems
 from .actions import find_action_problems as find_action_problems
 from .arguments import as_float as as_float
 from .arguments import as_int as as_int
+from .arguments import check_choice as check_choice
 from .entries import find_done_problems as find_done_problems
 from .entries import find_empty_mask_problems as find_empty_mask_problems
 from .entries import find_finite_problems as find_finite_problems
@@ -30,5 +31,6 @@ from .state_keys import find_shared_key_problems as find_shared_key_problems
 from .state_keys import read_state_keys as read_state_keys
 from .switch import can_read_values as can_read_values
 from .switch import set_value_checks as set_value_checks
+from .switch import should_read_values as should_read_values
 from .switch import suspend_value_checks as suspend_value_checks
 from .switch import value_checks_enabled as value_checks_enabled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -55,3 +56,17 @@ def as_float(name: str, value: Any, minimum: float = 0.0, maximum: float = 1.0) 
             f"{name} must be a number from {minimum} to {maximum}. Got {name}={value!r}. [argument]"
         )
     return float(value)
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise ValueError unless an argument is one of a few.
+
+    Args:
+        name: of the argument.
+        value: what was passed.
+        choices: what is accepted.
+    """
+    choices = tuple(choices)
+    if value not in choices:
+        listed = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} must be one of {listed}. Got {value!r}. [argument]")

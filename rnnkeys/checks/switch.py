@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .._compat import FakeTensor, in_transform
+from .._compat import FakeTensor, has_data, in_transform
 
 _enabled = True
 _suspended: ContextVar[bool] = ContextVar("_suspended", default=False)
@@ -86,3 +87,17 @@ def can_read_values(tensor: Tensor | None) -> bool:
     if tensor is None or is_compiling() or in_transform() or not value_checks_enabled():
         return False
     return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
+
+
+def should_read_values(entry: Any, has_read: bool) -> bool:
+    """Return whether a loss checks values: in CPU memory always, elsewhere at its first call.
+
+    Args:
+        entry: of the batch; what is not a tensor shows no device.
+        has_read: whether an earlier call has checked values.
+    """
+    if is_compiling() or not value_checks_enabled():
+        return False
+    if not isinstance(entry, Tensor):
+        return True
+    return entry.device.type == "cpu" or has_data(entry) and not has_read

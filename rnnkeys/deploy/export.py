@@ -20,7 +20,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from .._compat import UserError as ExportUserError
 from ..keys import entry_names, join_key, next_key
 from ..mode import set_recurrent_mode
-from ..modules.network import RecurrentNetwork
+from ..modules.network import RecurrentNetwork, eval_mode
 from .step_metadata import describe_step
 
 
@@ -189,26 +189,22 @@ def _for_export(step: Step) -> Iterator[None]:
     TorchRL's ``ObservationNorm`` branches on such a buffer, and a program that is exported cannot
     branch on a value.
     """
-    training = {module: module.training for module in step.policy.modules()}
     flags = [
         (module, name, buffer)
         for module in step.policy.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and buffer.dtype == torch.bool and not buffer.ndim
     ]
-    step.eval()
     for module, name, buffer in flags:
         del module._buffers[name]
         setattr(module, name, bool(buffer))
     try:
-        with torch.no_grad():
+        with eval_mode(step):
             yield
     finally:
         for module, name, buffer in flags:
             delattr(module, name)
             module._buffers[name] = buffer
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _make_inputs(step: Step, example: TensorDictBase) -> TensorDictBase:

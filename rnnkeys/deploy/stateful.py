@@ -16,7 +16,7 @@ from torch import Tensor
 from torchrl.data import TensorSpec
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from ..checks import as_int
+from ..checks import as_int, check_choice
 from ..keys import as_key, next_key
 from ..modules.network import RecurrentNetwork
 from .ids import Ids, as_ids
@@ -76,9 +76,8 @@ class StatefulPolicy:
         autoreset: str | None = None,
         exploration: Any = ExplorationType.DETERMINISTIC,
     ) -> None:
-        if autoreset is not None and autoreset not in _AUTORESETS:
-            names = ", ".join(map(repr, _AUTORESETS))
-            raise ValueError(f"autoreset must be one of {names}. Got {autoreset!r}.")
+        if autoreset is not None:
+            check_choice("autoreset", autoreset, _AUTORESETS)
         self.network = RecurrentNetwork(policy)
         self.network.check_is_recurrent()
         self.policy = policy
@@ -310,12 +309,12 @@ class StatefulPolicy:
         self._ended[self._environments(named)] = False
 
     def _check_agents(self, agents: Any, number: int) -> Tensor:
-        mask = torch.as_tensor(agents, device=self.device)
+        mask = self._as_flags("agents", agents)
         shapes = {tuple(self.state([]).get(key).shape[1:-2]) for key in self.network.state_keys}
-        if mask.dtype != torch.bool or len(mask) != number or tuple(mask.shape[1:]) not in shapes:
+        if mask.shape[:1] != (number,) or tuple(mask.shape[1:]) not in shapes:
             raise ValueError(
                 f"agents must be bool [n, *agents] with n={number} and agents {sorted(shapes)}, "
-                f"which the first call shows. Got {mask.dtype} {list(mask.shape)}."
+                f"which the first call shows. Got {list(mask.shape)}."
             )
         return mask
 
@@ -363,7 +362,7 @@ class StatefulPolicy:
             ValueError: if it holds other numbers than 0 and 1, if its shape does not fit, or if
                 ``autoreset`` is not known for a vector of environments.
         """
-        done = self._as_flags(done)
+        done = self._as_flags("done", done)
         if done.numel() == self.num_envs:
             done = done.reshape(-1)
         elif done.ndim > 1 and done.shape[-1] == 1:
@@ -387,15 +386,15 @@ class StatefulPolicy:
             self.reset(over) if over.ndim == 1 else self.reset(agents=over)
         self._ended = done.clone()
 
-    def _as_flags(self, done: Any) -> Tensor:
+    def _as_flags(self, argument: str, value: Any) -> Tensor:
         try:
-            flags = torch.as_tensor(done, device=self.device)
+            flags = torch.as_tensor(value, device=self.device)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise TypeError(f"done must be bool. Got {done!r}: {error}") from error
+            raise TypeError(f"{argument} must be bool. Got {value!r}: {error}") from error
         if not ((flags == 0) | (flags == 1)).all():
             raise ValueError(
-                f"done must be bool, or 0 and 1. Got {done!r}: pass terminated | truncated of the "
-                "step."
+                f"{argument} must be bool, or 0 and 1. Got {value!r}: pass terminated | truncated "
+                "of the step."
             )
         return flags.bool()
 

@@ -11,7 +11,7 @@ from tensordict import TensorDictBase, unravel_key
 from torch import Tensor, nn
 
 from ..keys import next_key
-from ..modules.network import RecurrentNetwork
+from ..modules.network import RecurrentNetwork, eval_mode
 from ..sequences import find_segment_starts, set_segment_starts
 from ..sequences.segment_starts import any_agent
 from ..sequences.states import expand_flags
@@ -116,14 +116,8 @@ def ages(starts: Tensor) -> Tensor:
 @contextmanager
 def evaluating(policy: nn.Module) -> Iterator[None]:
     """Run without gradient, in eval mode, and without advancing the random generators."""
-    training = {module: module.training for module in policy.modules()}
-    policy.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with eval_mode(policy), torch.random.fork_rng():
+        yield
 
 
 def largest_difference(network: RecurrentNetwork, batch: TensorDictBase) -> tuple[Any, float]:

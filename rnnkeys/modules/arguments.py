@@ -158,14 +158,6 @@ def drop_torch_arguments(owner: str, arguments: Mapping[str, Any]) -> dict[str, 
     return {name: value for name, value in arguments.items() if name not in _TORCHS}
 
 
-def check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(
-            f"{argument} must be one of {', '.join(map(repr, choices))}. Got {value!r}."
-        )
-
-
 def check_floating_dtype(argument: str, value: Any) -> None:
     """Raise ValueError unless ``value`` is a floating dtype."""
     if not isinstance(value, torch.dtype) or not value.is_floating_point:

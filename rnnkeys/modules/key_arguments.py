@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tensordict import unravel_key, unravel_key_list
+from tensordict import unravel_key
 from tensordict.utils import NestedKey
 
-from ..keys import as_tuple
+from ..keys import INIT_KEY, as_key, as_tuple
 
 DEFAULT_STATE_KEY = "recurrent_state"
 
@@ -19,9 +19,9 @@ def make_state_keys(state_key: NestedKey, state_names: Sequence[str]) -> list[Ne
         >>> make_state_keys("state", ["h"]), make_state_keys(("agents", "state"), ["h", "c"])
         (['state'], [('agents', 'state_h'), ('agents', 'state_c')])
     """
-    *groups, last = as_tuple(state_key)
+    *groups, last = as_tuple(as_key("state_key", state_key))
     names = [last] if len(state_names) == 1 else [f"{last}_{name}" for name in state_names]
-    return unravel_key_list([(*groups, name) for name in names])
+    return [unravel_key((*groups, name)) for name in names]
 
 
 def check_state_key(
@@ -53,7 +53,7 @@ def join_keys(
 
     Raises:
         ValueError: if both arguments are passed, or none.
-        TypeError: if ``keys`` is not a list.
+        TypeError: if ``keys`` is not a list, or a key is not one.
     """
     if (key is None) == (keys is None):
         raise ValueError(
@@ -61,13 +61,13 @@ def join_keys(
             f"Got {side}_keys={keys} and {side}_key={key}."
         )
     if key is not None:
-        keys = [key, *defaults]
+        return [as_key(f"{side}_key", key), *map(unravel_key, defaults)]
     if not isinstance(keys, (list, tuple)):
         raise TypeError(
             f"incompatible function arguments: {side}_keys must be a list of keys. Got {keys!r}, a "
             f"{type(keys).__name__}; for the default state keys use {side}_key={keys!r}."
         )
-    return unravel_key_list([*keys])
+    return [as_key(f"{side}_keys", one) for one in keys]
 
 
 def split_init_key(
@@ -78,7 +78,7 @@ def split_init_key(
     Raises:
         ValueError: if the number of keys does not fit, or if a key occurs twice.
     """
-    wanted = "is_init" if init_key is None else unravel_key(init_key)
+    wanted = INIT_KEY if init_key is None else as_key("init_key", init_key)
     if len(keys) == 2 + len(state_names) and keys[-1] == wanted:
         keys = keys[:-1]
     optional = f" (optionally the init key {wanted!r} last; for another name use init_key=)"

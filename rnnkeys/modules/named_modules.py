@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..cells import FFM, LRU, S5, S6, Cell, Elman, MinGRU, MinLSTM, ResidualBlock
-from .arguments import check_choice
+from ..checks import check_choice
 from .cell_module import StackModule
 from .stacks import CellStack
 

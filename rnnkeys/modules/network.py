@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torchrl.objectives.value import ValueEstimatorBase
 from ..checks import RecurrentLayer as RecurrentLayer
 from ..keys import as_tuple, next_key
 from ..mode import set_recurrent_mode
+from ..sequences import find_segment_starts, shift_states
 from .network_errors import explain_network_errors
 from .recurrent import RecurrentModule
 from .submodules import find_networks
@@ -140,6 +142,25 @@ class RecurrentNetwork:
         with explain_network_errors(self.network, tensordict), set_recurrent_mode(recurrent_mode):
             return self.network(tensordict.select(*keys, strict=False))
 
+    @torch.no_grad()
+    def recompute_states(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Return a shallow copy of sequences with the states that the network computes now.
+
+        Args:
+            tensordict: sequences ``[*, T]``; segments start from the states stored there, or from
+                zeros.
+        """
+        out = self.run_sequences(tensordict)
+        fresh = tensordict.copy()
+        for key, init_key in self.pairs:
+            after = out.get(next_key(key))
+            stored = tensordict.get(key, None)
+            stored = torch.zeros_like(after) if stored is None else stored
+            starts = find_segment_starts(tensordict, init_key)
+            fresh.set(key, shift_states(after, stored, starts, tensordict.ndim - 1))
+            fresh.set(next_key(key), after)
+        return fresh
+
     def initial_states(
         self, batch_size: Any = (), example: TensorDictBase | None = None
     ) -> TensorDict:
@@ -178,6 +199,19 @@ class RecurrentNetwork:
             shape = written.get(next_key(key)).shape[step.ndim :]
             zeros[key] = written.get(next_key(key)).new_zeros(shape)
         return zeros
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module in eval mode, without gradient; the mode of each module inside is restored."""
+    training = {one: one.training for one in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for one, mode in training.items():
+            one.training = mode
 
 
 def _find_layers(module: nn.Module) -> Iterator[RecurrentLayer]:

@@ -21,10 +21,11 @@ from .._compat import has_data, in_backward, in_transform
 from ..backends import BACKENDS, Options, unroll_layers, why_not
 from ..backends.step import run_step
 from ..cells import Cell
+from ..checks import check_choice
 from ..mode import as_mode, recurrent_mode
 from ..precision import validate_recurrent_matmul_precision
 from . import entries, key_arguments
-from .arguments import check_choice, check_floating_dtype
+from .arguments import check_floating_dtype
 from .dispatch import dispatch_tensors
 from .dtypes import as_dtype, choose_dtype, is_autocast, no_autocast
 from .primers import make_primer

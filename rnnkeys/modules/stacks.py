@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..cells import Cell, State
-from ..checks.arguments import as_int
+from ..checks.arguments import as_float, as_int
 from .arguments import MAX_SIZES
 from .parameters import Layers, TorchLayers
 
@@ -65,7 +65,7 @@ class CellStack(nn.Module):
         self.input_size = _as_size("input_size", input_size)
         self.hidden_size = _as_size("hidden_size", hidden_size)
         self.num_layers = _as_size("num_layers", num_layers)
-        self.bias, self.dropout = bias, float(dropout)
+        self.bias, self.dropout = bias, as_float("dropout", dropout)
         # One tuple per layer: parameters can depend on the input size, which differs in layer 0.
         self.parameter_names: list[tuple[str, ...]] = []
         for layer in range(num_layers):
@@ -113,20 +113,6 @@ class CellLayers(Layers):
         return self.cell.bind(found)
 
 
-class StepWeights:
-    """A module of one time step, with optional values that replace its parameters."""
-
-    def __init__(self, module: nn.Module, values: dict[str, Tensor] | None = None) -> None:
-        self.module = module
-        self.values = values
-
-    def __call__(self, *arguments: Tensor) -> State:
-        """Run one time step."""
-        if self.values is None:
-            return tuple(self.module(*arguments))
-        return tuple(functional_call(self.module, self.values, arguments))
-
-
 class StepCell(Cell):
     """Runs a module that maps ``(input, *state)`` to ``(output, *state)``."""
 
@@ -143,7 +129,7 @@ class StepCell(Cell):
         """Return no shapes: the module has its own parameters."""
         return {}
 
-    def step(self, weights: StepWeights, input_t: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, weights: Any, input_t: Tensor, state: State) -> tuple[Tensor, State]:
         """Call the module."""
         # Copies: the module may change its states in place, which must not reach the caller's.
         output, *next_state = weights(input_t, *(s.clone() for s in state))
@@ -187,7 +173,8 @@ class StepStack(nn.ModuleList):
         for state, size in sizes.items():
             _as_size(f"state_sizes[{state!r}]", size, "hidden_size")
         self.state_sizes = {state: int(size) for state, size in sizes.items()}
-        self.cell, self.num_layers, self.dropout = StepCell(tuple(sizes)), len(modules), dropout
+        self.cell, self.num_layers = StepCell(tuple(sizes)), len(modules)
+        self.dropout = as_float("dropout", dropout)
         self.hidden_size = next(iter(self.state_sizes.values()))
         self.output_size = 0
         width = self.input_size
@@ -242,12 +229,13 @@ class StepLayers(Layers):
         """A parameter; a tensor in torch's default dtype if there is none."""
         return _sample(self.module)
 
-    def weights(self, layer: int, dtype: torch.dtype | None = None) -> StepWeights:
+    def weights(self, layer: int, dtype: torch.dtype | None = None) -> Callable[..., State]:
         """Return the module of one layer, with its parameters cast to ``dtype`` if it is given."""
         module = self.module[layer]
         if dtype is None or self.sample.dtype == dtype:
-            return StepWeights(module)
-        return StepWeights(module, {n: p.to(dtype) for n, p in module.named_parameters()})
+            return module
+        cast = {name: p.to(dtype) for name, p in module.named_parameters()}
+        return lambda *inputs: functional_call(module, cast, inputs)
 
 
 def read_layers(module: nn.Module) -> Layers:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..checks import as_int
+
 
 class TimeDistributed(nn.Module):
     """Run an encoder on every time step of a batch of sequences.
@@ -27,7 +29,7 @@ class TimeDistributed(nn.Module):
     def __init__(self, module: nn.Module, observation_ndim: int) -> None:
         super().__init__()
         self.module = module
-        self.observation_ndim = observation_ndim
+        self.observation_ndim = as_int("observation_ndim", observation_ndim, minimum=0)
 
     def forward(self, observation: Tensor) -> Tensor:
         """Encode every observation.

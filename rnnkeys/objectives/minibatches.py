@@ -23,7 +23,7 @@ from ..checks import (
     value_checks_enabled,
 )
 from ..checks.losses import find_start_problems, find_written_state_problems
-from ..keys import MASK_KEY, as_key, next_key
+from ..keys import MASK_KEY, as_key
 from ..modules.network import as_networks
 from ..sequences import (
     Spans,
@@ -33,7 +33,6 @@ from ..sequences import (
     find_spans,
     flag_padding,
     read_mask,
-    shift_states,
 )
 from ..sequences.checked import set_checked
 from ..sequences.segment_starts import any_agent
@@ -199,7 +198,8 @@ class SequenceMinibatches:
         sequences = find_spans(cuts, self.seq_len, read_mask(rows))
         for epoch in range(self.epochs):
             if epoch and self.refresh:
-                rows = self._refresh(rows)
+                for network in self.networks:
+                    rows = network.recompute_states(rows)
             for chosen in self._draw(sequences):
                 yield self._gather(rows, chosen)
 
@@ -239,21 +239,6 @@ class SequenceMinibatches:
             if other is not None:
                 counted = counted & expand_mask(other, advantage)
         batch.set(self.advantage_key, standardize(advantage, counted, min_std=1e-8))
-
-    @torch.no_grad()
-    def _refresh(self, rows: TensorDictBase) -> TensorDictBase:
-        """Return the rollout with the states that the networks have now."""
-        fresh = rows.copy()
-        for network in self.networks:
-            out = network.run_sequences(rows)
-            for key, init_key in network.pairs:
-                after = out.get(next_key(key))
-                stored = fresh.get(key, None)
-                stored = torch.zeros_like(after) if stored is None else stored
-                starts = find_segment_starts(rows, init_key)
-                fresh.set(key, shift_states(after, stored, starts, time=1))
-                fresh.set(next_key(key), after)
-        return fresh
 
 
 def _as_optional_int(name: str, value: Any) -> int | None:

@@ -81,9 +81,13 @@ class WiredActorCritic(Wired):
             value, _, *figures = _super(WiredActorCritic, self).loss_critic(tensordict)
         finally:
             hook.remove()
-        change = values[0] - old
+        return (value, self._find_clip_fraction(values[0] - old), *figures)
+
+    def _find_clip_fraction(self, change: Tensor) -> Tensor:
+        """Return the share of valid steps whose value has changed by more than is allowed."""
+        loss: Any = self
         clipped = change.clamp(-loss.clip_value, loss.clip_value)
-        return (value, self._mean((change != clipped).to(change.dtype)), *figures)
+        return self._mean((change != clipped).to(change.dtype))
 
     def _mean(self, values: Tensor) -> Tensor:
         valid = self._wiring.valid
@@ -142,14 +146,11 @@ class WiredPPO(WiredActorCritic):
     def loss_critic(self, tensordict: TensorDictBase) -> Any:
         """Return the critic's loss and its figures."""
         value, clip_fraction, explained = _super(WiredActorCritic, self).loss_critic(tensordict)
-        loss: Any = self
         seen, valid = self._wiring.seen, self._wiring.valid
         if valid is None:
             return value, clip_fraction, explained
         if clip_fraction is not None:
-            change = seen["value"] - seen["old_value"]
-            clipped = change.clamp(-loss.clip_value, loss.clip_value)
-            clip_fraction = self._mean((change != clipped).to(change.dtype))
+            clip_fraction = self._find_clip_fraction(seen["value"] - seen["old_value"])
         if explained is not None:
             target, mask = seen["target"], expand_mask(valid, seen["target"])
             rest = masked_variance(target - seen["value"], mask, 0)
@@ -157,16 +158,15 @@ class WiredPPO(WiredActorCritic):
             explained = 1 - rest / (total + torch.finfo(target.dtype).eps)
         return value, clip_fraction, explained
 
-    def correct_for_padding(self, result: Any, batch: TensorDictBase) -> Any:
+    def correct_for_padding(
+        self, result: TensorDictBase, batch: TensorDictBase, valid: Tensor
+    ) -> None:
         """Correct ratios, and the coefficient of the KL penalty."""
-        valid, seen = self._wiring.valid, self._wiring.seen
-        if valid is None or not isinstance(result, TensorDictBase):
-            return result
+        seen = self._wiring.seen
         if "log_ratio" in seen and result.get("mean_ratio", None) is not None:
             self._correct_ratios(result, valid)
         if "beta" in seen and result.get("kl", None) is not None:
             self._correct_beta(result.get("kl"))
-        return result
 
     def _correct_ratios(self, result: TensorDictBase, valid: Tensor) -> None:
         loss: Any = self
@@ -201,12 +201,13 @@ class WiredSAC(Wired):
         self._wiring.seen["log_prob"] = log_pi.detach()
         return _super(WiredSAC, self)._loss_alpha(log_pi)
 
-    def correct_for_padding(self, result: Any, batch: TensorDictBase) -> Any:
+    def correct_for_padding(
+        self, result: TensorDictBase, batch: TensorDictBase, valid: Tensor
+    ) -> None:
         """Correct the entropy."""
         loss: Any = self
-        valid = self._wiring.valid
-        if valid is None or not isinstance(result, TensorDictBase) or "entropy" not in result:
-            return result
+        if "entropy" not in result:
+            return
         log_prob = self._wiring.seen.get("log_prob")
         if log_prob is None:
             log_prob = result.get("log_prob", None)
@@ -217,24 +218,23 @@ class WiredSAC(Wired):
             valid = valid.unsqueeze(0)
         entropy = -masked_mean(log_prob, expand_mask(valid, log_prob))
         if isinstance(result.get("entropy"), Tensor) and not result.batch_size:
-            return result.set("entropy", entropy)
-        return result.set_non_tensor("entropy", entropy)
+            result.set("entropy", entropy)
+        else:
+            result.set_non_tensor("entropy", entropy)
 
 
 class WiredDDPG(Wired):
     """A wired loss that reports the largest values of its critic."""
 
-    def correct_for_padding(self, result: Any, batch: TensorDictBase) -> Any:
+    def correct_for_padding(
+        self, result: TensorDictBase, batch: TensorDictBase, valid: Tensor
+    ) -> None:
         """Correct the largest values."""
-        valid = self._wiring.valid
-        if valid is None or not isinstance(result, TensorDictBase):
-            return result
         for name in ("pred_value", "target_value"):
             values, largest = result.get(name, None), result.get(f"{name}_max", None)
             if values is not None and largest is not None:
                 mask = expand_mask(valid, values)
                 result.set(f"{name}_max", values.masked_fill(~mask, -torch.inf).max())
-        return result
 
 
 _KINDS: tuple[tuple[tuple[type, ...], type[Wired]], ...] = (

@@ -14,8 +14,14 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torchrl.objectives import LossModule, distance_loss
 
-from .._compat import has_data
-from ..checks import as_float, as_int, raise_first, value_checks_enabled
+from ..checks import (
+    as_float,
+    as_int,
+    check_choice,
+    raise_first,
+    should_read_values,
+    value_checks_enabled,
+)
 from ..keys import MASK_KEY, next_key
 from ..modules.network import RecurrentNetwork
 from ..sequences.masks import allow_where_empty, zero_masked
@@ -23,7 +29,6 @@ from ..sequences.segment_starts import set_segment_starts
 from ..transforms.burn_in import cut_burn_in
 from .n_step import n_step_returns
 from .r2d2_checks import (
-    find_action_mask_problems,
     find_loss_problems,
     find_value_problems,
     find_window_problems,
@@ -152,11 +157,7 @@ class R2D2Loss(LossModule):
         self.eps = None if eps is None else as_eps(eps)
         self.learn_starts = learn_starts and self.burn_in > 0
         self.squared_priority = squared_priority
-        if loss_function not in _LOSS_FUNCTIONS:
-            raise ValueError(
-                f"loss_function must be one of {', '.join(map(repr, _LOSS_FUNCTIONS))}. Got "
-                f"{loss_function!r}. [argument]"
-            )
+        check_choice("loss_function", loss_function, _LOSS_FUNCTIONS)
         self.loss_function = loss_function
         self.importance_weights = importance_weights
         self._has_read_values = False
@@ -215,7 +216,8 @@ class R2D2Loss(LossModule):
         Warns:
             UserWarning: if no valid step remains after the burn-in: the loss is 0.
         """
-        read_values = self._reads_values(tensordict)
+        reward = tensordict.get(next_key(self.tensor_keys.reward), None)
+        read_values = should_read_values(reward, self._has_read_values)
         if tensordict.ndim < 2:
             raise ValueError(
                 f"R2D2Loss takes windows [*, T]. Got batch size {list(tensordict.batch_size)}. "
@@ -245,22 +247,12 @@ class R2D2Loss(LossModule):
         tensordict.set(self.tensor_keys.priority, priorities)
         return TensorDict({"loss": loss}, [])
 
-    def _reads_values(self, tensordict: TensorDictBase) -> bool:
-        """Whether checks read values: in CPU memory always, on other devices at the first call."""
-        if not value_checks_enabled() or is_compiling():
-            return False
-        reward = tensordict.get(next_key(self.tensor_keys.reward), None)
-        if not isinstance(reward, Tensor):
-            return True
-        return reward.device.type == "cpu" or has_data(reward) and not self._has_read_values
-
     def _prepare(self, rows: TensorDictBase, read_values: bool) -> tuple[TensorDictBase, Tensor]:
         """Return the entries that the loss reads, zero at padding, and the valid mask."""
         keys = self.tensor_keys
         raise_first(
             find_window_problems(rows, keys, self.in_keys, self._network, read_values=read_values)
         )
-        raise_first(find_action_mask_problems(rows, keys, self._network, read_values=read_values))
         self._has_read_values = self._has_read_values or read_values
         cut_burn_in(rows, self.burn_in)  # raises where no step remains
         windows = rows.select(*self.in_keys, strict=False)

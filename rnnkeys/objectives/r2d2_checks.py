@@ -9,9 +9,9 @@ from tensordict import TensorDictBase, unravel_key
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
-from .. import checks
 from ..checks import (
     Problem,
+    find_action_mask_problems,
     find_action_problems,
     find_done_problems,
     find_finite_problems,
@@ -22,7 +22,7 @@ from ..checks import (
 )
 from ..keys import MASK_KEY, MULTI_STEP_KEY, entry_names, next_key
 from ..modules.network import RecurrentNetwork
-from ..sequences import find_sequence_problems
+from ..sequences import find_sequence_problems, read_mask
 
 _READER = "R2D2Loss"
 _AGENTS_REMEDY = (
@@ -71,6 +71,16 @@ def find_window_problems(
     yield from find_sequence_problems(
         windows, network.init_keys, network.pairs, reader=_READER, read_values=read_values
     )
+    valid = read_mask(windows)
+    for key in network.action_mask_keys:
+        yield from find_action_mask_problems(
+            windows,
+            key,
+            keys.action,
+            valid,
+            terminated_key=keys.terminated,
+            read_values=read_values,
+        )
 
 
 def _find_agent_problems(windows: TensorDictBase, keys: Any) -> Iterator[Problem]:
@@ -107,29 +117,6 @@ def find_value_problems(
     yield from find_action_problems(
         windows, keys.action, q.shape[-1], mask, read_values=read_values
     )
-
-
-def find_action_mask_problems(
-    rows: TensorDictBase, keys: Any, network: RecurrentNetwork, *, read_values: bool
-) -> Iterator[Problem]:
-    """Yield the problems of action masks.
-
-    Args:
-        rows: windows ``[B, T]``.
-        keys: ``tensor_keys`` of the loss.
-        network: the value network.
-        read_values: whether to read values.
-    """
-    valid = rows.get(keys.mask, None)
-    for key in network.action_mask_keys:
-        yield from checks.find_action_mask_problems(
-            rows,
-            key,
-            keys.action,
-            None if valid is None else valid.reshape(rows.shape),
-            terminated_key=keys.terminated,
-            read_values=read_values,
-        )
 
 
 def find_loss_problems(

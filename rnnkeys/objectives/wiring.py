@@ -22,7 +22,6 @@ from torchrl.objectives import (
 from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS
 from torchrl.objectives.value import ValueEstimatorBase
 
-from .._compat import has_data
 from ..checks import (
     Problem,
     find_action_mask_problems,
@@ -32,8 +31,8 @@ from ..checks import (
     find_next_problems,
     find_tensor_problems,
     raise_first,
+    should_read_values,
     suspend_value_checks,
-    value_checks_enabled,
 )
 from ..checks.losses import (
     TAKES_BEST_ACTION,
@@ -145,23 +144,25 @@ class Wired:
             with nullcontext() if is_compiling() else suspend_value_checks():
                 with set_recurrent_mode(True), explain_network_errors(loss, batch):
                     result = method(self, batch, *args, **kwargs)
-                return self.correct_for_padding(result, batch)
+                valid = wiring.valid
+                if valid is not None and isinstance(result, TensorDictBase):
+                    self.correct_for_padding(result, batch, valid)
+                return result
         finally:
             wiring.active = False
             wiring.valid = None
             wiring.seen.clear()
 
-    def correct_for_padding(self, result: Any, batch: TensorDictBase) -> Any:
-        """Correct what a loss averages over padding; called after the method of the loss.
+    def correct_for_padding(
+        self, result: TensorDictBase, batch: TensorDictBase, valid: Tensor
+    ) -> None:
+        """Correct what a loss averages over padding, in place, after the method of the loss.
 
         Args:
             result: what the method returned.
             batch: the prepared batch.
-
-        Returns:
-            The result, with corrected figures.
+            valid: the mask of the steps that count.
         """
-        return result
 
     def _prepare(self, batch: TensorDictBase) -> TensorDictBase:
         """Return a checked shallow copy, with segment starts flagged and padding without NaN."""
@@ -236,13 +237,8 @@ class Wired:
             raise_first(problems)
 
     def _reads_values(self, batch: TensorDictBase) -> bool:
-        """Whether to read values: always in CPU memory, elsewhere at the first call alone."""
-        if is_compiling() or not value_checks_enabled():
-            return False
         flags = batch.get(self._wiring.init_keys[0], None)
-        if not isinstance(flags, Tensor):
-            return True
-        return flags.device.type == "cpu" or has_data(flags) and not self._wiring.checked
+        return should_read_values(flags, self._wiring.checked)
 
     def _mask_keys(self) -> tuple[NestedKey, ...]:
         """Return the keys of the masks that the loss reads."""

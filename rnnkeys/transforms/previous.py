@@ -17,7 +17,7 @@ from torchrl.data import (
 )
 from torchrl.envs import Transform
 
-from ..keys import as_tuple
+from ..keys import as_key, as_tuple
 
 
 class PreviousActionReward(Transform):
@@ -53,8 +53,8 @@ class PreviousActionReward(Transform):
         self, action_key: NestedKey = "action", reward_key: NestedKey | None = "reward"
     ) -> None:
         super().__init__()
-        self.action_key = unravel_key(action_key)
-        self.reward_key = None if reward_key is None else unravel_key(reward_key)
+        self.action_key = as_key("action_key", action_key)
+        self.reward_key = None if reward_key is None else as_key("reward_key", reward_key)
         self._action_spec: TensorSpec | None = None
 
     @property

@@ -13,7 +13,6 @@ from torchrl.data import ListStorage, TensorStorage
 from ..checks import as_int
 from ..keys import MASK_KEY, next_key
 from ..modules.network import RecurrentNetwork
-from ..sequences import shift_states
 from .prepare import prepare_sequences
 from .windows import EPISODE_KEY, FIRST_KEY
 
@@ -60,15 +59,9 @@ class RefreshStates:
             ValueError: if there is no time dimension, or time is not contiguous.
         """
         flagged = prepare_sequences(tensordict, self._network.pairs, "RefreshStates")
-        out = self._network.run_sequences(flagged)
-        time = tensordict.ndim - 1
-        refreshed = tensordict.copy()
-        for key, init_key in self._network.pairs:
-            after = out.get(next_key(key))
-            stored = tensordict.get(key, None)
-            initial = torch.zeros_like(after) if stored is None else stored
-            refreshed.set(key, shift_states(after, initial, flagged.get(init_key), time))
-            refreshed.set(next_key(key), after)
+        refreshed = self._network.recompute_states(flagged)
+        for key in self._network.init_keys:
+            refreshed.set(key, tensordict.get(key))
         return refreshed
 
     def refresh_buffer(self, buffer: Any) -> int:

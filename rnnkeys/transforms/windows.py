@@ -20,6 +20,7 @@ from torch import Tensor
 from ..checks import (
     as_int,
     can_read_values,
+    check_choice,
     find_meta_problems,
     find_tensor_problems,
     find_type_problems,
@@ -112,9 +113,7 @@ class Windows(SequenceTransform):
     ) -> None:
         super().__init__()
         self.length = as_int("length", length, maximum=_MAX_LENGTH)
-        if residual not in RESIDUALS:
-            names = ", ".join(map(repr, RESIDUALS))
-            raise ValueError(f"residual must be one of {names}. Got {residual!r}.")
+        check_choice("residual", residual, RESIDUALS)
         if (residual == "overlap") != (period is not None):
             raise ValueError(
                 f"period belongs to residual='overlap'. Got residual={residual!r} and "
@@ -124,7 +123,7 @@ class Windows(SequenceTransform):
         self.period = self.length if period is None else as_int("period", period)
         if self.period > self.length:
             raise ValueError(f"period must be from 1 to length={length}. Got {period}.")
-        if isinstance(state_keys, str):
+        if isinstance(state_keys, str) or not isinstance(state_keys, (Sequence, type(None))):
             state_keys = [state_keys]
         self.state_keys = (
             None if state_keys is None else [as_key("state_keys", key) for key in state_keys]

@@ -190,10 +190,12 @@ def test_linear_scan_starts_from_initial_states():
         ({"initial": torch.zeros(4)}, ValueError, r"initial must have the shape \[B, F\]"),
         ({"is_init": torch.zeros(2, 3)}, TypeError, r"is_init must be bool.*\.bool\(\)"),
         ({"is_init": torch.zeros(3, 2).bool()}, ValueError, r"is_init must have the shape"),
+        ({"b": [1.0]}, TypeError, r"b must be a tensor. Got a list"),
+        ({"is_init": [True]}, TypeError, r"is_init must be a tensor. Got a list"),
     ],
 )
-def test_linear_scan_names_a_bad_argument(change: dict[str, Tensor], error: Any, text: str):
-    arguments = {"a": torch.zeros(2, 3, 4), "b": torch.zeros(2, 3, 4), **change}
+def test_linear_scan_names_a_bad_argument(change: dict[str, Any], error: Any, text: str):
+    arguments: Any = {"a": torch.zeros(2, 3, 4), "b": torch.zeros(2, 3, 4), **change}
     with pytest.raises(error, match=text):
         linear_scan(**arguments)
 

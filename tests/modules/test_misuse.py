@@ -454,3 +454,55 @@ def test_keys_assigned_later_are_checked(kind):
     assert (module.in_keys, module.out_keys) == before
     step: Any = batch(module, (2,))
     assert isinstance(module(step)["embed"], Tensor)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"state_key": 3}, "state_key must be a key"),
+        ({"init_key": 3}, "init_key must be a key"),
+        ({"in_key": 3}, "in_key must be a key"),
+        ({"in_key": None, "in_keys": ["x", 3, "c"]}, "in_keys must be a key"),
+    ],
+)
+def test_module_key_of_a_wrong_type_is_named(arguments, text):
+    with pytest.raises(TypeError, match=text):
+        rnnkeys.LSTMModule(3, 5, **{"in_key": "x", "out_key": "y", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"dropout": 2.0}, ValueError, "dropout must be a number from 0.0 to 1.0. Got dropout=2.0"),
+        ({"min_radius": "a"}, ValueError, "min_radius must be a number"),
+        ({"max_phase": "a"}, ValueError, "max_phase must be above 0. Got max_phase='a'"),
+    ],
+)
+def test_number_of_a_cell_out_of_range_is_named(arguments, error, text):
+    with pytest.raises(error, match=text):
+        rnnkeys.LRUModule(3, 5, in_key="x", out_key="y", **arguments)
+
+
+def test_dropout_of_step_modules_out_of_range_is_named():
+    step = rnnkeys.GRUCell(3, 5)
+    sizes = {"input_size": 3, "state_sizes": {"h": 5}}
+    with pytest.raises(ValueError, match="dropout must be a number"):
+        rnnkeys.CellModule(_Pair(step), **sizes, dropout=-1.0, in_key="x", out_key="y")
+
+
+class _Pair(nn.Module):
+    """A step module whose output is its state."""
+
+    def __init__(self, step: nn.Module) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.step(x, h)
+        return h, h
+
+
+@pytest.mark.parametrize("wrong", [-1, "3", 1.5])
+def test_time_distributed_number_of_dimensions_of_a_wrong_kind_is_named(wrong):
+    with pytest.raises(ValueError, match="observation_ndim must be an int of at least 0"):
+        rnnkeys.TimeDistributed(nn.Identity(), wrong)

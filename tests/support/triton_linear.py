@@ -43,13 +43,18 @@ def test_linear_kernels_equal_the_cpu(
     shape: tuple[int, ...], dtype: torch.dtype, constant: bool, rate: float
 ):
     a, b, start, reset, grad = draw(shape, dtype, rate, constant)
-    h = linear_launch.scan(a, b, start, reset)
+    paired = dtype.is_complex
     expected = linear_recurrence.scan(a, b, start, reset)
-    assert_equal(torch.view_as_real(h + 0j), torch.view_as_real(expected + 0j), F64)
-    found = linear_launch.scan_backward(grad, a, h, start, reset, True)
-    wanted = linear_recurrence.scan_backward(grad, a, h, start, reset, True)
+    wanted = linear_recurrence.scan_backward(grad, a, expected, start, reset, True)
+    expected, *wanted, grad, a, b, start = (
+        torch.view_as_real(x).flatten(-2) if paired else x
+        for x in (expected, *wanted, grad, a, b, start)
+    )
+    h = linear_launch.scan(a, b, start, reset, paired)
+    assert_equal(h, expected, F64)
+    found = linear_launch.scan_backward(grad, a, h, start, reset, True, paired)
     for actual, gradient in zip(found, wanted, strict=True):
-        assert_equal(torch.view_as_real(actual + 0j), torch.view_as_real(gradient + 0j), F64)
+        assert_equal(actual, gradient, F64)
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)

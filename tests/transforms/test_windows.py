@@ -242,6 +242,12 @@ def test_windows_invalid_argument_raises(arguments, text):
         Windows(*arguments)
 
 
+def test_windows_state_keys_of_a_wrong_type_are_named():
+    wrong: Any = 3
+    with pytest.raises(TypeError, match="state_keys must be a key"):
+        Windows(4, state_keys=wrong)
+
+
 def test_windows_invalid_batch_raises():
     transform = Windows(2)
     transform(episode(3))

@@ -45,9 +45,6 @@ def scan(a: Tensor, b: Tensor, start: Tensor, reset: Tensor, paired: bool = Fals
     Returns:
         ``h [T, N, F]``.
     """
-    if b.is_complex():
-        a, b, start = (_as_pairs(x) for x in (a, b, start))
-        return torch.view_as_complex(scan(a, b, start, reset, True).unflatten(-1, (-1, 2)))
     dtype = b.dtype
     a, b, start = (_widen(x) for x in (a, b, start))
     problem = _Problem(b, start, reset, a.ndim == 1, paired)
@@ -67,11 +64,6 @@ def scan_backward(
     paired: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run ``linear_recurrence.scan_backward`` in kernels; arguments are those of :func:`scan`."""
-    if h.is_complex():
-        grad, a, h, start = (_as_pairs(x) for x in (grad, a, h, start))
-        found = scan_backward(grad, a, h, start, reset, wants_start, True)
-        d_a, d_b, d_start = (torch.view_as_complex(x.unflatten(-1, (-1, 2))) for x in found)
-        return d_a, d_b, d_start
     dtype, constant = h.dtype, a.ndim == 1
     grad, a, h, start = (_widen(x) for x in (grad, a, h, start))
     problem = _Problem(h, start, reset, constant, paired)
@@ -165,7 +157,3 @@ def _chunk_length(steps: int, blocks: int, device: torch.device) -> int:
 def _widen(x: Tensor) -> Tensor:
     """Return float32 for what is narrower: states lose digits at every step."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def _as_pairs(x: Tensor) -> Tensor:
-    return torch.view_as_real(x.resolve_conj()).flatten(-2)

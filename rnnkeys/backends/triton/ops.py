@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...precision import library_matmuls
+from ..ops import raise_second_derivative
 from . import products
 from .mapping import map_rows
 from .products import Problem
@@ -160,17 +161,9 @@ def _grad(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, _: Tensor | No
     return None, *given, None, None, None, None, None
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "recurrent_backend='triton' has no second derivative: a gradient made with "
-        "create_graph=True was differentiated again. Build the module with "
-        "recurrent_backend='loop', which any order of autograd sees through."
-    )
-
-
 layer.register_autograd(_grad, setup_context=_setup)
 layer_backward.register_autograd(
-    _no_second_derivative, setup_context=lambda ctx, inputs, output: None
+    raise_second_derivative, setup_context=lambda ctx, inputs, output: None
 )
 layer.register_vmap(map_rows(layer, parameters=range(2, 6), is_init=8))
 layer_backward.register_vmap(
