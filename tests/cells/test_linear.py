@@ -173,7 +173,7 @@ def test_linear_cells_name_what_they_cannot_do():
         ("lru", {"max_phase": 0.0}, "max_phase must be above 0. Got max_phase=0.0"),
         ("ffm", {"num_contexts": 0}, "num_contexts must be an int of at least 1"),
         ("ffm", {"max_period": 1.0}, "max_period must be above 1 step. Got max_period=1.0"),
-        ("rnn", {"nonlinearity": "gelu"}, "nonlinearity must be 'tanh' or 'relu'. Got 'gelu'"),
+        ("rnn", {"nonlinearity": "gelu"}, "nonlinearity must be one of 'tanh', 'relu'. Got 'gelu'"),
         ("esn", {}, "kind must be one of 'lstm', .* Got 'esn'"),
     ],
 )
