@@ -127,6 +127,16 @@ def test_refresh_buffer_of_two_windows_keeps_their_episodes_apart():
     assert_equal(stored["recurrent_state"], expected["recurrent_state"], torch.float32)
 
 
+def test_refresh_window_stored_twice_follows_itself_nowhere():
+    policy = make_policy("gru")
+    data: Any = collect_episodes(policy, [[7, 2]])
+    window: Any = Windows(7, "null").cut(data)[:1]
+    disturb(policy)
+    stored = cast(Any, torch.cat([window, window]))
+    assert RefreshStates(policy).refresh_windows(stored) == 0
+    assert torch.equal(stored["recurrent_state"], window["recurrent_state"].expand(2, -1, -1))
+
+
 def test_refresh_invalid_buffer_raises():
     module = recurrent_module("gru", 3, 5, **NAMES)
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(10), batch_size=2)
