@@ -146,6 +146,38 @@ def test_linear_module_maps_over_parameters(cell: LinearCell):
     assert_equal(torch.vmap(call)(values), expected, torch.float64)
 
 
+def draw_parameters(cell: LinearCell, hidden_size: int) -> dict[str, Tensor]:
+    shapes = cell.parameter_shapes(3, hidden_size)
+    parameters = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+    cell.reset_parameters(parameters, hidden_size)
+    return parameters
+
+
+def test_s5_frequencies_are_those_of_the_normal_part_of_hippo_legs():
+    n = np.arange(8)
+    root, low_rank = np.sqrt(2 * n + 1), np.sqrt(n + 0.5)
+    hippo = -np.tril(np.outer(root, root), -1) - np.diag(n + 1)
+    eigenvalues = np.linalg.eigvals(hippo + np.outer(low_rank, low_rank))
+    np.testing.assert_allclose(eigenvalues.real, -0.5, atol=1e-10)
+    expected = np.sort(eigenvalues.imag)[4:]
+    frequency = draw_parameters(S5_CELL, 8)["frequency"].sort().values
+    np.testing.assert_allclose(frequency.numpy(), expected, rtol=1e-10)
+
+
+def test_s6_starts_with_rates_of_whole_numbers_and_steps_in_their_range():
+    parameters = draw_parameters(S6_CELL, 64)
+    assert (parameters["skip"] == 1).all()
+    rates = torch.arange(1.0, S6_CELL.state_size + 1)
+    torch.testing.assert_close(parameters["rate_log"].exp(), rates.expand(64, -1))
+    steps = torch.nn.functional.softplus(parameters["bias_step"])
+    assert S6_CELL.min_step <= steps.min() < 2 * S6_CELL.min_step
+    assert S6_CELL.max_step / 2 < steps.max() <= S6_CELL.max_step
+
+
+def test_ffm_state_holds_two_numbers_for_each_trace_and_context():
+    assert FFM_CELL.num_contexts == 4 and FFM_CELL.state_sizes(10) == (2 * 3 * 4,)
+
+
 def test_linear_cells_name_what_they_cannot_do():
     with pytest.raises(RuntimeError, match="'mingru' has none.*Use 'scan' or 'auto'"):
         make_module(MIN_GRU_CELL, "pad")

@@ -8,6 +8,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from rnnkeys.collectors import LocalActors
+from rnnkeys.collectors.base import draw_seed
 from tests.support.actors import actor_of, assert_continues, make_parts, make_policy, version_of
 
 
@@ -64,3 +65,20 @@ def test_local_actors_of_equal_seed_collect_equal_batches() -> None:
         with LocalActors(make_env, policy, frames_per_batch=16, seed=seed) as actors:
             batches.append(actors.next()["observation"])
     assert torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
+
+
+def test_local_actors_close_the_environment() -> None:
+    policy, made = make_policy(), []
+    make_env, _ = make_parts(policy)
+
+    def make_and_keep() -> Any:
+        made.append(make_env())
+        return made[0]
+
+    LocalActors(make_and_keep, policy, frames_per_batch=16).close()
+    assert made[0].is_closed
+
+
+def test_draw_seed_is_in_its_range_and_differs_between_actors_and_restarts() -> None:
+    seeds = {draw_seed(seed, a, r) for seed in range(3) for a in range(10) for r in range(3)}
+    assert len(seeds) == 90 and 2**30 <= min(seeds) and max(seeds) < 2**31

@@ -192,14 +192,19 @@ def test_mappo_of_a_padded_batch_reports_the_numbers_of_its_valid_steps(
     check_same(recurrent_loss(kind(agent.actor, agent.critic, **options)), flat)
 
 
-def test_klpen_of_a_padded_batch_adapts_beta_by_its_valid_steps() -> None:
+@pytest.mark.parametrize(("margin", "expected"), [(0.99, 2.0), (1.01, 1.0)])
+def test_klpen_of_a_padded_batch_adapts_beta_by_its_valid_steps(
+    margin: float, expected: float
+) -> None:
+    """The mean KL of valid steps is just above or below the one that raises beta."""
     agent, flat = collected()
-    betas = []
-    for batch in (flat, padded(flat)):
-        loss: Any = KLPENPPOLoss(agent.actor, agent.critic, dtarg=0.01)
-        recurrent_loss(loss)(batch)
-        betas.append(loss.beta.item())
-    assert betas[0] == betas[1] == 2.0
+
+    def run(batch: TensorDictBase, dtarg: float) -> tuple[float, float]:
+        loss: Any = KLPENPPOLoss(agent.actor, agent.critic, dtarg=dtarg)
+        return recurrent_loss(loss)(batch)["kl"].mean().item(), loss.beta.item()
+
+    dtarg = margin * run(flat, 1.0)[0] / 1.5
+    assert [run(batch, dtarg)[1] for batch in (flat, padded(flat))] == [expected] * 2
 
 
 @pytest.mark.parametrize("kind", [GAE, MultiAgentGAE])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NonTensorData, TensorDict, TensorDictBase
 from torchrl.data import SliceSampler
 
 from rnnkeys.checks import set_value_checks, suspend_value_checks
@@ -205,6 +205,7 @@ def test_value_checks_switched_off_read_no_value() -> None:
         (lambda b: b.set(MASK, torch.zeros(3, 12, 1, dtype=torch.bool)), "mask-empty"),
         (lambda b: b.set(("next", "done"), torch.zeros(3, 12, 1).byte()), "done-dtype"),
         (lambda b: b.set(("next", "done"), torch.zeros(3, 12).bool()), "done-shape"),
+        (lambda b: b.set(("next", "terminated"), NonTensorData("no", [3, 12])), "entry-type"),
         (lambda b: b[:, :0], "no-steps"),
         (lambda b: b[0, 0], "no-time"),
     ],

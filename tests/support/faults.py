@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import rnnkeys.collectors
 import rnnkeys.objectives
 import rnnkeys.transforms  # noqa: F401  (imported here once, before processes are forked)
 from tests.support.planting import seen_by
@@ -25,6 +26,10 @@ FUSED_LSTM = "rnnkeys.backends.fused_lstm:"
 FUSED_GRU = "rnnkeys.backends.fused_gru:"
 NATIVE = "rnnkeys.backends.native:"
 SEGMENTS = "rnnkeys.backends.packing:"
+SCAN = "rnnkeys.backends.linear_recurrence:"
+GATED_SCAN = "rnnkeys.backends.gated_recurrence:"
+LINEAR_LAYER = "rnnkeys.backends.linear_layer:"
+ACTORS = "rnnkeys.collectors.base:"
 TRITON = "rnnkeys.backends.triton:"
 ENTRIES = "rnnkeys.modules.entries:"
 MODE = "rnnkeys.mode:"
@@ -47,6 +52,12 @@ TABLE = "rnnkeys.deploy.state_table:"
 def contract(way: str, flags: str = "random") -> str:
     """One case of the contract test; ``way`` is a way to run time, a cell and a dtype."""
     return f"tests/backends/test_contract.py::test_equals_the_reference[{way}-plain-{flags}]"
+
+
+def scanned() -> str:
+    """A case of the linear scan with decays of every step."""
+    scan = "tests/backends/test_linear_scan.py::test_scan_equals_unrolling_with_gradients"
+    return scan + "[(5, 2, 3)-real-False-0.1]"
 
 
 R2D2_IN_NUMPY = (
@@ -189,6 +200,80 @@ def native_cells_read_the_next_step(
 ):
     """native: cell states are computed from the outputs of the wrong step."""
     return original(weights, x, y.roll(1, 0), h0, *rest)
+
+
+@seen_by(scanned(), target=SCAN + "scan")
+def linear_scan_drops_resets(original: Any, a: Any, b: Tensor, start: Tensor, reset: Tensor):
+    """Linear scan: every reset is dropped."""
+    return original(a, b, start, torch.zeros_like(reset))
+
+
+@seen_by(scanned(), target=SCAN + "scan_backward")
+def linear_scan_gradient_passes_a_reset(
+    original: Any, grad: Tensor, a: Any, h: Tensor, start: Tensor, reset: Tensor, *rest: Any
+):
+    """Linear scan: the gradient passes a reset into the segment before."""
+    return original(grad, a, h, start, torch.zeros_like(reset), *rest)
+
+
+@seen_by(scanned(), target=SCAN + "write_start_grads")
+def linear_scan_start_gradient_ignores_resets(
+    original: Any, chunk: Any, a: Tensor, d: Tensor, out: Tensor
+):
+    """Linear scan: only the first stored state of a row gets a gradient."""
+    if chunk.first == 0:
+        torch.mul(a[0], d[0], out=out[0])
+
+
+@seen_by(
+    "tests/backends/test_linear_scan.py::"
+    "test_scan_value_that_is_not_finite_does_not_pass_a_reset[nan-loop]",
+    target="rnnkeys.backends.linear_steps:is_finite_at",
+)
+def linear_scan_lets_nan_pass(original: Any, h: Tensor, rows: Tensor):
+    """Linear scan: a state that is not finite is multiplied by zero at a reset."""
+    return True
+
+
+@seen_by(
+    "tests/backends/test_linear_scan.py::"
+    "test_gated_scan_equals_unrolling_with_gradients[(5, 2, 3)-0.1-300]",
+    target=GATED_SCAN + "backward",
+)
+def gated_scan_gradient_passes_a_reset(
+    original: Any, grad: Tensor, p: Tensor, h: Tensor, start: Tensor, reset: Tensor, *rest: Any
+):
+    """Gated scan: the gradient passes a reset into the segment before."""
+    return original(grad, p, h, start, torch.zeros_like(reset), *rest)
+
+
+@seen_by(
+    "tests/cells/test_linear.py::test_linear_module_sequence_equals_single_steps[s6-7]",
+    target=LINEAR_LAYER + "look_back",
+)
+def s6_window_passes_a_reset(original: Any, x: Tensor, stored: Any, reset: Tensor):
+    """s6: the convolution reads inputs of the episode before."""
+    first = torch.arange(len(reset)).unsqueeze(1) == 0
+    return original(x, stored, first.expand_as(reset))
+
+
+@seen_by(
+    "tests/cells/test_linear.py::test_linear_module_sequence_equals_single_steps[s6-7]",
+    target=CELLS + "S6.convolve",
+)
+def s6_window_reversed(original: Any, self: Any, weights: Any, input_t: Tensor, previous: Any):
+    """s6: a single step convolves its window from the oldest input on."""
+    is_step = input_t.ndim == 2
+    return original(self, weights, input_t, previous[::-1] if is_step else previous)
+
+
+@seen_by(
+    "tests/cells/test_elman.py::test_rnn_module_with_weights_of_nn_rnn_equals_it[relu-True]",
+    target=CELLS + "Elman.pointwise",
+)
+def rnn_always_tanh(original: Any, self: Any, gates_x: Tensor, gates_h: Tensor, state: Any):
+    """rnn: the nonlinearity is tanh whatever was asked for."""
+    return ((gates_x + gates_h).tanh(),)
 
 
 @seen_by(
@@ -437,3 +522,50 @@ def previous_reward_survives_a_reset(original: Any, self: Any, tensordict: Any, 
     reset = original(self, tensordict, reset)
     key = self.previous_reward_key
     return reset.set(key, torch.ones_like(reset.get(key)))
+
+
+@seen_by(
+    "tests/objectives/test_padded_losses.py::"
+    "test_off_policy_loss_of_a_padded_batch_reports_the_numbers_of_its_valid_steps[SAC]",
+    target="rnnkeys.objectives.padded_losses:masked_mean",
+)
+def figures_over_padding(original: Any, x: Tensor, mask: Tensor, *rest: Any, **options: Any):
+    """Losses: reported figures are means over padding, too."""
+    return original(x, torch.ones_like(mask), *rest, **options)
+
+
+@seen_by(
+    "tests/collectors/test_remote.py::test_trajectories_of_all_actors_have_different_numbers",
+    target=ACTORS + "_TrajectoryNumbers.renumber",
+)
+def actors_share_trajectories(original: Any, self: Any, actor: int, own: Tensor):
+    """Actors: trajectories of two actors have the same number."""
+    return original(self, 0, own)
+
+
+@seen_by(
+    "tests/collectors/test_remote.py::"
+    "test_batches_carry_the_version_of_the_weights_that_collected_them",
+    target=ACTORS + "Actors._label",
+)
+def batches_of_the_latest_version(original: Any, self: Any, batch: Any, actor: int, version: int):
+    """Actors: batches carry the version of the latest weights, not of those that collected them."""
+    return original(self, batch, actor, self.policy_version)
+
+
+@seen_by(
+    "tests/collectors/test_remote.py::"
+    "test_dead_actor_is_restarted_with_another_seed_and_the_latest_weights",
+    target="rnnkeys.collectors.remote:draw_seed",
+)
+def restarted_actor_repeats_its_seed(original: Any, seed: int, actor: int, restarts: int = 0):
+    """Actors: a restarted actor collects the same episodes again."""
+    return original(seed, actor)
+
+
+@seen_by(
+    "tests/collectors/test_local.py::test_local_actors_update_policy_copies_weights_of_another_module",
+    target="rnnkeys.collectors.worker:Source.load_weights",
+)
+def local_actors_keep_their_weights(original: Any, self: Any, weights: Any):
+    """Actors: new weights are not loaded."""
