@@ -19,11 +19,12 @@ from rnnkeys import GRUModule
 
 @pytest.fixture
 def policy() -> TensorDictSequential:
-    return TensorDictSequential(
+    modules: list[Any] = [
         GRUModule(3, 2, in_key="observation", out_key="embed"),
         TensorDictModule(torch.nn.Linear(2, 2), ["embed"], ["action_value"]),
         QValueModule(action_space="categorical"),
-    )
+    ]
+    return TensorDictSequential(*modules)
 
 
 def test_keep_plain_loss_reads_the_state_before_the_next_step(policy: Any) -> None:
