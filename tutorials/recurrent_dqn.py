@@ -110,6 +110,11 @@ def make_env(args: Args, num_envs: int) -> TransformedEnv:
     )
 
 
+def find_mask_key(env: TransformedEnv) -> str | None:
+    """Return the key of the mask of allowed actions, if the environment has one."""
+    return "action_mask" if "action_mask" in env.observation_spec.keys() else None
+
+
 def make_policy(args: Args, env: TransformedEnv) -> TensorDictSequential:
     """Observation -> recurrent layer -> a value for each action -> the best action."""
     shape, action = env.observation_spec["observation"].shape[1:], env.action_spec_unbatched
@@ -122,7 +127,7 @@ def make_policy(args: Args, env: TransformedEnv) -> TensorDictSequential:
         TensorDictModule(encoder, ["observation"], ["features"]),
         layer,
         TensorDictModule(head, ["hidden"], ["action_value"]),
-        QValueModule(spec=action),
+        QValueModule(spec=action, action_mask_key=find_mask_key(env)),
     ]
     return TensorDictSequential(modules).to(args.device)
 
@@ -141,7 +146,10 @@ class Learner:
         action = env.action_spec_unbatched
         self.args, self.policy = args, make_policy(args, env)
         self.explore: Any = EGreedyModule(
-            action, eps_end=args.epsilon, annealing_num_steps=args.epsilon_frames
+            action,
+            eps_end=args.epsilon,
+            annealing_num_steps=args.epsilon_frames,
+            action_mask_key=find_mask_key(env),
         ).to(args.device)
         loss = DQNLoss(
             self.policy,

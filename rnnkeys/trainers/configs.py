@@ -41,7 +41,7 @@ from .collector import ActorCriticCollector
 from .hooks import SequenceMinibatchesHook
 
 _HERE = __name__
-_KEYS = ("in_key", "out_key", "state_key", "init_key", "in_keys", "out_keys")
+_KEYS = ("in_key", "out_key", "state_key", "init_key")
 
 
 @dataclass
@@ -350,9 +350,7 @@ def _without_none(arguments: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in arguments.items() if value is not None}
     for name in _KEYS:
         if name in given:
-            value = given[name]
-            several = name.endswith("s")
-            given[name] = [_as_key(one) for one in value] if several else _as_key(value)
+            given[name] = _as_key(given[name])
     if "device" in given:
         given["device"] = torch.device(given["device"])
     return given

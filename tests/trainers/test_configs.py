@@ -18,8 +18,10 @@ pytest.importorskip("hydra", reason="needs the extra rnnkeys[hydra]")
 import hydra
 from torchrl.modules import QValueModule
 from torchrl.objectives import DQNLoss
+from torchrl.trainers.algorithms import PPOTrainer
 
 from rnnkeys.trainers import configs
+from tests.support.odd_environments import masked_id
 from tests.support.recurrent import chain
 
 FOLDER = Path(__file__).parents[2] / "tutorials" / "recurrent_ppo_yaml"
@@ -99,17 +101,31 @@ def test_recurrent_loss_config_wires_the_loss_that_it_makes(partial: bool) -> No
     assert isinstance(made, DQNLoss) and type(made).__name__ == "RecurrentDQNLoss"
 
 
+def test_recurrent_loss_config_takes_nested_keys_of_flags() -> None:
+    layer = configs.GRUModuleConfig(
+        input_size=3,
+        hidden_size=8,
+        in_key="observation",
+        out_key="action_value",
+        init_key=["agents", "is_init"],
+    )
+    loss = make_loss(hydra.utils.instantiate(layer))
+    wired = configs.wire_loss(loss, ["agents", "is_init"])
+    assert wired._wiring.init_keys == [("agents", "is_init")]
+
+
 def test_transform_configs_make_transforms_of_an_environment() -> None:
     layer = configs.GRUModuleConfig(
         input_size=4, hidden_size=8, in_key="observation", out_key="embed"
     )
+    layer.init_key = "starts"
     env = hydra.utils.instantiate(configs.GymVectorEnvConfig(name="CartPole-v1", num_envs=2))
     for config in (
         configs.PreviousActionRewardConfig(),
-        configs.RecurrentTransformsConfig(module=layer),
+        configs.RecurrentTransformsConfig(module=layer, init_key="starts"),
     ):
         env = env.append_transform(hydra.utils.instantiate(config))
-    assert {"is_init", "recurrent_state", "previous_reward"} <= {str(k) for k in env.reset().keys()}
+    assert {"starts", "recurrent_state", "previous_reward"} <= {str(k) for k in env.reset().keys()}
 
 
 def test_yaml_trains_recurrent_ppo_and_evaluates_it() -> None:
@@ -127,6 +143,67 @@ def test_yaml_takes_another_layer_by_one_word() -> None:
 
 def _layers(policy: Any) -> list[Any]:
     return [one for one in policy.modules() if hasattr(one, "make_tensordict_primer")]
+
+
+def make_trainer(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> tuple[Any, dict[str, Any]]:
+    """Make the trainer of the YAML file, and return the arguments that it got, too."""
+    given: dict[str, Any] = {}
+
+    def make(**arguments: Any) -> PPOTrainer:
+        given.update(arguments)
+        return PPOTrainer(**arguments)
+
+    monkeypatch.setattr(configs, "PPOTrainer", make)
+    return hydra.utils.instantiate(compose(*overrides).trainer), given
+
+
+def test_yaml_arguments_reach_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, given = make_trainer(
+        monkeypatch,
+        *("trainer.gamma=0.5", "trainer.lmbda=0.25", "trainer.clip_norm=0.125"),
+        *("trainer.lr_scheduler.start_factor=0.75", "+trainer.options.log_interval=7"),
+    )
+    assert type(given["loss_module"]).__name__ == "RecurrentClipPPOLoss"
+    assert type(given["gae"]).__name__ == "RecurrentGAE"
+    assert (given["gae"].gamma, given["gae"].lmbda) == (0.5, 0.25)
+    assert (given["num_epochs"], given["clip_norm"], given["log_interval"]) == (2, 0.125, 7)
+    assert isinstance(given["lr_scheduler"], torch.optim.lr_scheduler.LinearLR)
+    assert given["optimizer"].param_groups[0]["lr"] == 0.00075
+
+
+def test_yaml_minibatches_are_sequences_with_normalized_advantages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer, given = make_trainer(monkeypatch)
+    batches: list[Any] = []
+    given["loss_module"].register_forward_pre_hook(lambda _, args: batches.append(args[0]))
+    trainer.train()
+    # Two batches of 32 steps, two epochs of two minibatches each.
+    assert [batch.shape for batch in batches] == [torch.Size([2, 8])] * 8
+    for batch in batches:
+        torch.testing.assert_close(batch["advantage"].mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
+
+
+def test_yaml_seed_and_transforms_reach_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainers = [make_trainer(monkeypatch, f"trainer.seed={seed}")[0] for seed in (3, 3, 4)]
+    first, again, other = (trainer.collector.next() for trainer in trainers)
+    assert torch.equal(first["observation"][:, 0], again["observation"][:, 0])
+    assert not torch.equal(first["observation"][:, 0], other["observation"][:, 0])
+    rewards = first["next", "reward"]
+    torch.testing.assert_close(rewards, torch.full_like(rewards, 0.1))
+
+
+def test_yaml_of_an_environment_with_action_masks_plays_allowed_actions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer, _ = make_trainer(
+        monkeypatch,
+        f"trainer.env.name={masked_id('entry', 'Choice')}",
+        *("trainer.env.hide=[]", "trainer.env.scale=1.0", "networks.actor.out_features=4"),
+        *("layers.actor.input_size=3", "layers.critic.input_size=3"),
+    )
+    trainer.train()  # the environment raises at any other action
+    assert trainer.collected_frames == 64
 
 
 def test_yaml_makes_every_network_once() -> None:

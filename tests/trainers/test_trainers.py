@@ -122,6 +122,13 @@ def test_sequence_minibatches_hook_beside_a_fixed_number_of_steps_raises() -> No
         SequenceMinibatchesHook(SequenceMinibatches(16, 8)).register(trainer)
 
 
+def test_sequence_minibatches_hook_beside_a_replay_buffer_raises() -> None:
+    trainer, _ = make_ppo()
+    trainer.replay_buffer = make_buffer()
+    with pytest.raises(ValueError, match="(?s)PPOTrainer has replay_buffer=.*: expected None"):
+        SequenceMinibatchesHook(SequenceMinibatches(16, 8)).register(trainer)
+
+
 def test_sequence_minibatches_hook_with_epochs_of_its_own_raises() -> None:
     with pytest.raises(ValueError, match="epochs=2: expected 1.*num_epochs"):
         SequenceMinibatchesHook(SequenceMinibatches(16, 8, epochs=2))

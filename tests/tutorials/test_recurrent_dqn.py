@@ -14,6 +14,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from rnnkeys import get_env_transforms_from_module, set_recurrent_mode
+from tests.support.odd_environments import masked_id
 from tests.support.tutorials import (
     NEEDS_SIGNALS,
     ROOT,
@@ -321,6 +322,11 @@ def test_run_samples_sequences_with_the_states_of_the_policy(
             assert not batch[key][~inside, t].any()
         step = batch[:, t].select("observation", "is_init", *states)
         step["is_init"] = starts[:, t]
+
+
+def test_run_of_an_environment_with_action_masks_plays_allowed_actions(run: Run) -> None:
+    folder = run(*SHORT, "--env", masked_id("entry", "Choice"))
+    assert read_result(folder)["frames"] == 1024  # the environment raises at any other action
 
 
 def test_readme_example_plays_the_checkpoint(
