@@ -16,6 +16,7 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
+from torchrl.data import Composite
 from torchrl.envs import (
     ActionMask,
     DeviceCastTransform,
@@ -64,8 +65,10 @@ def make_gym_env(
     Returns:
         The environments. ``"observation"`` is float32 ``[num_envs, F]`` or uint8
         ``[num_envs, C, Y, X]``; ``"action"`` is float32 ``[num_envs, A]`` or int64
-        ``[num_envs, A]``. ``"action_mask"``, of an environment that has one, is bool
-        ``[num_envs, choices]``, True at allowed choices.
+        ``[num_envs, A]``. Each part of a Dict or Tuple of actions is such an entry below
+        ``"action"``, named by its key or its number: ``("action", "move")``, ``("action", "0")``.
+        ``"action_mask"``, of an environment that has one, is bool ``[num_envs, choices]``, True at
+        allowed choices.
 
     Raises:
         EnvError: as in :func:`make_simple_env`.
@@ -76,9 +79,10 @@ def make_gym_env(
         torch.Size([3, 2])
     """
     make = partial(make_simple_env, name, **options)
-    vector = {"sync": SyncVectorEnv, "async": AsyncVectorEnv}[vectorization]
-    env = GymWrapper(vector([make] * num_envs, autoreset_mode=AutoresetMode.DISABLED))
-    env = TransformedEnv(env)
+    vectors = {"sync": SyncVectorEnv, "async": AsyncVectorEnv}
+    vector = vectors[vectorization]([make] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
+    several = isinstance(vector.single_action_space, spaces.Dict)
+    env = TransformedEnv(_SeveralActionsWrapper(vector) if several else GymWrapper(vector))
     if MASK_NAME in env.observation_spec.keys():
         env.append_transform(DTypeCastTransform(torch.int8, torch.bool, in_keys=[MASK_NAME]))
         if isinstance(env.action_spec, ActionMask.ACCEPTED_SPECS):
@@ -103,7 +107,8 @@ def make_simple_env(
     Observations become images (uint8, channels first) or vectors (float32): the parts of a Dict or
     Tuple are concatenated, discrete parts become one-hot vectors, and integers are scaled to
     [0, 1]. Actions become vectors, too: a Box without further dimensions, or a MultiDiscrete in
-    place of Discrete, MultiDiscrete and MultiBinary, which lets all of their actions be played.
+    place of Discrete, MultiDiscrete and MultiBinary, which lets all of their actions be played. A
+    Dict or Tuple of them becomes a Dict of such parts.
 
     An environment with a mask of actions shows ``{"observation": ..., "action_mask": ...}``. It
     comes from an entry ``"action_mask"`` of its observation, or from a method ``action_masks()``;
@@ -181,6 +186,26 @@ def evaluate_policy(env: EnvBase, policy: TensorDictModuleBase, seed: int) -> Te
             running &= ~step["next", "done"].squeeze(-1)
             step = following
     return returns.cpu()
+
+
+class _SeveralActionsWrapper(GymWrapper):
+    """Environments whose actions are a Dict, as nested entries ``("action", name)``."""
+
+    @property
+    def action_spec(self) -> Any:
+        return super().action_spec
+
+    @action_spec.setter
+    def action_spec(self, spec: Any) -> None:
+        # TorchRL makes a spec without the batch size, with the parts beside other entries.
+        shape = self.batch_size
+        parts = Composite(dict(spec.items()), shape=shape)
+        setter: Any = GymWrapper.action_spec
+        setter.fset(self, Composite({"action": parts}, shape=shape))
+
+    def read_action(self, action: Any) -> Any:
+        named: Any = super().read_action(action)
+        return named["action"]
 
 
 def _make_env(name: str, arguments: dict[str, Any]) -> gym.Env:
@@ -306,11 +331,22 @@ def _number_actions(env: gym.Env, name: str) -> gym.Env:
 
 def _simplify_actions(env: gym.Env, name: str) -> gym.Env:
     space: Any = env.action_space
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        named = isinstance(space, spaces.Dict)
+        parts = dict(space.items()) if named else {str(i): x for i, x in enumerate(space)}
+        simple = {key: _simplify_action(part, name) for key, part in parts.items()}
+        restore = {key: one for key, (_, one) in simple.items()}
+        whole = spaces.Dict({key: one for key, (one, _) in simple.items()})
+        return gym.wrappers.TransformAction(env, partial(_restore_parts, restore, named), whole)
+    one, restore = _simplify_action(space, name)
+    return gym.wrappers.TransformAction(env, restore, one)
+
+
+def _simplify_action(space: Any, name: str) -> tuple[gym.Space, Any]:
+    """Return a Box or MultiDiscrete for a space, and a function that restores its actions."""
     if isinstance(space, spaces.Box):
         low, high = space.low.astype(np.float32).ravel(), space.high.astype(np.float32).ravel()
-        return gym.wrappers.TransformAction(
-            env, partial(_restore_box, space), spaces.Box(low, high, dtype=np.float32)
-        )
+        return spaces.Box(low, high, dtype=np.float32), partial(_restore_box, space)
     if isinstance(space, spaces.Discrete):
         counts = np.array([space.n])
     elif isinstance(space, spaces.MultiDiscrete):
@@ -320,10 +356,15 @@ def _simplify_actions(env: gym.Env, name: str) -> gym.Env:
     else:
         raise EnvError(
             f"{name} has the action space {space}: expected Box, Discrete, MultiDiscrete or "
-            "MultiBinary. Convert it in a wrapper"
+            "MultiBinary, or a Dict or Tuple of them. Convert it in a wrapper"
         )
-    simple = spaces.MultiDiscrete(counts)
-    return gym.wrappers.TransformAction(env, partial(_restore_choices, space), simple)
+    return spaces.MultiDiscrete(counts), partial(_restore_choices, space)
+
+
+def _restore_parts(restore: dict[str, Any], named: bool, action: dict[str, Any]) -> Any:
+    """Restore the parts of an action, as a dict if they are named, else as a tuple."""
+    parts = {key: one(action[key]) for key, one in restore.items()}
+    return parts if named else tuple(parts.values())
 
 
 def _restore_box(space: spaces.Box, action: np.ndarray) -> np.ndarray:

@@ -8,10 +8,15 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import (
+    AddStateIndependentNormalScale,
+    CompositeDistribution,
+    TensorDictModuleBase,
+)
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent
+from torchrl.data import Composite
 from torchrl.modules import IndependentNormal, TanhNormal
 
 from .policies import make_convolutions
@@ -62,12 +67,15 @@ def action_distribution(spec: Any, squash: bool = True) -> tuple[type, dict[str,
 
     Returns:
         The class of the distribution, its keyword arguments, and the number of logits or means.
+        Several actions at a time, a composite spec, have TorchRL's ``CompositeDistribution``.
 
     Examples:
         >>> from rnnkeys.environments import make_gym_env
         >>> action_distribution(make_gym_env("CartPole-v1").action_spec)[1:]
         ({'sizes': [2]}, 2)
     """
+    if isinstance(spec, Composite):
+        return _composite_distribution(spec, squash)
     if spec.domain == "discrete":
         sizes = (spec.space.high[0] + 1).tolist()
         return Choices, {"sizes": sizes}, sum(sizes)
@@ -75,6 +83,94 @@ def action_distribution(spec: Any, squash: bool = True) -> tuple[type, dict[str,
     if squash and torch.isfinite(high - low).all():  # TorchRL writes inf as the largest float
         return TanhNormal, {"low": low, "high": high, "tanh_loc": False}, len(low)
     return IndependentNormal, {}, len(low)
+
+
+def _composite_distribution(spec: Composite, squash: bool) -> tuple[type, dict[str, Any], int]:
+    parts = {key[-1]: (key, *action_distribution(leaf, squash)) for key, leaf in _split(spec)}
+    options = {
+        "name_map": {name: key for name, (key, *_) in parts.items()},
+        "distribution_map": {name: kind for name, (_, kind, *_) in parts.items()},
+        "extra_kwargs": {name: given for name, (_, _, given, _) in parts.items()},
+    }
+    return CompositeDistribution, options, sum(outputs for *_, outputs in parts.values())
+
+
+def _split(spec: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """Return the keys and specs of several actions; one action alone has the key ``()``."""
+    if not isinstance(spec, Composite):
+        return [((), spec)]
+    return [(key, spec[key]) for key in spec.keys(True, True)]
+
+
+def find_action_keys(spec: Any) -> dict[str, Any]:
+    """Return the keys of actions and their log-probabilities, for ``set_keys`` of a PPO loss.
+
+    Args:
+        spec: spec of the actions of :func:`rnnkeys.environments.make_gym_env`.
+
+    Examples:
+        >>> from torchrl.data import Bounded
+        >>> parts = Composite(move=Bounded(-1, 1, (2,)), turn=Bounded(-1, 1, (1,)))
+        >>> find_action_keys(Composite(action=parts))["sample_log_prob"]
+        [('action', 'move_log_prob'), ('action', 'turn_log_prob')]
+        >>> find_action_keys(Bounded(-1, 1, (2,)))
+        {'action': 'action', 'sample_log_prob': 'action_log_prob'}
+    """
+    if not isinstance(spec, Composite):
+        return {"action": "action", "sample_log_prob": "action_log_prob"}
+    keys = [key for key, _ in _split(spec)]
+    log_probs = [(*key[:-1], f"{key[-1]}_log_prob") for key in keys]
+    return {"action": keys, "sample_log_prob": log_probs}
+
+
+class ActionParameters(nn.Module):
+    """Turn the outputs of a network into the parameters of :func:`action_distribution`.
+
+    Logits stay as they are. Means of continuous actions get a deviation, which is a parameter and
+    does not depend on the observation.
+
+    Args:
+        spec: spec of the actions of :func:`rnnkeys.environments.make_gym_env`.
+        log_std_init: logarithm of the deviations at the start.
+
+    Attributes:
+        out_keys: keys of what ``forward`` returns: ``"logits"``; ``"loc"`` and ``"scale"``; or, for
+            several actions at a time, such entries of each, ``("params", name, "logits")``.
+        distribution_keys: the ``in_keys`` of a ``ProbabilisticActor``.
+
+    Examples:
+        >>> from torchrl.data import Bounded
+        >>> parameters = ActionParameters(Bounded(-1, 1, (1, 2)))
+        >>> parameters.out_keys
+        ['loc', 'scale']
+        >>> parameters(torch.zeros(1, 2))[1].shape
+        torch.Size([1, 2])
+    """
+
+    def __init__(self, spec: Any, log_std_init: float = 0.0) -> None:
+        super().__init__()
+        self.out_keys: list[NestedKey] = []
+        self.sizes: list[int] = []
+        self.heads = nn.ModuleList()
+        for key, leaf in _split(spec):
+            kind, _, outputs = action_distribution(leaf)
+            head, names = nn.Identity(), ["logits"]
+            if kind is not Choices:
+                head = AddStateIndependentNormalScale(outputs, init_value=log_std_init)
+                names = ["loc", "scale"]
+            self.heads.append(head)
+            self.sizes.append(outputs)
+            self.out_keys += [("params", key[-1], name) if key else name for name in names]
+        several = isinstance(spec, Composite)
+        self.distribution_keys: list[NestedKey] = ["params"] if several else self.out_keys
+
+    def forward(self, outputs: Tensor) -> tuple[Tensor, ...]:
+        """Split outputs ``[*, outputs]``, and return an entry for each of ``out_keys``."""
+        values: list[Tensor] = []
+        for head, part in zip(self.heads, outputs.split(self.sizes, -1), strict=True):
+            made = head(part)
+            values += [made] if isinstance(made, Tensor) else made
+        return tuple(values)
 
 
 class Choices(Independent):

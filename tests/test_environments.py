@@ -181,7 +181,7 @@ def test_make_gym_env_keeps_last_observation_of_an_episode() -> None:
         ("CartPole-v1", {"scale": (1.0, 2.0)}, "one for each of the 4 entries"),
         (observation_id("Image"), {"hide": (0,)}, "hide is (0,), but"),
         ("OddSequence-v0", {}, "OddSequence-v0 has the observation space Sequence"),
-        ("OddActionDict-v0", {}, "OddActionDict-v0 has the action space Dict"),
+        ("OddActionText-v0", {}, "OddActionText-v0 has the action space Text"),
     ],
 )
 def test_make_simple_env_bad_argument_raises_in_one_line(
@@ -218,6 +218,34 @@ def test_make_gym_env_discrete_actions_of_another_space_raise(name: str) -> None
     space = type(ACTIONS[name][0]).__name__
     with pytest.raises(EnvError, match=rf"action space {space}\(.*\): expected Discrete"):
         make_gym_env(action_id(name), discrete_actions=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"), [("OddActionDict-v0", ["move", "tool"]), ("OddActionTuple-v0", ["0", "1"])]
+)
+def test_make_gym_env_several_actions_are_nested_entries(name: str, keys: list[str]) -> None:
+    env = make_gym_env(name, 3)
+    check_env_specs(env)
+    played = env.rollout(40, break_when_any_done=False)["action"]  # it raises at other actions
+    assert list(played.keys()) == keys
+    assert played[keys[0]].shape == (3, 40, 2) and played[keys[0]].dtype == torch.float32
+    assert played[keys[1]].shape == (3, 40, 1) and played[keys[1]].unique().tolist() == [0, 1, 2]
+
+
+def test_make_gym_env_several_actions_reach_their_own_parts() -> None:
+    seen: list[Any] = []
+
+    class Watched(gym.Wrapper):
+        def step(self, action: Any) -> Any:
+            seen.append(action)
+            return super().step(action)
+
+    gym.register("OddWatched-v0", lambda **_: Watched(gym.make("OddActionDict-v0")))
+    env = make_gym_env("OddWatched-v0", 1)
+    step = env.rand_action(env.reset())
+    env.step(step)
+    assert torch.equal(torch.as_tensor(seen[0]["move"]), step["action", "move"][0])
+    assert seen[0]["tool"] == step["action", "tool"].item() + 1  # tools count from 1
 
 
 INFO = ("rnnkeys.gym_masks:InfoActionMask",)

@@ -13,7 +13,15 @@ from torch.distributions import Categorical
 from torchrl.modules import IndependentNormal, TanhNormal
 
 from rnnkeys.environments import make_gym_env
-from rnnkeys.spaces import Choices, ImageEncoder, Layers, RunningNorm, action_distribution
+from rnnkeys.spaces import (
+    ActionParameters,
+    Choices,
+    ImageEncoder,
+    Layers,
+    RunningNorm,
+    action_distribution,
+    find_action_keys,
+)
 from tests.support.odd_environments import ACTIONS, action_id
 
 
@@ -48,6 +56,39 @@ def test_action_distribution_squashes_where_all_bounds_are_finite(
 ) -> None:
     spec = make_gym_env(action_id(name), 1).action_spec
     assert action_distribution(spec, squash=squash)[0] is kind
+
+
+def test_action_distribution_of_several_actions_is_that_of_each() -> None:
+    spec = make_gym_env("OddActionDict-v0", 4).action_spec
+    kind, options, outputs = action_distribution(spec)
+    parameters = ActionParameters(spec, log_std_init=0.5)
+    assert outputs == 5 and parameters.distribution_keys == ["params"]
+    data = TensorDict(batch_size=[4])
+    numbers = torch.randn(4, outputs)
+    Layers(parameters, ["numbers"], parameters.out_keys)(data.set("numbers", numbers))
+    make: Any = kind
+    distribution = make(data["params"], **options)
+    action = distribution.sample()
+    assert spec.is_in(action)
+    loc, logits = numbers.split([2, 3], -1)
+    low, high = -torch.ones(2), torch.ones(2)
+    move = TanhNormal(loc, torch.full_like(loc, 0.5).exp(), low=low, high=high, tanh_loc=False)
+    tool = Categorical(logits=logits).log_prob(action["action", "tool"].squeeze(-1))
+    log_prob = distribution.log_prob(action)
+    torch.testing.assert_close(log_prob["action", "tool_log_prob"], tool)
+    wanted = move.log_prob(action["action", "move"])
+    torch.testing.assert_close(log_prob["action", "move_log_prob"], wanted)
+
+
+def test_find_action_keys_are_those_that_an_actor_writes() -> None:
+    assert find_action_keys(make_gym_env(action_id("Box"), 1).action_spec) == {
+        "action": "action",
+        "sample_log_prob": "action_log_prob",
+    }
+    assert find_action_keys(make_gym_env("OddActionDict-v0", 1).action_spec) == {
+        "action": [("action", "move"), ("action", "tool")],
+        "sample_log_prob": [("action", "move_log_prob"), ("action", "tool_log_prob")],
+    }
 
 
 def test_choices_equal_independent_categoricals() -> None:

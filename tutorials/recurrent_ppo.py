@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import AddStateIndependentNormalScale, TensorDictSequential
+from tensordict.nn import TensorDictSequential
 from torch import Tensor, nn
 from torchrl.collectors import Collector
 from torchrl.envs import TransformedEnv
@@ -34,7 +34,14 @@ from rnnkeys import CellName, get_env_transforms_from_module, recurrent_module, 
 from rnnkeys.environments import EnvError, evaluate_policy, make_gym_env
 from rnnkeys.exploration import CorrelatedNoise, StateDependentNoise, StateDependentScale
 from rnnkeys.objectives import SequenceMinibatches, recurrent_loss
-from rnnkeys.spaces import Choices, ImageEncoder, Layers, RunningNorm, action_distribution
+from rnnkeys.spaces import (
+    ActionParameters,
+    ImageEncoder,
+    Layers,
+    RunningNorm,
+    action_distribution,
+    find_action_keys,
+)
 
 logging.getLogger("torchrl").setLevel(logging.WARNING)  # without a line for each buffer
 
@@ -195,10 +202,11 @@ class Agent(nn.Module):
         args, scale = self.args, None
         kind, options, outputs = action_distribution(spec, squash=args.squash)
         layers = self._make_layers(args.hidden_size, *args.net_arch, outputs, gain=0.01)
-        keys: Any = ["logits"] if kind is Choices else ["loc", "scale"]
-        if kind is Choices and (args.sde or args.noise_correlation):
+        parameters = ActionParameters(spec, args.log_std_init)
+        keys = parameters.distribution_keys
+        if keys != ["loc", "scale"] and (args.sde or args.noise_correlation):
             raise runs.RunError(
-                f"--sde, --noise-correlation: the actions of {args.env} are discrete"
+                f"--sde, --noise-correlation: the actions of {args.env} are discrete, or several"
             )
         if args.sde:
             scale = StateDependentScale(layers[-1].in_features, outputs, args.log_std_init)
@@ -208,9 +216,7 @@ class Agent(nn.Module):
                 Layers(scale, ["mean", "features"], keys),
             ]
         else:
-            if kind is not Choices:
-                layers.append(AddStateIndependentNormalScale(outputs, init_value=args.log_std_init))
-            heads = [Layers(nn.Sequential(*layers), ["actor"], keys)]
+            heads = [Layers(nn.Sequential(*layers, parameters), ["actor"], parameters.out_keys)]
         actor = ProbabilisticActor(
             TensorDictSequential(*body, *heads),
             in_keys=[*keys, *self.masks],
@@ -244,6 +250,7 @@ class Trainer:
             loss_critic_type="l2",
             log_explained_variance=False,
         )
+        self.loss.set_keys(**find_action_keys(self.evaluation_env.action_spec))
         recurrent_loss(self.advantage)
         recurrent_loss(self.loss)
         self.minibatches = SequenceMinibatches(
@@ -312,7 +319,7 @@ class Trainer:
         self.loss.clip_epsilon.fill_(args.clip * (left if args.clip_schedule == "linear" else 1))
         with torch.no_grad():
             self.advantage(rollout)
-        keys = [key for key in self.loss.in_keys if isinstance(key, str)]
+        keys = [key for key in self.loss.in_keys if key[0] != "next"]
         keys += ["is_init", "advantage", "value_target", "state_value"]
         keys += [("next", "reward"), ("next", "terminated")]
         for batch in self.minibatches(rollout.select(*keys, strict=False)):

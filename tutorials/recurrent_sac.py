@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import NormalParamExtractor, TensorDictSequential
+from tensordict.nn import CompositeDistribution, NormalParamExtractor, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
@@ -148,8 +148,8 @@ def make_body(args: Args, env: TransformedEnv, name: str) -> tuple[list[Any], st
 def make_actor(args: Args, env: TransformedEnv) -> Any:
     """Observation -> recurrent layer; both -> a Gaussian, squashed into the action's bounds."""
     kind, options, outputs = action_distribution(env.action_spec)
-    if kind is Choices:
-        raise runs.RunError(f"{args.env} has discrete actions: use recurrent_ppo.py")
+    if kind in (Choices, CompositeDistribution):
+        raise runs.RunError(f"{args.env} has discrete actions, or several: use recurrent_ppo.py")
     body, key, size = make_body(args, env, "actor")
     head = MLP(
         args.hidden_size + size, 2 * outputs, num_cells=args.net_arch, activation_class=nn.ReLU

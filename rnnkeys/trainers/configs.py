@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from tensordict.nn import TensorDictSequential
+from tensordict.nn import CompositeDistribution, TensorDictSequential
 from torch import nn
 from torchrl.modules import ProbabilisticActor
 from torchrl.objectives.value import GAE
@@ -299,8 +299,16 @@ def make_recurrent_ppo_trainer(
         logger: one of TorchRL's loggers, or None.
         progress_bar: whether to show one.
         options: further keyword arguments of ``PPOTrainer``, or None.
+
+    Raises:
+        ValueError: if ``env`` plays several actions at a time.
     """
     kind, arguments, _ = action_distribution(env.action_spec)
+    if kind is CompositeDistribution:
+        raise ValueError(
+            f"env plays several actions at a time, {env.action_keys}: expected one, for PPOTrainer "
+            "has one action key. Learn them in a loop such as that of tutorials/recurrent_ppo.py."
+        )
     masks = [key for key in env.observation_spec.keys() if key == "action_mask"]
     network: Any = actor
     value: Any = critic

@@ -47,7 +47,7 @@ class SpacesEnv(gym.Env):
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
         if not self.action_space.contains(action):
             raise ValueError(f"{action!r} is not in {self.action_space}")
-        if not isinstance(self.action_space, spaces.Box):
+        if not isinstance(self.action_space, spaces.Box | spaces.Dict | spaces.Tuple):
             self.played.add(tuple(np.ravel(action).tolist()))
         self.time += 1
         observation, reward = self.observation_space.sample(), 1.0
@@ -188,7 +188,11 @@ for _where in ("entry", "method", "info"):
         )
 register("OddOneStep-v0", VECTOR, CHOICE, length=1)
 register("OddSequence-v0", spaces.Sequence(VECTOR), CHOICE)
-register("OddActionDict-v0", VECTOR, spaces.Dict({"move": CHOICE}))
+register("OddActionText-v0", VECTOR, spaces.Text(3))
+HYBRID = spaces.Dict({"move": box(2), "tool": spaces.Discrete(3, start=1)})
+HYBRID_ID = "OddActionDict-v0"
+register(HYBRID_ID, VECTOR, HYBRID)
+register("OddActionTuple-v0", VECTOR, spaces.Tuple(tuple(HYBRID.values())))
 register("OddNaN-v0", VECTOR, CHOICE, bad_step=13)
 register("OddNaNReward-v0", VECTOR, CHOICE, bad_step=13, bad="reward")
 register("OddNaNBox-v0", VECTOR, box(2), bad_step=13)

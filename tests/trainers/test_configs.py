@@ -16,12 +16,13 @@ import torch
 pytest.importorskip("hydra", reason="needs the extra rnnkeys[hydra]")
 
 import hydra
+from hydra.errors import InstantiationException
 from torchrl.modules import QValueModule
 from torchrl.objectives import DQNLoss
 from torchrl.trainers.algorithms import PPOTrainer
 
 from rnnkeys.trainers import configs
-from tests.support.odd_environments import masked_id
+from tests.support.odd_environments import HYBRID_ID, masked_id
 from tests.support.recurrent import chain
 
 FOLDER = Path(__file__).parents[2] / "tutorials" / "recurrent_ppo_yaml"
@@ -204,6 +205,12 @@ def test_yaml_of_an_environment_with_action_masks_plays_allowed_actions(
     )
     trainer.train()  # the environment raises at any other action
     assert trainer.collected_frames == 64
+
+
+def test_yaml_of_an_environment_with_several_actions_raises() -> None:
+    env = (f"trainer.env.name={HYBRID_ID}", "trainer.env.hide=[]", "trainer.env.scale=1.0")
+    with pytest.raises(InstantiationException, match="plays several actions at a"):
+        hydra.utils.instantiate(compose(*env).trainer)
 
 
 def test_yaml_makes_every_network_once() -> None:

@@ -230,7 +230,7 @@ def test_main_in_a_folder_with_a_run_needs_resume_or_overwrite(
         (["--sde"], "the actions of CartPole-v1 are discrete"),
         (["--env", "Nowhere-v0"], "environment Nowhere-v0 cannot be made"),
         (["--env", "OddSequence-v0"], "has the observation space Sequence"),
-        (["--env", "OddActionDict-v0"], "has the action space Dict"),
+        (["--env", "OddActionText-v0"], "has the action space Text"),
         (["--hide", "9"], "hide is (9,): expected some of the entries 0 to 3"),
         (["--resume", "nowhere.pt"], "--resume is nowhere.pt: expected a checkpoint"),
         (["--resume", str(SCRIPT)], "expected a checkpoint of this program"),
@@ -307,3 +307,10 @@ def test_run_of_an_environment_with_action_masks_plays_allowed_actions(
 ) -> None:
     ppo.main([*SHORT, "--env", masked_id("entry", name), "--output", str(tmp_path)])
     assert read(tmp_path)[1]["frames"] == 64  # the environment raises at any other action
+
+
+def test_run_of_an_environment_with_several_actions_plays_and_learns(
+    ppo: ModuleType, tmp_path: Path
+) -> None:
+    ppo.main([*SHORT, "--env", "OddActionDict-v0", "--output", str(tmp_path)])
+    assert read(tmp_path)[1]["frames"] == 64

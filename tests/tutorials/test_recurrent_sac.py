@@ -98,7 +98,8 @@ def test_main_resume_continues_the_run(sac: ModuleType, tmp_path: Path) -> None:
     [
         (["--burn-in", "32"], "--burn_in is 32: expected a number from 0 to 31"),
         (["--alpha", "0"], "--alpha is 0.0: expected at least 1e-06"),
-        (["--env", "CartPole-v1"], "CartPole-v1 has discrete actions: use recurrent_ppo.py"),
+        (["--env", "CartPole-v1"], "CartPole-v1 has discrete actions, or several: use recurrent_p"),
+        (["--env", "OddActionDict-v0"], "OddActionDict-v0 has discrete actions, or several: use"),
         (["--env", "Pendulum-v9"], "environment Pendulum-v9 cannot be made"),
         (["--frames", "1600"], "--warmup is 1600: expected a number from 256 to 1599"),
         (["--batch-frames", "30"], "expected a multiple of --num_envs"),
