@@ -132,8 +132,8 @@ def make_simple_env(
 
     Examples:
         >>> env = make_simple_env("FrozenLake-v1")
-        >>> env.observation_space.shape, env.action_space
-        ((16,), MultiDiscrete([4]))
+        >>> print(env.observation_space.shape, env.action_space)
+        (16,) MultiDiscrete([4])
     """
     env = _make_env(name, {"render_mode": "rgb_array"} if pixels else {})
     for wrapper in wrappers:
