@@ -17,6 +17,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 VERSIONS_ARGS ?=
+MUTANTS_ARGS ?=
 CHAOS_ARGS ?=
 
 VENV := .venv
@@ -42,12 +43,12 @@ export XDG_CACHE_HOME := $(CACHE)/xdg
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help check-python env test test-gpu test-versions chaos lint typecheck docs pytest fuzz faults demo learn results bench \
+.PHONY: help check-python env test test-gpu test-versions chaos mutants lint typecheck docs pytest fuzz faults demo learn results bench \
 	bench-quick bench-gpu targets format dist clean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
-	@echo 'others: env lint typecheck pytest fuzz faults learn results bench bench-quick bench-gpu targets format dist clean'
+	@echo 'others: env lint typecheck pytest fuzz faults mutants chaos learn results bench bench-quick bench-gpu targets format dist clean'
 
 # Before anything is deleted: one clear line where PYTHON cannot build the environment.
 TOO_OLD = $(filter 2.% 3.0.% 3.1.% 3.2.% 3.3.% 3.4.% 3.5.% 3.6.% 3.7.% 3.8.% 3.9.%,$(PYTHON_VERSION))
@@ -114,11 +115,17 @@ test-gpu: $(DEV_READY)
 test-versions: $(DEV_READY)
 	$(BIN)/python -m scripts.test_versions --jobs $(JOBS) $(VERSIONS_ARGS)
 
-# A second `make demo` continues the run in demo/, or tests it again if it is finished.
+# One small change of the package at a time, and the tests that run it: hours. It continues where the
+# last call stopped.
+mutants: $(DEV_READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.mutants --jobs $(JOBS) $(MUTANTS_ARGS)
+	$(BIN)/python -m scripts.mutants_table
+
 # Runs of the tutorials that are killed, stopped and starved: half an hour.
 chaos: $(DEV_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.chaos $(CHAOS_ARGS)
 
+# A second `make demo` continues the run in demo/, or tests it again if it is finished.
 demo: $(RUN_READY)
 	$(BIN)/python tutorials/recurrent_dqn.py --output demo $(addprefix --resume ,$(wildcard demo/checkpoint.pt)) $(DEMO_ARGS)
 

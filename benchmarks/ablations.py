@@ -33,7 +33,6 @@ ABLATIONS = {
         ),
         variants={WIRED: SHORT_EPISODES, PLAIN: SHORT_EPISODES},
         without={PLAIN: "recurrent_loss"},
-        milestones=(10_000, 20_000, 30_000),
         success=0.0,
     ),
     "targets_sac": Experiment(

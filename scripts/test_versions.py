@@ -247,7 +247,8 @@ def render(results: dict[str, dict[str, Any]]) -> str:
     """Return the results as a Markdown page."""
     counted = ["passed", "failed", "skipped", "minutes", "commit", "tests"]
     head = ["lane", "Python", *SHOWN, *counted]
-    lines = ["# Versions", "", "The test suite with other versions, from `make test-versions`.", ""]
+    text = "The test suite with other versions, from `make test-versions`, whole or in parts."
+    lines = ["# Versions", "", text, ""]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, result in results.items():
         if "not run" in result:
