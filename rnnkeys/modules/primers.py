@@ -64,7 +64,7 @@ class StatePrimer(TensorDictPrimer):
     @property
     def _has_groups(self) -> bool:
         """Whether a key is nested, so that its group may have agents."""
-        return any(isinstance(key, tuple) for key in self.shapes)
+        return bool(_groups(self.shapes))
 
     def _expand_shape(self, spec: Composite) -> Composite:
         if not self._has_groups:
@@ -205,7 +205,7 @@ def make_primer(
         >>> type(make_primer({"h": (1, 5)})).__name__
         'TensorDictPrimer'
     """
-    if any(_groups(shapes)):
+    if _groups(shapes):
         return StatePrimer(shapes, dtype=dtype, device=device)
     return TensorDictPrimer(_specs(shapes, {}, dtype, device), expand_specs=True)
 
