@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 from rnnkeys.backends import native, onednn, products
 from rnnkeys.backends.packing import read_segments
 from tests.support import problems
+from tests.support.native_lstm import F32, NATIVE, assert_equals_reference, draw_flags_and_sizes
 from tests.support.problems import WAYS, Problem, State, assert_same_run
 from tests.support.tolerances import assert_equal
 
-F32 = torch.float32
-NATIVE = WAYS["native"]
 SIZES: dict[str, Any] = {"batch": 6, "steps": 24, "num_layers": 2}
 
 
@@ -34,22 +33,11 @@ def _states(problem: Problem) -> State:
     return problems.outputs(problem, NATIVE)[1]
 
 
-def _check(problem: Problem) -> None:
-    d_y, d_states = problem.cotangents(False)
-    actual = problems.run(problem, NATIVE, d_y, d_states)
-    assert_same_run(actual, problems.expect(problem, d_y, d_states), F32)
-
-
 @given(data=st.data())
 def test_native_lstm_equals_reference_for_any_flags_and_sizes(data):
-    batch, steps = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 30))
-    torch.manual_seed(data.draw(st.integers(0, 2**16)))
-    is_init = torch.rand(batch, steps) < data.draw(st.sampled_from([0.05, 0.15, 0.3]))
-    sizes = {name: data.draw(st.integers(4, 20)) for name in ("inputs", "hidden")}
+    is_init, sizes = draw_flags_and_sizes(data)
     states = data.draw(st.sampled_from(["random", "episodes"]))
-    _check(
-        problems.make("lstm", is_init, dtype=F32, states=states, batch=batch, steps=steps, **sizes)
-    )
+    assert_equals_reference(problems.make("lstm", is_init, dtype=F32, states=states, **sizes))
 
 
 @pytest.mark.parametrize("flags", ["none", "random"])
@@ -157,7 +145,7 @@ def test_outputs_without_gradients_equal_those_with_gradients(mode):
 @pytest.mark.parametrize("flags", ["none", "two in a row", "random"])
 def test_blocks_cut_into_pieces_equal_the_reference(monkeypatch, flags):
     monkeypatch.setattr(onednn, "_MOST_KEPT", 4000)
-    _check(problems.make("lstm", flags, dtype=F32, **SIZES))
+    assert_equals_reference(problems.make("lstm", flags, dtype=F32, **SIZES))
 
 
 def test_large_blocks_are_cut_so_that_no_workspace_exceeds_the_limit(monkeypatch):

@@ -13,11 +13,10 @@ from torch import Tensor
 from rnnkeys.backends import onednn, ops, shared_rows
 from rnnkeys.backends.packing import read_segments
 from tests.support import problems
+from tests.support.native_lstm import F32, NATIVE, assert_equals_reference, draw_flags_and_sizes
 from tests.support.problems import WAYS, Problem, assert_same_run
 from tests.support.tolerances import assert_equal
 
-F32 = torch.float32
-NATIVE = WAYS["native"]
 BAD = pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 
 
@@ -56,33 +55,24 @@ def _run(problem: Problem) -> problems.Run:
     return problems.run(problem, NATIVE, *problem.cotangents(False))
 
 
-def _check(problem: Problem) -> None:
-    d_y, d_states = problem.cotangents(False)
-    actual = problems.run(problem, NATIVE, d_y, d_states)
-    assert_same_run(actual, problems.expect(problem, d_y, d_states), F32)
-
-
 @pytest.mark.parametrize("pieces", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("flags", ["two in a row", "at the last step", "random"])
 def test_shared_rows_equal_the_reference(monkeypatch, flags, bias, pieces, calls):
     if pieces:
         monkeypatch.setattr(onednn, "_MOST_KEPT", 4000)
-    _check(_episodes(flags, bias=bias, batch=6, steps=24, num_layers=2))
+    assert_equals_reference(_episodes(flags, bias=bias, batch=6, steps=24, num_layers=2))
     assert calls == ["shared"] * 2
 
 
 @given(data=st.data())
 def test_shared_rows_equal_the_reference_for_any_flags_sizes_and_states(data):
-    batch, steps = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 30))
-    torch.manual_seed(data.draw(st.integers(0, 2**16)))
-    is_init = torch.rand(batch, steps) < data.draw(st.sampled_from([0.05, 0.15, 0.3]))
-    sizes = {name: data.draw(st.integers(4, 20)) for name in ("inputs", "hidden")}
-    problem = _episodes(is_init, batch=batch, steps=steps, **sizes)
+    is_init, sizes = draw_flags_and_sizes(data)
+    problem = _episodes(is_init, **sizes)
     for _ in range(data.draw(st.integers(0, 3))):  # some episodes start from a state
-        b, t = data.draw(st.integers(0, batch - 1)), data.draw(st.integers(0, steps - 1))
+        b, t = (data.draw(st.integers(0, size - 1)) for size in is_init.shape)
         problem.reset_state[data.draw(st.integers(0, 1))][b, t] = 0.5
-    _check(problem)
+    assert_equals_reference(problem)
 
 
 def test_shared_rows_equal_the_loop_in_float64():
@@ -102,7 +92,7 @@ def test_segments_that_start_from_stored_states_share_no_rows(calls):
     problem = _in_a_row()
     for state in problem.reset_state:
         state[0, [8, 16]] = 1e-30
-    _check(problem)
+    assert_equals_reference(problem)
     assert not calls
 
 
@@ -110,7 +100,7 @@ def test_segments_whose_initial_state_has_a_gradient_share_no_rows(calls):
     problem = _in_a_row()
     for state in problem.reset_state:
         state.requires_grad_()
-    _check(problem)
+    assert_equals_reference(problem)
     assert not calls
 
 
@@ -132,13 +122,13 @@ def test_shared_rows_without_gradients_equal_those_with_gradients(calls):
 
 def test_shared_rows_run_by_select_where_a_cell_state_is_not_found(monkeypatch, calls):
     monkeypatch.setattr(onednn, "find_cell_states", lambda block, inputs: None)
-    _check(_in_a_row())
+    assert_equals_reference(_in_a_row())
     assert calls == ["shared", "select"]
 
 
 def test_rows_are_not_shared_where_cell_states_are_never_found(monkeypatch, calls):
     monkeypatch.setattr(onednn, "is_place_known", lambda inputs, hidden: False)
-    _check(_in_a_row())
+    assert_equals_reference(_in_a_row())
     assert not calls
 
 
@@ -178,7 +168,7 @@ def test_inputs_far_from_zero_do_not_open_gaps(factor, calls):
     problem = _in_a_row()
     with torch.no_grad():
         problem.x.mul_(factor)
-    _check(problem)
+    assert_equals_reference(problem)
     assert calls == ["shared"]
 
 
@@ -187,7 +177,7 @@ def test_large_weights_do_not_open_gaps(name, calls):
     problem = _in_a_row()
     with torch.no_grad():
         getattr(problem.rnn, name)[4:8] = 5e4 if name == "bias_ih_l0" else 1e5
-    _check(problem)
+    assert_equals_reference(problem)
     assert calls == ["shared"]
 
 
