@@ -4,7 +4,7 @@
 #   make test                       all checks: what CI runs
 #   make docs                       the documentation site, in site/
 #   make test-gpu                   the kernels at full size, on a machine with an NVIDIA GPU
-#   make test-versions              the tests with other versions of torch and TorchRL
+#   make test-versions              the tests with other versions of Python, torch and TorchRL
 #   make demo                       the tutorial: a recurrent DQN learns; its picture is in demo/
 #   make test PYTHON=python3.12     with another interpreter
 #
@@ -112,8 +112,8 @@ test-gpu: $(DEV_READY)
 		-o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true $(PYTEST_ARGS)
 
 # Every lane builds an environment of its own and removes it: gigabytes of downloads, and hours.
-test-versions: $(DEV_READY)
-	$(BIN)/python -m scripts.test_versions --jobs $(JOBS) $(VERSIONS_ARGS)
+test-versions: | check-python
+	$(PYTHON) -m scripts.test_versions --jobs $(JOBS) $(VERSIONS_ARGS)
 
 # One small change of the package at a time, and the tests that run it: hours. It continues where the
 # last call stopped.

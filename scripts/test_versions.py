@@ -1,4 +1,4 @@
-"""Run the test suite with every version of torch and TorchRL that ``pyproject.toml`` admits.
+"""Run the test suite with other versions of Python, torch and TorchRL.
 
 Each lane gets an environment of its own in ``.cache/versions``, which is removed after its tests: a
 lane takes up to 7 GB of disk, and up to 4 GB of downloads. Results are kept in
@@ -9,12 +9,14 @@ lane takes up to 7 GB of disk, and up to 4 GB of downloads. Results are kept in
     python -m scripts.test_versions --lanes nightly --keep  # again in the environment that it left
     python -m scripts.test_versions --failed                # the failed tests of last time alone
     python -m scripts.test_versions -- tests/cells -x       # with other arguments for pytest
+
+Each lane's Python is looked up on the path. pyenv finds those that it has installed with
+``PYENV_VERSION=3.10:3.11:3.12:3.13``.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import re
@@ -22,14 +24,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from packaging.requirements import Requirement
-
-# tomllib is tomli, which came into Python with 3.11.
-tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 PROJECT = Path(__file__).resolve().parent.parent
 CACHE = PROJECT / ".cache"
@@ -38,60 +35,36 @@ SHOWN = ("torch", "torchrl", "tensordict", "triton", "numpy")
 
 
 class Lane(NamedTuple):
-    """Versions that differ from those of ``constraints.txt``.
+    """An interpreter, and versions that differ from those of ``constraints.txt``.
 
     Attributes:
-        instead: packages that are not pinned, and the requirements that are installed instead.
-        python: the interpreter; the one that runs this script by default.
-        left_out: tests that cannot run, as arguments of pytest.
+        python: the interpreter.
+        instead: requirements in place of the pins of these packages: ``"torch==2.11.*"``, or
+            ``"torch"`` for the newest that pip finds.
+        nightly: distributions of another name that replace those of the same packages.
     """
 
-    instead: dict[str, str]
-    python: str = sys.executable
-    left_out: tuple[str, ...] = ()
+    python: str
+    instead: tuple[str, ...] = ()
+    nightly: tuple[str, ...] = ()
 
 
-# The nightly builds are distributions of another name, which the packaging tests look for in vain.
-NIGHTLY = {"torchrl": "torchrl-nightly", "tensordict": "tensordict-nightly"}
-# torch 2.11 rejects newer setuptools, and the interpreter of its triton, 3.6, newer NumPy.
-OLDEST = {
-    "torch": "torch==2.11.*",
-    "triton": "triton",
-    "setuptools": "setuptools<82",
-    "numpy": "numpy==2.3.*",
-}
 LANES = {
-    "torch 2.11": Lane(OLDEST),
-    "pinned": Lane({}),
-    "torch 2.14": Lane({"torch": "torch==2.14.*", "triton": "triton"}),
-    "newest torch": Lane({"torch": "torch", "triton": "triton"}),
-    "nightly": Lane(NIGHTLY, left_out=("--ignore=tests/test_packaging.py",)),
-    "python 3.10": Lane({}, python="python3.10"),
-    "python 3.12": Lane({}, python="python3.12"),
-    "python 3.13": Lane({}, python="python3.13"),
-    "python 3.14": Lane({}, python="python3.14"),
+    # torch 2.11 rejects newer setuptools.
+    "oldest": Lane("python3.10", instead=("torch==2.11.*", "triton", "setuptools<82")),
+    "pinned": Lane("python3.11"),
+    "nightly": Lane("python3.12", nightly=("torchrl-nightly", "tensordict-nightly")),
+    "newest": Lane("python3.13", instead=("torch", "triton")),
 }
-
-
-def requirements(extra: str = "test") -> Iterator[Requirement]:
-    """Yield what the package and one of its extras require; extras name each other."""
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    waiting = [*project["dependencies"], f"rnnkeys[{extra}]"]
-    while waiting:
-        requirement = Requirement(waiting.pop())
-        if requirement.name == "rnnkeys":
-            for name in requirement.extras:
-                waiting += project["optional-dependencies"][name]
-        elif requirement.marker is None or requirement.marker.evaluate():
-            yield requirement
 
 
 def write_constraints(lane: Lane, path: Path) -> None:
     """Write ``constraints.txt`` with the lane's versions in place of the pins that it replaces."""
+    replaced = {re.split(r"[=<>]", text)[0]: text for text in lane.instead}
     lines = (PROJECT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if line.partition("==")[0] not in lane.instead]
+    kept = [line for line in lines if line.partition("==")[0] not in replaced]
     # A name without a version is no constraint.
-    kept += [text for text in lane.instead.values() if Requirement(text).specifier]
+    kept += [text for name, text in replaced.items() if text != name]
     path.write_text("\n".join(kept) + "\n", encoding="utf-8")
 
 
@@ -103,25 +76,27 @@ def build(lane: Lane, folder: Path) -> Path:
     """
     _call([lane.python, "-m", "venv", str(folder)])
     python = folder / "bin" / "python"
-    write_constraints(lane, folder / "constraints.txt")
-    wanted = {_plain(one) for one in requirements() if one.name not in lane.instead}
-    install = [str(python), "-m", "pip", "install", "--progress-bar", "off"]
-    # torch first: what is installed later takes the build that is there.
-    pins = [lane.instead.get(name, name) for name in ("torch", "tensordict", "torchrl")]
-    for packages in (pins[:1], pins[1:], [*wanted, "setuptools", *lane.instead.values()]):
-        _call([*install, "-c", str(folder / "constraints.txt"), *packages])
+    constraints = folder / "constraints.txt"
+    write_constraints(lane, constraints)
+
+    def pip(command: str, *arguments: str) -> None:
+        # The variable replaces constraints of pip's own configuration; -c would add to them, and
+        # "the newest torch" would be the newest that they allow.
+        _call([str(python), "-m", "pip", command, *arguments], PIP_CONSTRAINT=constraints.as_uri())
+
+    # torch first: what is installed later takes the triton that it brought.
+    pip("install", "torch", "setuptools")
+    pip("install", "--no-build-isolation", "-e", ".[dev]")
+    if lane.nightly:
+        pip("uninstall", "-y", *(name.removesuffix("-nightly") for name in lane.nightly))
+        pip("install", *lane.nightly)
     return python
 
 
-def _plain(requirement: Requirement) -> str:
-    """Return a requirement without its marker."""
-    extras = f"[{','.join(requirement.extras)}]" if requirement.extras else ""
-    return f"{requirement.name}{extras}{requirement.specifier}"
-
-
-def _call(command: list[str]) -> None:
+def _call(command: list[str], **variables: str) -> None:
+    environment = {**os.environ, **variables}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, env=environment)
     except OSError as error:
         raise RuntimeError(f"{command[0]} does not run: {error}") from error
     if done.returncode:
@@ -129,38 +104,37 @@ def _call(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command[:4])}: {''.join(last)}")
 
 
-def run(lane: Lane, python: Path, arguments: Sequence[str]) -> dict[str, Any]:
-    """Run the tests in a lane's environment; return versions, counts and names of failed tests."""
+def run(python: Path, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run the tests in a lane's environment; return versions, counts and names of failed tests.
+
+    Raises:
+        RuntimeError: if pytest ended early, and its counts mean nothing.
+    """
     began = time.monotonic()
+    folder = python.parents[1]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "MPLCONFIGDIR": str(python.parent / "matplotlib"),
-        "TORCHINDUCTOR_CACHE_DIR": str(python.parent / "inductor"),
-        "TRITON_CACHE_DIR": str(python.parent / "triton"),
-        "XDG_CACHE_HOME": str(python.parent / "cache"),
+        "MPLCONFIGDIR": str(folder / "matplotlib"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "XDG_CACHE_HOME": str(folder / "cache"),
     }
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *lane.left_out]
-    # Written as it comes: tail -f .cache/versions/nightly.log.
-    folder = python.parents[1]
-    log = folder.parent / f"{folder.name}.log"
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    # Written as it comes: tail -f .cache/versions/pinned.log.
+    log = folder.with_suffix(".log")
     with log.open("w", encoding="utf-8") as file:
-        subprocess.run(
-            [*command, *arguments], cwd=PROJECT, env=environment, stdout=file, stderr=file
-        )
+        done = subprocess.run(command, cwd=PROJECT, env=environment, stdout=file, stderr=file)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"pytest ended early, with status {done.returncode}: see {log}")
+    chosen = [one for one in arguments if one.startswith(("tests", "rnnkeys", "docs"))]
     return {
         "versions": _versions(python),
         "commit": _commit(),
-        "tests": _describe_tests(lane, arguments),
+        "tests": " ".join(chosen) or "all",
         **read_counts(log.read_text(encoding="utf-8")),
         "minutes": round((time.monotonic() - began) / 60, 1),
     }
-
-
-def _describe_tests(lane: Lane, arguments: Sequence[str]) -> str:
-    chosen = " ".join(one for one in arguments if one.startswith(("tests", "rnnkeys", "docs")))
-    left_out = " and ".join(one.partition("=")[2] for one in lane.left_out)
-    return chosen or (f"all but {left_out}" if left_out else "all")
 
 
 def merge(before: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
@@ -227,7 +201,7 @@ def check_lane(name: str, arguments: Sequence[str], keep: bool = False) -> dict[
     Returns:
         The result, or the reason why there is none under ``"not run"``.
     """
-    folder = CACHE / "versions" / name.replace(" ", "-")
+    folder = CACHE / "versions" / name
     built = folder / "built"
     python = folder / "bin" / "python"
     try:
@@ -235,7 +209,7 @@ def check_lane(name: str, arguments: Sequence[str], keep: bool = False) -> dict[
             shutil.rmtree(folder, ignore_errors=True)
             python = build(LANES[name], folder)
             built.touch()
-        return run(LANES[name], python, arguments)
+        return run(python, arguments)
     except RuntimeError as error:
         return {"not run": str(error)}
     finally:
@@ -247,7 +221,7 @@ def render(results: dict[str, dict[str, Any]]) -> str:
     """Return the results as a Markdown page."""
     counted = ["passed", "failed", "skipped", "minutes", "commit", "tests"]
     head = ["lane", "Python", *SHOWN, *counted]
-    text = "The test suite with other versions, from `make test-versions`, whole or in parts."
+    text = "The test suite with other versions, from `make test-versions`."
     lines = ["# Versions", "", text, ""]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, result in results.items():
@@ -265,7 +239,7 @@ def render(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run lanes and write their results; return 1 if a test failed, else 0."""
+    """Run lanes and write their results; return 0 if every test passed, else 1."""
     parser = argparse.ArgumentParser(
         description="Run the tests with other versions.", allow_abbrev=False
     )
@@ -279,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("pytest", nargs="*", help="other arguments for pytest")
     options = parser.parse_args(arguments)
-    failed = 0
+    status = 0
     for name in options.lanes:
         before = _read_results().get(name, {})
         tests = before.get("failures", []) if options.failed else []
@@ -289,9 +263,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: building the environment", flush=True)
         result = check_lane(name, ["-n", options.jobs, *tests, *options.pytest], options.keep)
         print(f"{name}: {json.dumps(result)}", flush=True)
-        failed += result.get("failed", 0)
+        if result.get("failed", 1):
+            status = 1
         _write_result(name, merge(before, result) if tests and "failed" in result else result)
-    return 1 if failed else 0
+    return status
 
 
 def _read_results() -> dict[str, Any]:

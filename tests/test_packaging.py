@@ -167,11 +167,13 @@ def _metadata(wheel: Path) -> Message:
 
 def _link_installed(names: Iterable[str], site: Path) -> None:
     """Link packages and all that they require from this environment: needs no network."""
+    # A nightly build is a distribution of another name.
+    distributions = metadata.packages_distributions()
     done: set[str] = set()
     todo = set(names)
     while todo:
         done.add(name := todo.pop())
-        distribution = metadata.distribution(name)
+        distribution = metadata.distribution(distributions.get(name, [name])[0])
         for entry in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
             if not (site / entry).exists():
                 (site / entry).symlink_to(str(distribution.locate_file(entry)))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from scripts import test_versions as script
-from scripts.test_versions import LANES, NIGHTLY, Lane
+from scripts.test_versions import LANES, Lane
 
 OUTPUT = """
 .F.s
@@ -36,35 +37,47 @@ def test_read_counts_without_a_summary_counts_nothing():
     }
 
 
-def test_requirements_include_those_of_nested_extras():
-    names = {one.name for one in script.requirements()}
-    assert {"torch", "torchrl", "tensordict", "pytest", "ray", "onnx", "gymnasium"} <= names
-    assert "rnnkeys" not in names and "ruff" not in names
-
-
-def test_write_constraints_leaves_out_the_pins_of_replaced_packages(tmp_path: Path):
-    script.write_constraints(Lane(NIGHTLY), tmp_path / "constraints.txt")
-    pinned = (tmp_path / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    names = {line.partition("==")[0] for line in pinned}
-    assert {"torch", "numpy"} <= names
-    assert not {"torchrl", "tensordict"} & names
-
-
-def test_write_constraints_keeps_the_versions_of_the_lane(tmp_path: Path):
-    script.write_constraints(LANES["torch 2.11"], tmp_path / "constraints.txt")
+def test_write_constraints_puts_the_versions_of_the_lane_in_place_of_pins(tmp_path: Path):
+    lane = Lane("python3", instead=("torch==2.11.*", "triton", "setuptools<82"))
+    script.write_constraints(lane, tmp_path / "constraints.txt")
     lines = (tmp_path / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    assert "torch==2.11.*" in lines and "triton" not in lines
-    assert not any(line.startswith("torch==2.13") for line in lines)
+    names = ("torch=", "triton", "setuptools")
+    assert [one for one in lines if one.startswith(names)] == ["torch==2.11.*", "setuptools<82"]
+    assert "torchrl==0.14.1" in lines
+
+
+def test_build_of_the_newest_torch_ignores_constraints_of_pips_configuration(
+    monkeypatch, tmp_path: Path
+):
+    calls = []
+    monkeypatch.setattr(script, "_call", lambda *args, **variables: calls.append((args, variables)))
+    (tmp_path / "lane").mkdir()
+    script.build(LANES["newest"], tmp_path / "lane")
+    constraints = (tmp_path / "lane" / "constraints.txt").as_uri()
+    assert calls[0][0][0][0] == "python3.13"
+    assert [variables for _, variables in calls[1:]] == [{"PIP_CONSTRAINT": constraints}] * 2
+    assert not any("-c" in args[0] for args, _ in calls)
+
+
+def test_build_of_the_nightly_replaces_the_released_packages(monkeypatch, tmp_path: Path):
+    calls = []
+    monkeypatch.setattr(script, "_call", lambda command, **variables: calls.append(command[3:]))
+    (tmp_path / "lane").mkdir()
+    script.build(LANES["nightly"], tmp_path / "lane")
+    assert calls[-2:] == [
+        ["uninstall", "-y", "torchrl", "tensordict"],
+        ["install", "torchrl-nightly", "tensordict-nightly"],
+    ]
 
 
 def test_build_with_an_absent_python_names_it(tmp_path: Path):
     with pytest.raises(RuntimeError, match=r"python3\.absent does not run"):
-        script.build(Lane({}, python="python3.absent"), tmp_path)
+        script.build(Lane("python3.absent"), tmp_path)
 
 
 def test_check_lane_that_cannot_be_built_gives_the_reason(monkeypatch, tmp_path: Path):
     monkeypatch.setattr(script, "CACHE", tmp_path)
-    monkeypatch.setitem(LANES, "pinned", Lane({}, python="python3.absent"))
+    monkeypatch.setitem(LANES, "pinned", Lane("python3.absent"))
     assert "python3.absent does not run" in script.check_lane("pinned", [])["not run"]
     assert not list((tmp_path / "versions").glob("*"))
 
@@ -79,7 +92,7 @@ def test_check_lane_that_keeps_its_environment_builds_once(monkeypatch, tmp_path
 
     monkeypatch.setattr(script, "CACHE", tmp_path)
     monkeypatch.setattr(script, "build", build)
-    monkeypatch.setattr(script, "run", lambda lane, python, arguments: {"python": str(python)})
+    monkeypatch.setattr(script, "run", lambda python, arguments: {"python": str(python)})
     first = script.check_lane("pinned", [], keep=True)
     assert script.check_lane("pinned", [], keep=True) == first
     assert len(built) == 1 and built[0].exists()
@@ -120,15 +133,28 @@ def test_main_with_failed_runs_the_failed_tests_and_adds_their_results(monkeypat
     assert merged["commit"] == "abc, 2 tests again with def"
 
 
-def test_run_says_which_tests_are_left_out(monkeypatch, tmp_path: Path):
-    monkeypatch.setattr(script.subprocess, "run", lambda *args, **options: None)
+def end_pytest_with(monkeypatch, status: int) -> None:
+    ended = subprocess.CompletedProcess([], status)
+    monkeypatch.setattr(script.subprocess, "run", lambda *args, **options: ended)
     monkeypatch.setattr(script, "_versions", lambda python: {})
     monkeypatch.setattr(script, "_commit", lambda: "abc")
-    (tmp_path / "lane" / "bin").mkdir(parents=True)
+
+
+def test_run_names_the_chosen_tests(monkeypatch, tmp_path: Path):
+    end_pytest_with(monkeypatch, 0)
     python = tmp_path / "lane" / "bin" / "python"
-    whole = script.run(LANES["nightly"], python, ["-n", "1"])
-    assert whole["tests"] == "all but tests/test_packaging.py"
-    assert (
-        script.run(LANES["nightly"], python, ["-n", "1", "tests/cells"])["tests"] == "tests/cells"
-    )
+    assert script.run(python, ["-n", "1"])["tests"] == "all"
+    assert script.run(python, ["-n", "1", "tests/cells"])["tests"] == "tests/cells"
     assert (tmp_path / "lane.log").exists()
+
+
+def test_run_of_tests_that_end_early_is_an_error(monkeypatch, tmp_path: Path):
+    end_pytest_with(monkeypatch, -11)
+    with pytest.raises(RuntimeError, match=r"status -11: see .*lane\.log"):
+        script.run(tmp_path / "lane" / "bin" / "python", [])
+
+
+def test_main_with_a_lane_that_did_not_run_returns_one(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(script, "RESULTS", tmp_path / "versions.json")
+    monkeypatch.setattr(script, "check_lane", lambda *arguments: {"not run": "no such Python"})
+    assert script.main(["--lanes", "pinned"]) == 1
