@@ -41,6 +41,8 @@ GROWTH: list[Shape] = [(64, 64, 64, 128), (16, 256, 64, 128), (4, 1024, 64, 128)
 GROWTH += [(1, 4096, 64, 128)]
 LINEAR = ("mingru", "minlstm", "lru", "s5", "ffm", "s6")
 CELLS = (*LINEAR, "gru")
+HALF = ("lru", "ffm")  # their state has two numbers for each of H
+STEP_SIZES = (64, 128, 256)
 LONG = 512
 OUTPUT = Path(__file__).parent / "results" / "linear_cells.md"
 _CALLS_OF_A_STEP = 200
@@ -53,6 +55,8 @@ def make_calls(shape: Shape) -> dict[str, Call]:
     calls: dict[str, Call] = {}
     for name in CELLS:
         calls[f"{name} 0.1"] = make_module_call(name, x, hidden, 0.1)
+    for name in HALF:
+        calls[f"{name} half"] = make_module_call(name, x, hidden // 2, 0.1)
     calls["mingru 0.0"] = make_module_call("mingru", x, hidden, 0.0)
     for name, layer in (("nn.GRU", nn.GRU), ("nn.LSTM", nn.LSTM)):
         calls[name] = _layer_call(layer(inputs, hidden, batch_first=True), x)
@@ -88,13 +92,17 @@ def _layer_call(layer: nn.RNNBase, x: torch.Tensor) -> Call:
     return lambda: layer(x)[0].sum().backward()
 
 
-def make_step_calls() -> dict[str, Call]:
-    """Make calls that run single steps of one environment, by name of the cell."""
-    return {name: _step_call(name) for name in CELLS}
+def make_step_calls(size: int) -> dict[str, Call]:
+    """Make calls that run single steps of one environment, by name of the cell.
+
+    Args:
+        size: of inputs and of outputs.
+    """
+    return {name: _step_call(name, size) for name in CELLS}
 
 
-def _step_call(name: str) -> Call:
-    module, data = _make_module(name, torch.randn(1, 64), 64)
+def _step_call(name: str, size: int) -> Call:
+    module, data = _make_module(name, torch.randn(1, size), size)
 
     def call() -> None:
         with torch.no_grad():
@@ -153,12 +161,16 @@ def describe_sequences(measured: dict[Shape, Seconds]) -> Iterator[str]:
         for shape, seconds in measured.items()
     ]
     yield from table(["(B, T), I, H", *names], rows)
-    yield "Times over those of minGRU. States have H numbers, of LRU and FFM 2 H, of S6 16 H:"
+    yield (
+        "Times over those of minGRU. States have H numbers, of LRU and FFM 2 H, of S6 16 H; the last "
+        "columns are LRU and FFM with H / 2, whose states have the size of minGRU's:"
+    )
+    names = [*(f"{name} 0.1" for name in LINEAR[1:]), *(f"{name} half" for name in HALF)]
     rows = [
-        [describe(s), *(f"{ratio(x, f'{name} 0.1', 'mingru 0.1'):.2f}" for name in LINEAR[1:])]
+        [describe(s), *(f"{ratio(x, name, 'mingru 0.1'):.2f}" for name in names)]
         for s, x in measured.items()
     ]
-    yield from table(["(B, T), I, H", *LINEAR[1:]], rows)
+    yield from table(["(B, T), I, H", *LINEAR[1:], *(f"{n}, H / 2" for n in HALF)], rows)
 
 
 def describe(shape: Shape) -> str:
@@ -168,7 +180,7 @@ def describe(shape: Shape) -> str:
 
 
 def describe_goals(
-    measured: dict[Shape, Seconds], growth: dict[Shape, Seconds], steps: Seconds
+    measured: dict[Shape, Seconds], growth: dict[Shape, Seconds], steps: dict[int, Seconds]
 ) -> Iterator[str]:
     """Yield the table of goals."""
     long = [seconds for shape, seconds in measured.items() if shape[1] >= LONG]
@@ -179,7 +191,7 @@ def describe_goals(
     times = [milliseconds(seconds, "mingru 0.1") for seconds in growth.values()]
     calls = make_calls(SHAPES[2])
     memory = peak_bytes(calls["mingru 0.1"]) / peak_bytes(calls["nn.GRU"])
-    rows = [
+    goals = [
         ("times as fast as `nn.GRU`, no resets", 1 / mean("mingru 0.0", "nn.GRU"), "5 or more"),
         ("times as fast as `nn.LSTM`, no resets", 1 / mean("mingru 0.0", "nn.LSTM"), "2 or more"),
         ("times as fast as rnnkeys' GRU, resets", 1 / mean("mingru 0.1", "gru 0.1"), "2 or more"),
@@ -190,19 +202,25 @@ def describe_goals(
             max(times) / min(times),
             "1.3 or less",
         ),
-        (
-            "time of a step at B = 1 over GRUModule's, H = 64",
-            ratio(steps, "mingru", "gru"),
-            "1 or less",
+        *(
+            (
+                f"time of a step at B = 1 over GRUModule's, I = H = {size}",
+                ratio(seconds, "mingru", "gru"),
+                "1 or less",
+            )
+            for size, seconds in steps.items()
         ),
         (f"peak memory over `nn.GRU`'s, {describe(SHAPES[2])}", memory, "1 or less"),
     ]
     yield f"minGRU, geometric means over the shapes of {LONG} steps and more:"
-    yield from table(["", "measured", "goal"], [[n, f"{x:.2f}", goal] for n, x, goal in rows])
-    yield "Time of a step at B = 1, H = 64, without gradient, in microseconds:"
+    yield from table(["", "measured", "goal"], [[n, f"{x:.2f}", goal] for n, x, goal in goals])
+    yield "Time of a step at B = 1 without gradient, in microseconds:"
     scale = 1e3 / _CALLS_OF_A_STEP
-    row = [f"{scale * milliseconds(steps, name):.0f}" for name in CELLS]
-    yield from table(CELLS, [row])
+    rows = [
+        [str(size), *(f"{scale * milliseconds(seconds, name):.0f}" for name in CELLS)]
+        for size, seconds in steps.items()
+    ]
+    yield from table(["I = H", *CELLS], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -219,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = {"mingru 0.1"}
     few = [{k: v for k, v in make_calls(shape).items() if k in names} for shape in GROWTH]
     growth = {s: time_calls(c, options.repeats) for s, c in zip(GROWTH, few, strict=True)}
-    steps = time_calls(make_step_calls(), options.repeats)
+    steps = {size: time_calls(make_step_calls(size), 3 * options.repeats) for size in STEP_SIZES}
     lines = [
         "# Linear cells",
         "",
