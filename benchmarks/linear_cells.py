@@ -162,8 +162,8 @@ def describe_sequences(measured: dict[Shape, Seconds]) -> Iterator[str]:
     ]
     yield from table(["(B, T), I, H", *names], rows)
     yield (
-        "Times over those of minGRU. States have H numbers, of LRU and FFM 2 H, of S6 16 H; the last "
-        "columns are LRU and FFM with H / 2, whose states have the size of minGRU's:"
+        "Times over those of minGRU. States have H numbers, of LRU and FFM 2 H, of S6 16 H; the "
+        "last columns are LRU and FFM with H / 2, whose states have the size of minGRU's:"
     )
     names = [*(f"{name} 0.1" for name in LINEAR[1:]), *(f"{name} half" for name in HALF)]
     rows = [
