@@ -8,8 +8,8 @@ Changes are drawn by a fixed seed, as many from each folder. Results are lines o
 a second call continues the first.
 
     python -m scripts.mutants                              # 60 of each folder
-    python -m scripts.mutants --only cells --count 100
-    python -m scripts.mutants --again survived             # survivors once more
+    python -m scripts.mutants --only cells backends --count 100
+    python -m scripts.mutants --again survived --seconds 60
     python -m scripts.mutants_table                        # write the table
 
 A tool such as mutmut or cosmic-ray imports the package and the tests for each mutant: 15 seconds
@@ -29,12 +29,12 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import pytest
 
-from scripts.mutations import Mutation, compile_mutation, list_mutations
+from scripts.mutations import Mutation, compile_mutation, find_places, list_mutations
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "mutants"
@@ -47,8 +47,10 @@ TESTS = ("rnnkeys", "tests", "--ignore=tests/benchmarks", "--ignore=tests/docs")
 TESTS = (*TESTS, "--ignore=tests/scripts", "--ignore=tests/tutorials", "--ignore=tests/fuzz")
 TESTS = (*TESTS, "--ignore=tests/collectors/test_ray_actors.py", "-m", "not slow")
 # Of each test, so many cases are measured; the other cases run the same lines, or nearly.
-CASES = 8
+CASES = 4
 KILLED, SURVIVED, UNUSABLE = "killed", "survived", "unusable"
+
+Functions = dict[CodeType, list[FunctionType]]
 
 
 class Coverage(NamedTuple):
@@ -56,7 +58,8 @@ class Coverage(NamedTuple):
 
     Attributes:
         seconds: duration by node id, of tests that pass.
-        lines: node ids by file and line, as ``lines["rnnkeys/mode.py"]["12"]``.
+        lines: node ids by file and place, as ``lines["rnnkeys/mode.py"]["recurrent_mode+12"]``: a
+            line counted from that of its function, which an edit above it does not move.
     """
 
     seconds: dict[str, float]
@@ -65,8 +68,9 @@ class Coverage(NamedTuple):
     def tests_of(self, mutation: Mutation) -> list[str]:
         """Return the tests that run a mutation's statement, in the order to run them in."""
         lines = self.lines.get(mutation.path, {})
-        span = range(mutation.line, mutation.last_line + 1)
-        names = {name for line in span for name in lines.get(str(line), [])}
+        span = range(mutation.offset, mutation.offset + mutation.last_line - mutation.line + 1)
+        places = [f"{mutation.function}+{offset}" for offset in span]
+        names = {name for place in places for name in lines.get(place, [])}
         folder = mutation.path.split("/")[1]
         near = (f"tests/{folder}/", f"rnnkeys/{folder}/")
         return sorted(
@@ -81,16 +85,16 @@ class Campaign:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.items: dict[str, pytest.Item] = {}
+        self.functions: Functions = {}
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        """Measure the coverage unless it is known, then run the mutants."""
+        """Measure the coverage as far as it is not known, then run the mutants."""
         self.items = {item.nodeid: item for item in session.items}
         for path in _list_files(self.options.only):
             importlib.import_module(path.removesuffix(".py").replace("/", "."))
+        self.functions = find_functions()
         gc.freeze()
-        if not (CACHE / "coverage.json").exists():
-            self._measure_coverage(session)
-        coverage = read_coverage()
+        coverage = self._measure_coverage(session)
         verdicts = {n: results[-1]["verdict"] for n, results in read_all_results().items()}
         wanted = draw_mutations(self.options)
         left = [m for m in wanted if verdicts.get(m.name) in self.options.again]
@@ -108,11 +112,13 @@ class Campaign:
                 )
         return True
 
-    def _measure_coverage(self, session: pytest.Session) -> None:
-        items, jobs = list(_thin_out(self.items)), self.options.jobs
+    def _measure_coverage(self, session: pytest.Session) -> Coverage:
+        known, jobs = read_coverage().seconds, self.options.jobs
+        items = [item for item in _thin_out(self.items) if item.nodeid not in known]
         parts = [items[i::jobs] for i in range(jobs)]
         for child in [_fork(lambda part=part: cover(part, session)) for part in parts]:
             os.waitpid(child, 0)
+        return read_coverage()
 
     def _run_all(
         self, session: pytest.Session, mutations: Sequence[Mutation], coverage: Coverage
@@ -125,7 +131,7 @@ class Campaign:
                 tests = self._choose_tests(mutation, coverage)
                 note = CACHE / f"note-{os.getpid()}-{mutation.slot}.txt"
                 items = [self.items[name] for name in tests]
-                task = _Task(session, mutation, items, coverage.seconds, note)
+                task = _Task(session, mutation, self.functions, items, coverage.seconds, note)
                 running[_fork(task.run)] = mutation, time.monotonic(), note, tests
             child, status = os.wait()
             mutation, began, note, tests = running.pop(child)
@@ -160,13 +166,14 @@ class _Task(NamedTuple):
 
     session: pytest.Session
     mutation: Mutation
+    functions: Functions
     items: list[pytest.Item]
     seconds: dict[str, float]
     note: Path
 
     def run(self) -> int:
         try:
-            plant(self.mutation)
+            plant(self.mutation, self.functions)
         except (LookupError, ValueError) as error:
             self.note.write_text(repr(error), encoding="utf-8")
             return 42
@@ -182,22 +189,38 @@ class _Task(NamedTuple):
         return 0
 
 
-def plant(mutation: Mutation) -> None:
-    """Give the functions of this process the code of a mutation.
+def find_functions() -> Functions:
+    """Return the functions of the package in this process, by their code.
+
+    Once, before the forks: to look at every object in each would copy all memory there.
+    """
+    functions: Functions = defaultdict(list)
+    for one in gc.get_objects():
+        if type(one) is FunctionType and one.__code__.co_filename.startswith(f"{ROOT}/rnnkeys/"):
+            functions[one.__code__].append(one)
+    return functions
+
+
+def plant(mutation: Mutation, functions: Functions) -> None:
+    """Give functions the code of a mutation.
+
+    Args:
+        mutation: the change.
+        functions: those of :func:`find_functions`.
 
     Raises:
         LookupError: if no function has the code, such as one that a test makes.
         ValueError: if the new code has other closed-over variables.
     """
-    codes = compile_mutation(ROOT, mutation)
-    gc.unfreeze()
-    found = 0
-    for function in gc.get_objects():
-        if type(function) is FunctionType and function.__code__ in codes:
-            if function.__code__.co_filename == str(ROOT / mutation.path):
-                function.__code__ = codes[function.__code__]
-                found += 1
-    if not found:
+    changed = [
+        (function, new)
+        for old, new in compile_mutation(ROOT, mutation).items()
+        for function in functions.get(old, [])
+        if function.__code__.co_filename == str(ROOT / mutation.path)
+    ]
+    for function, new in changed:
+        function.__code__ = new
+    if not changed:
         raise LookupError("no function has this code")
 
 
@@ -219,32 +242,31 @@ def cover(items: Sequence[pytest.Item], session: pytest.Session) -> int:
         failed = session.testsfailed
     measure.stop()
     data = measure.get_data()
-    lines = {
-        os.path.relpath(file, ROOT): {
-            line: [name for name in names if name]
+    lines: dict[str, dict[str, list[str]]] = {}
+    for file in data.measured_files():
+        path = os.path.relpath(file, ROOT)
+        places = find_places(ROOT, path)
+        lines[path] = {
+            "{}+{}".format(*places[line]): [name for name in names if name]
             for line, names in data.contexts_by_lineno(file).items()
+            if line in places
         }
-        for file in data.measured_files()
-    }
-    path = CACHE / f"coverage-{os.getpid()}.part"
-    path.write_text(json.dumps({"seconds": seconds, "lines": lines}), encoding="utf-8")
+    part = CACHE / f"coverage-{os.getpid()}-{int(time.time())}.json"
+    part.write_text(json.dumps({"seconds": seconds, "lines": lines}), encoding="utf-8")
     return 0
 
 
 def read_coverage() -> Coverage:
-    """Return what the tests run, and join what several processes measured."""
-    whole = CACHE / "coverage.json"
-    if not whole.exists():
-        seconds: dict[str, float] = {}
-        lines: dict[str, Any] = defaultdict(lambda: defaultdict(list))
-        for part in CACHE.glob("coverage-*.part"):
-            data = json.loads(part.read_text(encoding="utf-8"))
-            seconds |= data["seconds"]
-            for file, tests in data["lines"].items():
-                for line, names in tests.items():
-                    lines[file][line] += names
-        whole.write_text(json.dumps({"seconds": seconds, "lines": lines}), encoding="utf-8")
-    return Coverage(**json.loads(whole.read_text(encoding="utf-8")))
+    """Return what the tests run, joined from what several processes measured."""
+    seconds: dict[str, float] = {}
+    lines: dict[str, Any] = defaultdict(lambda: defaultdict(list))
+    for part in CACHE.glob("coverage-*.json"):
+        data = json.loads(part.read_text(encoding="utf-8"))
+        seconds |= data["seconds"]
+        for file, places in data["lines"].items():
+            for place, names in places.items():
+                lines[file][place] += names
+    return Coverage(seconds, lines)
 
 
 def read_all_results() -> dict[str, list[dict[str, Any]]]:
@@ -260,16 +282,15 @@ def read_all_results() -> dict[str, list[dict[str, Any]]]:
 def draw_mutations(options: argparse.Namespace) -> list[Mutation]:
     """Return the sample, the first of each folder first."""
     sample = []
-    for folder in (name for name in FOLDERS if options.only in name):
-        found = [m for path in _list_files(folder) for m in list_mutations(ROOT, path)]
+    for folder in options.only:
+        found = [m for path in _list_files([folder]) for m in list_mutations(ROOT, path)]
         found = sorted(found, key=lambda mutation: mutation.rank(options.seed))
         found = [mutation for mutation in found if options.match in mutation.name]
         sample += enumerate(found[: options.count])
     return [mutation for _, mutation in sorted(sample, key=lambda pair: pair[0])]
 
 
-def _list_files(folder: str) -> list[str]:
-    folders = [name for name in FOLDERS if folder in name]
+def _list_files(folders: Sequence[str]) -> list[str]:
     paths = [path for name in folders for path in (ROOT / "rnnkeys" / name).glob("*.py")]
     return sorted(path.relative_to(ROOT).as_posix() for path in paths)
 
@@ -309,17 +330,22 @@ def _kill_group(leader: int) -> None:
         pass
 
 
-def main() -> int:
-    """Run the mutants, or write their table."""
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of a command line; None stands for that of the program."""
     parser = argparse.ArgumentParser(description="Run the tests on mutants.", allow_abbrev=False)
     parser.add_argument("--count", type=int, default=60, help="mutants of each folder")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--only", default="", metavar="FOLDER", help="folders with this name")
+    parser.add_argument("--only", nargs="*", default=FOLDERS, choices=FOLDERS, help="folders")
     parser.add_argument("--match", default="", metavar="TEXT", help="mutants with it in their name")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--seconds", type=float, default=30.0, help="of tests per mutant, at most")
     parser.add_argument("--again", nargs="*", default=[], help="verdicts to run once more")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Run the mutants."""
+    options = parse_arguments()
     options.again = {None, *options.again}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.pop("PYTEST_ADDOPTS", None)

@@ -2,7 +2,7 @@
 
     python -m scripts.mutants_table            # after python -m scripts.mutants
 
-Reasons why a mutant is equivalent stand in ``benchmarks/results/mutants_equivalent.json``.
+Why a mutant is equivalent, or survives, stands in ``benchmarks/results/mutants.json``.
 """
 
 from __future__ import annotations
@@ -13,62 +13,74 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scripts.mutants import FOLDERS, KILLED, ROOT, SURVIVED, read_all_results
+from scripts.mutants import (
+    FOLDERS,
+    KILLED,
+    ROOT,
+    SURVIVED,
+    draw_mutations,
+    parse_arguments,
+    read_all_results,
+)
 
 TABLE = ROOT / "benchmarks" / "results" / "mutants.md"
-EQUIVALENT = ROOT / "benchmarks" / "results" / "mutants_equivalent.json"
+WORDS = ROOT / "benchmarks" / "results" / "mutants.json"
 HEAD = """# Mutants
 
 Each mutant is one small change in the body of a function of the package: another comparison,
 operator or constant, an inverted condition, exchanged arguments, a dropped keyword or statement.
-Changes are drawn by a fixed seed. For each, the tests that run its lines are run, for {seconds} s
-at most, until one fails. Kernels for CUDA devices, Ray's actors and the processes that tests start
-are out of reach of this method, and tests marked `slow` are left out. A survivor may therefore be
-killed by a test that had no time, and not every survivor has been looked
-at. The results are those before the tests that this run led to.
+Changes are drawn by a fixed seed, {count} from each folder. For each, the tests that run its lines
+are run, the quickest first and for some seconds only, until one fails. {ran} of the {drawn} that
+were drawn have run; a mutant that survived ran again after tests were added. Kernels for CUDA
+devices, Ray's actors and the processes that tests start are out of reach of this method, and tests
+marked `slow` are left out.
 
 The score is the part killed of the mutants that are not equivalent: an equivalent one changes no
 result, only speed or the way to it.
 
-| folder | mutants | killed | equivalent | survived | score |
-|---|---|---|---|---|---|
+| folder | mutants | killed at first | killed now | equivalent | survive | score |
+|---|---|---|---|---|---|---|
 """
 
 
 def write_table(path: Path = TABLE) -> None:
     """Write the table from the results and the reasons."""
-    reasons = json.loads(EQUIVALENT.read_text(encoding="utf-8"))
-    history = read_all_results()
-    last = {name: results[-1] for name, results in history.items()}
-    text = HEAD.format(seconds=20) + "".join(_rows(last, reasons))
-    lost = {name for name, results in history.items() if results[0]["verdict"] == SURVIVED}
-    found = sorted(name for name in lost if last[name]["verdict"] == KILLED)
+    words = json.loads(WORDS.read_text(encoding="utf-8"))
+    sample = {mutation.name: mutation for mutation in draw_mutations(parse_arguments([]))}
+    runs = {name: results for name, results in read_all_results().items() if name in sample}
+    first = {name: results[0]["verdict"] for name, results in runs.items()}
+    last = {name: results[-1] for name, results in runs.items()}
+    text = HEAD.format(count=len(sample) // len(FOLDERS), ran=len(last), drawn=len(sample))
+    text += "".join(_rows(first, {n: r["verdict"] for n, r in last.items()}, words["equivalent"]))
     survived = sorted(name for name in last if last[name]["verdict"] == SURVIVED)
-    equivalent = [name for name in survived if name in reasons]
-    left = [name for name in survived if name not in reasons]
-    text += _section("Survived at first, killed now", [(n, last[n]["detail"]) for n in found])
-    text += _section("Survive", [(name, f"line {last[name]['line']}") for name in left])
-    text += _section("Equivalent", [(name, reasons[name]) for name in equivalent])
+    found = [name for name in first if first[name] == SURVIVED and last[name]["verdict"] == KILLED]
+    text += _section("Survived at first, killed now", {n: last[n]["detail"] for n in sorted(found)})
+    left = {
+        name: words["survives"].get(name, f"line {sample[name].line}; not looked at")
+        for name in survived
+        if name not in words["equivalent"]
+    }
+    text += _section("Survive", left)
+    equivalent = {name: words["equivalent"].get(name) for name in survived}
+    text += _section("Equivalent", {name: word for name, word in equivalent.items() if word})
     path.write_text(text, encoding="utf-8")
 
 
-def _rows(last: dict[str, Any], reasons: dict[str, str]) -> Iterator[str]:
+def _rows(first: dict[str, str], last: dict[str, str], equivalent: Any) -> Iterator[str]:
     for folder in (*FOLDERS, ""):
-        verdicts = {
-            name: result["verdict"]
-            for name, result in last.items()
-            if name.startswith(f"rnnkeys/{folder}") and result["verdict"] in {KILLED, SURVIVED}
-        }
-        killed = sum(verdict == KILLED for verdict in verdicts.values())
-        equal = sum(name in reasons for name, verdict in verdicts.items() if verdict == SURVIVED)
-        counted = len(verdicts) - equal
-        if counted:
-            row = (len(verdicts), killed, equal, counted - killed, f"{killed / counted:.1%}")
-            yield f"| {folder or 'all'} | " + " | ".join(map(str, row)) + " |\n"
+        names = [name for name in last if name.startswith(f"rnnkeys/{folder}")]
+        killed = sum(last[name] == KILLED for name in names)
+        at_first = sum(last[name] == first[name] == KILLED for name in names)
+        equal = sum(last[name] == SURVIVED and name in equivalent for name in names)
+        survive = sum(last[name] == SURVIVED for name in names) - equal
+        if killed + survive:
+            counts = (len(names), at_first, killed - at_first, equal, survive)
+            row = (folder or "all", *counts, f"{killed / (killed + survive):.1%}")
+            yield f"| {' | '.join(map(str, row))} |\n"
 
 
-def _section(title: str, lines: list[tuple[str, str]]) -> str:
-    items = "".join(f"- `{name}`: {word}\n" for name, word in lines)
+def _section(title: str, words: dict[str, str]) -> str:
+    items = "".join(f"- `{name}`: {word}\n" for name, word in words.items())
     return f"\n## {title}\n\n{items or 'None.' + chr(10)}"
 
 

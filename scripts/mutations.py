@@ -41,6 +41,8 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 # Types, texts, and what runs when the function is defined.
 SKIPPED_NODES = (ast.JoinedStr, ast.Raise, ast.AnnAssign)
 SKIPPED_FIELDS = {"annotation", "returns", "decorator_list", "args"}
+# Two arguments of these may be exchanged.
+SYMMETRIC = {"min", "max", "minimum", "maximum", "transpose", "equal"}
 
 
 class Mutation(NamedTuple):
@@ -51,6 +53,7 @@ class Mutation(NamedTuple):
         function: qualified name of the function.
         line: of the change.
         last_line: of the changed statement.
+        offset: of the line, from that of the function.
         before: the expression or statement.
         after: what replaces it.
         repeat: how many equal changes the function has above this one.
@@ -61,6 +64,7 @@ class Mutation(NamedTuple):
     function: str
     line: int
     last_line: int
+    offset: int
     before: str
     after: str
     repeat: int
@@ -81,13 +85,37 @@ def list_mutations(root: Path, path: str) -> list[Mutation]:
     """Return all mutations of a file, in the order of its source."""
     seen: dict[tuple[str, str, str], int] = {}
     found = []
-    tree = ast.parse((root / path).read_text(encoding="utf-8"))
+    tree, places = _parse(root, path), find_places(root, path)
     for slot, (function, statement, node, new, *_) in enumerate(_slots(tree)):
         texts = (function, _shorten(node), _shorten(new))
         repeat = seen[texts] = seen.get(texts, -1) + 1
         last = getattr(node if statement is node else statement, "end_lineno", node.lineno)
-        found.append(Mutation(path, function, node.lineno, last, *texts[1:], repeat, slot))
+        _, offset = places[node.lineno]
+        lines = (node.lineno, last, offset)
+        found.append(Mutation(path, function, *lines, *texts[1:], repeat, slot))
     return found
+
+
+def find_places(root: Path, path: str) -> dict[int, tuple[str, int]]:
+    """Return for each line in a function its qualified name, and the offset from its first line."""
+    places: dict[int, tuple[str, int]] = {}
+
+    def visit(parent: ast.AST, outer: str) -> None:
+        for node in ast.iter_child_nodes(parent):
+            name = outer
+            if isinstance(node, (ast.ClassDef, *FUNCTIONS)):
+                name = f"{outer}.{node.name}".lstrip(".")
+            if isinstance(node, FUNCTIONS):
+                lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+                places.update((line, (name, line - node.lineno)) for line in lines)
+            visit(node, name)
+
+    visit(_parse(root, path), "")
+    return places
+
+
+def _parse(root: Path, path: str) -> ast.Module:
+    return ast.parse((root / path).read_text(encoding="utf-8"))
 
 
 def compile_mutation(root: Path, mutation: Mutation) -> dict[CodeType, CodeType]:
@@ -173,7 +201,9 @@ def _mutate_constant(node: ast.Constant) -> Iterator[ast.AST]:
 
 def _mutate_call(node: ast.Call) -> Iterator[ast.AST]:
     starred = any(isinstance(argument, ast.Starred) for argument in node.args[:2])
-    if len(node.args) >= 2 and not starred:
+    name = ast.unparse(node.func).rpartition(".")[2]
+    texts = {ast.unparse(argument) for argument in node.args[:2]}
+    if len(texts) == 2 and not starred and name not in SYMMETRIC:
         first, second, *rest = node.args
         yield _with(node, args=[second, first, *rest])
     for index, keyword in enumerate(node.keywords):

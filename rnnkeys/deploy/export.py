@@ -220,7 +220,7 @@ def _make_inputs(step: Step, example: TensorDictBase) -> TensorDictBase:
     if len(example) < 2:
         # A batch of one would be exported as a constant.
         inputs = inputs[[0, 0]]
-    flags = torch.ones(*inputs.batch_size, 1, dtype=torch.bool, device=inputs.device)
+    flags = torch.ones(*inputs.batch_size, 1, dtype=torch.bool)
     for key in step.flag_keys:
         if inputs.get(key, None) is None:
             inputs.set(key, flags)

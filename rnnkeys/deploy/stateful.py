@@ -216,7 +216,7 @@ class StatefulPolicy:
 
     def _as_tensor(self, key: Any, value: Any) -> Tensor:
         try:
-            tensor = torch.as_tensor(value, device=self.device)
+            tensor = torch.as_tensor(value)
         except (RuntimeError, TypeError, ValueError) as error:
             raise TypeError(
                 f"The observation {key!r} must be an array or a tensor of numbers. Got "

@@ -333,12 +333,13 @@ class Wired:
 
     def _is_finite(self, result: Any) -> bool:
         """Return whether the losses, or the advantages of an estimator, are finite."""
-        if isinstance(self, ValueEstimatorBase):
+        if not isinstance(result, TensorDictBase):
+            values = result if isinstance(result, (list, tuple)) else [result]
+        elif isinstance(self, ValueEstimatorBase):
             keys: Any = self.tensor_keys
-            result = [result.get(keys.advantage, None), result.get(keys.value_target, None)]
-        elif isinstance(result, TensorDictBase):
-            result = [value for key, value in result.items() if str(key).startswith("loss")]
-        values = result if isinstance(result, (list, tuple)) else [result]
+            values = [result.get(keys.advantage, None), result.get(keys.value_target, None)]
+        else:
+            values = [value for key, value in result.items() if str(key).startswith("loss")]
         floats = [x for x in values if isinstance(x, Tensor) and x.is_floating_point()]
         return all(bool(value.isfinite().all()) for value in floats)
 

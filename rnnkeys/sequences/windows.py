@@ -89,8 +89,8 @@ def cut_windows(
         tensor([ True,  True, False])
     """
     valid = sequence_mask(spans.length, length)
-    ahead = torch.arange(valid.shape[1], device=spans.row.device)
-    step = spans.first.unsqueeze(-1) + ahead.minimum(spans.length.unsqueeze(-1) - 1)
+    # The count of valid steps stays as it is at padding: the last step again.
+    step = spans.first.unsqueeze(-1) + valid.cumsum(1) - 1
     # A single index: entries that are not tensors cannot be indexed by several.
     windows: Any = rows.reshape(rows.batch_size.numel())[
         spans.row.unsqueeze(-1) * rows.shape[1] + step

@@ -247,7 +247,9 @@ class Windows(SequenceTransform):
             begins: positions of the first steps of the episodes.
         """
         flags = row.get(self.init_key, None)
-        flags = torch.zeros(len(row), 1, dtype=torch.bool) if flags is None else flags.clone()
+        if flags is None:
+            flags = torch.zeros(len(row), 1, dtype=torch.bool, device=_device_of(row))
+        flags = flags.clone()
         if not can_read_values(flags):
             return
         flags[begins] = True
@@ -314,7 +316,7 @@ class Windows(SequenceTransform):
             spans: first step and length of each window.
             origins: episode of each window, and number of its first step there.
         """
-        device = row.device or _device_of(row)
+        device = _device_of(row)
         first, length = torch.tensor(spans, device=device).reshape(-1, 2).long().unbind(-1)
         episode, number = torch.tensor(origins, device=device).reshape(-1, 2).long().unbind(-1)
         once = set() if self.keep_states else self._find_states(row)
@@ -399,11 +401,13 @@ def _leaves(tensordict: TensorDictBase) -> Iterator[tuple[tuple[str, ...], Any]]
 
 
 def _index(steps: TensorDictBase, positions: Tensor) -> TensorDictBase:
-    return cast(TensorDictBase, steps[positions.to(steps.device or _device_of(steps))])
+    return cast(TensorDictBase, steps[positions.to(_device_of(steps))])
 
 
 def _device_of(tensordict: TensorDictBase) -> torch.device:
-    """Return the device of a TensorDict that names none: that of its first tensor."""
+    """Return the device of a TensorDict, that of its first tensor if it names none."""
+    if tensordict.device is not None:
+        return tensordict.device
     first = next(iter(tensordict.values(True, True)), None)
     return first.device if isinstance(first, Tensor) else torch.device("cpu")
 

@@ -164,6 +164,34 @@ def test_s5_frequencies_are_those_of_the_normal_part_of_hippo_legs():
     np.testing.assert_allclose(frequency.numpy(), expected, rtol=1e-10)
 
 
+def test_lru_starts_with_decays_on_its_ring_and_scales_that_fit():
+    parameters = draw_parameters(LRU_CELL, 256)
+    radius = torch.exp(-parameters["nu_log"].exp())
+    assert 0.9 <= radius.min() < 0.91 and 0.99 < radius.max() <= 0.999
+    phase = parameters["theta_log"].exp()
+    assert 0 < phase.min() < 0.01 and 0.3 < phase.max() <= np.pi / 10
+    torch.testing.assert_close(parameters["gamma_log"].exp(), (1 - radius**2).sqrt())
+
+
+def test_diagonal_cell_starts_with_maps_of_the_papers_variance():
+    """``1 / (2 I)`` into the ``N`` complex modes, ``1 / N`` out of them."""
+    parameters = draw_parameters(LRU_CELL, 256)
+    variances = {"weight_ih": 1 / 6, "weight_out": 1 / 256, "weight_skip": 1 / 3}
+    for name, variance in variances.items():
+        assert parameters[name].var().item() == pytest.approx(variance, rel=0.2)
+    assert not parameters["bias_skip"].any()
+
+
+def test_ffm_starts_with_rates_and_periods_spread_evenly():
+    parameters = draw_parameters(FFM_CELL, 12)
+    rates, longest = parameters["rate"], FFM_CELL.max_period
+    assert rates[0].item() == 0.67 and torch.exp(-rates[-1] * longest).item() == pytest.approx(0.01)
+    periods = 2 * np.pi / parameters["frequency"]
+    torch.testing.assert_close(periods, torch.linspace(1, longest, FFM_CELL.num_contexts))
+    for values in (rates, periods):
+        torch.testing.assert_close(values.diff(), values.diff()[:1].expand(len(values) - 1))
+
+
 def test_s6_starts_with_rates_of_whole_numbers_and_steps_in_their_range():
     parameters = draw_parameters(S6_CELL, 64)
     assert (parameters["skip"] == 1).all()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.objectives.value import GAE
 
+from rnnkeys import GRUModule
 from rnnkeys.checks.losses import find_batch_problems
+from rnnkeys.modules.network import RecurrentNetwork
+from tests.support.recurrent import chain
 
 
 @pytest.mark.parametrize(("dim", "is_time"), [(-1, True), (1, True), (0, False), (-2, False)])
@@ -22,3 +27,28 @@ def test_find_batch_problems_of_chunks_along_time_yields_one(dim: int, is_time: 
     batch = TensorDict({"observation": torch.ones(4, 6, 3), "next": after}, [4, 6])
     checks = [problem.check for problem in find_batch_problems(gae, batch, [])]
     assert checks == ["chunks-of-time"] * is_time
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stored", "checks"),
+    [
+        ({}, True, ["next-state-missing"]),
+        ({"skip_existing": True}, False, ["next-state-missing"]),
+        ({"skip_existing": True}, True, []),
+        ({"shifted": True}, False, []),
+    ],
+)
+def test_find_batch_problems_without_next_states_accepts_values_that_are_stored(
+    arguments: dict[str, Any], stored: bool, checks: list[str]
+) -> None:
+    gru = GRUModule(3, 5, in_key="observation", out_key="embed")
+    critic = chain(gru, TensorDictModule(torch.nn.Linear(5, 1), ["embed"], ["state_value"]))
+    gae = GAE(gamma=0.9, lmbda=0.9, value_network=critic, **arguments)
+    flags = torch.zeros(4, 6, 1, dtype=torch.bool)
+    after = {"done": flags, "terminated": flags, "reward": torch.ones(4, 6, 1)}
+    batch = TensorDict({"observation": torch.ones(4, 6, 3), "next": after}, [4, 6])
+    batch["is_init"] = (torch.arange(6) == 0)[:, None].expand(4, 6, 1)
+    if stored:
+        batch["next", "state_value"] = torch.ones(4, 6, 1)
+    problems = find_batch_problems(gae, batch, RecurrentNetwork(gae).layers)
+    assert [problem.check for problem in problems] == checks

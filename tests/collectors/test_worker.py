@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 from copy import deepcopy
 from typing import Any
@@ -38,6 +39,8 @@ def test_actors_on_the_cpu_serve_a_learner_on_another_device() -> None:
     make_env, make_actor_policy = make_parts(policy)
     options: dict[str, Any] = {"num_actors": 1, "frames_per_batch": 8, "timeout": PATIENCE}
     with ProcessActors(make_env, make_actor_policy, **options) as actors:
+        # A process that is no daemon would keep the learner from ending.
+        assert [child.daemon for child in multiprocessing.active_children()] == [True]
         batch = actors.next()
         assert batch["action_value"].any() and batch["action_value"].device.type == "cpu"
         with torch.no_grad():

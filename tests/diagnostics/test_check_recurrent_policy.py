@@ -586,3 +586,19 @@ def test_check_batch_collected_in_recurrent_mode_is_found() -> None:
     with torch.no_grad():
         data = env.rollout(20, policy, break_when_any_done=False)
     assert not Wiring(policy, batch=data).check()
+
+
+def test_check_runs_the_policy_on_the_batch_or_else_on_a_rollout() -> None:
+    wiring = right()
+    report = Wiring(wiring.policy, wiring.env).check()
+    assert report.measured["single_step_difference"] < 1e-5
+    bad = wiring.batch.exclude("is_init")
+    assert not Wiring(wiring.policy, wiring.env, bad).check().measured
+
+
+def test_check_environment_of_single_steps_loses_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "LENGTHS", (1,))
+    wiring = right()
+    assert wiring.env.rollout(8, break_when_any_done=False)["is_init"].all()
+    report = Wiring(wiring.policy, wiring.env).check()
+    assert not report, str(report)

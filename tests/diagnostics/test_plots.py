@@ -34,6 +34,7 @@ def test_plot_episode_states_draws_norms_and_starts(cell: str) -> None:
     policy, data = rollout(cell)
     figure = plot_episode_states(data, policy)
     norms, gates, reach = figure.axes
+    assert norms.get_ylim()[0] == 0
     for key in ("actor_h", "actor_c")[: 2 if cell == "lstm" else 1]:
         torch.testing.assert_close(line(norms, key), data[key].flatten(1).norm(dim=-1))
     drawn = [

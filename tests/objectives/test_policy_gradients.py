@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.objectives import ClipPPOLoss, ReinforceLoss, ValueEstimators
+from torchrl.objectives import A2CLoss, ClipPPOLoss, ReinforceLoss, ValueEstimators
 from torchrl.objectives.value import GAE, TD0Estimator, TD1Estimator, TDLambdaEstimator
 from torchrl.trainers.algorithms import PPOTrainer
 
@@ -245,3 +245,13 @@ def test_ppo_trainer_trains_a_wired_loss() -> None:
     trainer.train()
     for parameter, old in zip(agent.both.parameters(), before, strict=True):
         assert parameter.isfinite().all() and not torch.equal(parameter, old)
+
+
+def test_wired_critic_loss_alone_equals_that_of_the_whole_loss() -> None:
+    agent = make_agent()
+    data = collect(agent)
+    recurrent_loss(GAE(gamma=GAMMA, lmbda=LAMBDA, value_network=agent.critic))(data)
+    loss: Any = recurrent_loss(A2CLoss(agent.actor, agent.critic))
+    value, clip_fraction = loss.loss_critic(data.clone())
+    assert clip_fraction is None
+    torch.testing.assert_close(value.mean(), loss(data.clone())["loss_critic"])

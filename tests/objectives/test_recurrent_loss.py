@@ -196,6 +196,13 @@ def test_wired_loss_parts_are_wired() -> None:
     assert not torch.allclose(wrong, together, rtol=1e-4)
 
 
+def test_wired_estimator_value_estimate_equals_its_targets() -> None:
+    setup = wired(BY_NAME["GAE"])
+    batch = batch_of(BY_NAME["GAE"], setup)
+    expected = setup.loss(batch.clone())["value_target"]
+    torch.testing.assert_close(setup.loss.value_estimate(batch.clone()), expected)
+
+
 def test_wired_loss_restores_the_recurrent_mode() -> None:
     setup = wired(BY_NAME["GAE"])
     batch = batch_of(BY_NAME["GAE"], setup)
@@ -358,6 +365,9 @@ def test_sac_slices_cut_for_its_critics_raise() -> None:
     batch["next", "done"][:] = (torch.arange(12) % 4 == 3).unsqueeze(-1)
     with pytest.raises(ValueError, match=r"critics.*\[12\].*inside a slice.*[Rr]eshape"):
         loss(batch)
+    # Nine steps do not fit two critics, although a slice starts at the fourth.
+    with pytest.raises(ValueError, match=r"critics.*\[9\].*inside a slice"):
+        loss(batch[:9])
     batch["is_init"][6] = True
     loss(batch)
 

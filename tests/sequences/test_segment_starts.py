@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from rnnkeys.sequences.segment_starts import read_is_init
+from rnnkeys.sequences.segment_starts import find_done_key, read_is_init, set_next_flags
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,22 @@ def test_read_is_init_of_bad_flags_raises(flags: Any, error: Any, text: str) -> 
     entries = {} if flags is None else {"is_init": flags}
     with pytest.raises(error, match=text):
         read_is_init(TensorDict(entries, [2, 5]), "is_init")
+
+
+def test_find_done_key_prefers_the_group_of_the_flags() -> None:
+    flags = torch.zeros(5, 1, dtype=torch.bool)
+    batch = TensorDict({"next": {"done": flags}}, [5])
+    init_key = ("team", "agents", "is_init")
+    assert find_done_key(batch, init_key) == ("next", "done")
+    assert find_done_key(batch, init_key, "terminated") is None
+    batch["next", "team", "done"] = flags
+    assert find_done_key(batch, init_key) == ("next", "team", "done")
+    batch["next", "team", "agents", "done"] = flags
+    assert find_done_key(batch, init_key) == ("next", "team", "agents", "done")
+    assert find_done_key(batch, "is_init") == ("next", "done")
+
+
+def test_set_next_flags_without_next_raises() -> None:
+    batch = TensorDict({"is_init": torch.zeros(5, 1, dtype=torch.bool)}, [5])
+    with pytest.raises(KeyError, match="no 'next' tensordict"):
+        set_next_flags(batch, ["is_init"])

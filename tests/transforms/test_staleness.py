@@ -58,6 +58,10 @@ def test_value_discrepancy_scale_is_the_greatest_value_of_valid_steps():
 def test_compute_staleness_invalid_windows_raise():
     policy = make_policy("gru")
     data: Any = collect_episodes(policy, [[8], [8]])
+    wrong: Any = data.to_dict()
+    for pair in ((wrong, data), (data, wrong)):
+        with pytest.raises(TypeError, match="state_staleness expects a TensorDict. Got dict"):
+            state_staleness(policy, *pair)
     with pytest.raises(ValueError, match="must be the same windows"):
         state_staleness(policy, data, data[:, :3])
     with pytest.raises(ValueError, match="burn_in=8 leaves no step"):

@@ -442,3 +442,13 @@ def test_windows_empty_batch_gives_no_windows():
     assert transform(episode(3)[:0]).shape == (0, 4)
     data = episode(3, done=False)
     assert transform(data.set(MASK, torch.zeros(3, dtype=torch.bool))).shape == (0, 4)
+
+
+def test_windows_without_flags_are_cut_at_done() -> None:
+    data: Any = torch.cat([episode(3), episode(4, first=11)])
+    assert cut(Windows(4, "null"), data.exclude("is_init")) == [[1, 2, 3, NULL], [11, 12, 13, 14]]
+
+
+def test_windows_of_a_batch_with_a_device_have_it() -> None:
+    windows = Windows(2, "drop")(episode(4).to("cpu"))
+    assert windows.device == torch.device("cpu") and Windows(2, "drop")(episode(4)).device is None
