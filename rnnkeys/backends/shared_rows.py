@@ -82,12 +82,14 @@ class _SharedRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any):
-        x, *parameters, h, c = ctx.saved_tensors[:7]
+        # Read once: activation checkpoints allow no second time.
+        saved = ctx.saved_tensors
+        x, *parameters, h, c = saved[:7]
         inputs = x.shape[1] - 1
         d_y = grads[0].contiguous()
         # Of several gradients at once no value can be read.
         if not is_legacy_batchedtensor(d_y):
-            blocks = onednn.as_blocks(ctx.saved_tensors[7:])
+            blocks = onednn.as_blocks(saved[7:])
             d_x, d_w_ih, *others = onednn.run_blocks_backward(parameters, x, h, c, blocks, d_y)
             if _is_zero(d_x, ctx.plan.padding):
                 return d_x[:, :inputs], d_w_ih[:, :inputs].contiguous(), *others, None, None

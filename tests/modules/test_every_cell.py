@@ -6,6 +6,7 @@ Cells come from ``CellName``: a new one is tested here with no further line.
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torchrl.data import OneHot
 from torchrl.envs import GymEnv, TransformedEnv
 from torchrl.objectives import DQNLoss, SoftUpdate
@@ -27,6 +29,7 @@ from rnnkeys import (
     export_step,
     get_env_transforms_from_module,
     recurrent_module,
+    set_recurrent_mode,
 )
 from rnnkeys.modules import RecurrentNetwork
 from rnnkeys.objectives import R2D2Loss, recurrent_loss
@@ -181,6 +184,22 @@ def test_cell_checkpoints_restore_the_module(cell):
 
 
 @with_every_state
+def test_cell_in_an_activation_checkpoint_has_the_gradients_without(cell):
+    module = make(cell, dtype=torch.float32)
+    data = batch(module, (3, 12), flag_rate=0.3).exclude(*module.state_keys)
+
+    @set_recurrent_mode(True)
+    def run(x: Tensor) -> Tensor:
+        return module(data.clone().set("observation", x))["embed"].square().sum()
+
+    leaves = [data["observation"].requires_grad_(), *module.parameters()]
+    kept: Any = checkpoint(run, leaves[0], use_reentrant=False)
+    pairs = (torch.autograd.grad(loss, leaves) for loss in (kept, run(leaves[0])))
+    for actual, expected in zip(*pairs, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@with_every_state
 def test_cell_burn_in_remaining_steps_equal_the_whole_sequence(cell):
     module = make(cell)
     data = batch(module, (3, 9))
@@ -285,3 +304,14 @@ def test_every_cell_exported_plays_as_the_module(tmp_path: Path):
             for t, out in enumerate(expected):
                 actual, *states = run(observations[t], flags[t], *states)
                 torch.testing.assert_close(actual, out, **CLOSE)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "mingru", "minlstm", "lru", "s5", "s6", "ffm"])
+def test_module_signature_lists_every_argument_by_name(cell: str) -> None:
+    kind: Any = type(make(cell))
+    arguments = inspect.signature(kind).parameters
+    assert {*inspect.signature(kind.cell_class).parameters, "in_key", "state_key"} <= {*arguments}
+    assert ("block" in arguments) == (cell != "rnn")
+    defaults = {k: v.default for k, v in arguments.items() if v.default is not v.empty}
+    keys = {"in_key": "observation", "out_key": "embed"}
+    assert isinstance(kind(3, 6, **{**defaults, **keys}), kind)
