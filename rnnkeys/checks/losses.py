@@ -164,6 +164,7 @@ def find_batch_problems(
     )
     for end in ("done", "terminated"):
         yield from find_done_problems(batch, next_key(getattr(keys, end, end)))
+    yield from _find_gradient_problems(name, batch, keys)
     if isinstance(loss, (QMixerLoss, TD3BCLoss)):
         yield from _find_padding_problems(name, batch)
     if isinstance(loss, ValueEstimatorBase):
@@ -177,6 +178,22 @@ def find_batch_problems(
             yield from _find_next_state_problems(name, batch, layer)
             if isinstance(loss, ON_POLICY):
                 yield from _find_value_state_problems(loss, batch, layer)
+
+
+def _find_gradient_problems(name: str, batch: TensorDictBase, keys: Any) -> Iterator[Problem]:
+    """Yield a problem if an action or its log-probability would pass gradients to the actor."""
+    for argument in ("action", "sample_log_prob"):
+        named = getattr(keys, argument, None) or []
+        for key in named if isinstance(named, list) else [named]:
+            if getattr(batch.get(key, None), "requires_grad", False):
+                yield Problem(
+                    "collected-with-gradient",
+                    f"{key!r} of the batch requires a gradient, which {name} would pass on to the "
+                    "run that collected it.",
+                    "Collect under torch.no_grad(), as TorchRL's collectors do, or pass "
+                    "batch.detach().",
+                    RuntimeError,
+                )
 
 
 def _find_padding_problems(name: str, batch: TensorDictBase) -> Iterator[Problem]:

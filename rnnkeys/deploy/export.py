@@ -28,7 +28,7 @@ class Step(nn.Module):
     """One time step of a policy: ``(*inputs, *is_init, *states)`` to ``(*outputs, *next_states)``.
 
     Args:
-        policy: with recurrent modules inside, or without.
+        network: the policy, with recurrent modules inside, or without.
         outputs: keys of the entries to return.
         takes_flags: whether ``is_init`` flags are inputs. If not, no step starts an episode: the
             caller passes the initial states there.
@@ -44,14 +44,14 @@ class Step(nn.Module):
 
     def __init__(
         self,
-        policy: TensorDictModuleBase,
+        network: RecurrentNetwork,
         outputs: Sequence[NestedKey],
         *,
         takes_flags: bool = True,
     ) -> None:
         super().__init__()
-        self.policy = policy
-        self.network = RecurrentNetwork(policy)
+        self.policy = network.network
+        self.network = network
         self.observation_keys = self.network.input_keys
         self.init_keys = tuple(dict.fromkeys(init_key for _, init_key in self.network.pairs))
         self.flag_keys = self.init_keys if takes_flags else ()
@@ -142,10 +142,10 @@ def export_step(
             f"{list(example.batch_size)}: reshape it, example.reshape(-1), or add a dimension, "
             "example.unsqueeze(0)."
         )
-    step = Step(policy, outputs)
+    network = RecurrentNetwork(policy)
     writes_file = onnx is not None or pt2 is not None
-    if not writes_file and not any(key in example for key in step.init_keys):
-        step = Step(policy, outputs, takes_flags=False)
+    has_flags = any(init_key in example for _, init_key in network.pairs)
+    step = Step(network, outputs, takes_flags=writes_file or has_flags)
     inputs = _make_inputs(step, example)
     with _for_export(step):
         program = _trace(step, tuple(inputs.get(key) for key in step.input_keys))

@@ -309,7 +309,7 @@ class StatefulPolicy:
         self._ended[self._environments(named)] = False
 
     def _check_agents(self, agents: Any, number: int) -> Tensor:
-        mask = self._as_flags("agents", agents)
+        mask = self._as_flags("agents", agents, "True for each agent to start")
         shapes = {tuple(self.state([]).get(key).shape[1:-2]) for key in self.network.state_keys}
         if mask.shape[:1] != (number,) or tuple(mask.shape[1:]) not in shapes:
             raise ValueError(
@@ -362,7 +362,7 @@ class StatefulPolicy:
             ValueError: if it holds other numbers than 0 and 1, if its shape does not fit, or if
                 ``autoreset`` is not known for a vector of environments.
         """
-        done = self._as_flags("done", done)
+        done = self._as_flags("done", done, "terminated | truncated of the step")
         if done.numel() == self.num_envs:
             done = done.reshape(-1)
         elif done.ndim > 1 and done.shape[-1] == 1:
@@ -386,15 +386,14 @@ class StatefulPolicy:
             self.reset(over) if over.ndim == 1 else self.reset(agents=over)
         self._ended = done.clone()
 
-    def _as_flags(self, argument: str, value: Any) -> Tensor:
+    def _as_flags(self, argument: str, value: Any, expected: str) -> Tensor:
         try:
             flags = torch.as_tensor(value, device=self.device)
         except (RuntimeError, TypeError, ValueError) as error:
             raise TypeError(f"{argument} must be bool. Got {value!r}: {error}") from error
         if not ((flags == 0) | (flags == 1)).all():
             raise ValueError(
-                f"{argument} must be bool, or 0 and 1. Got {value!r}: pass terminated | truncated "
-                "of the step."
+                f"{argument} must be bool, or 0 and 1. Got {value!r}: pass {expected}."
             )
         return flags.bool()
 

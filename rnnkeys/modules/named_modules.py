@@ -10,6 +10,7 @@ import torch
 from ..cells import FFM, LRU, S5, S6, Cell, Elman, MinGRU, MinLSTM, ResidualBlock
 from ..checks import check_choice
 from .cell_module import StackModule
+from .recurrent import RecurrentModule
 from .stacks import CellStack
 
 _BLOCKS = ("plain", "residual")
@@ -19,6 +20,12 @@ class _CellModule(StackModule):
     """Makes the layers of one cell; abstract. Arguments of the cell's class go to the cell."""
 
     cell_class: ClassVar[type[Any]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "cell_class" in vars(cls):
+            documented: Any = cls
+            documented.__signature__ = _find_signature(cls)
 
     def __init__(
         self,
@@ -50,6 +57,19 @@ class _LinearModule(_CellModule):
         check_choice("block", block, _BLOCKS)
         cell: Any = super()._make_cell(arguments)
         return ResidualBlock(cell) if block == "residual" else cell
+
+
+def _find_signature(kind: type[_CellModule]) -> inspect.Signature:
+    """Return the signature of a module's constructor, with every argument by its name."""
+    sizes = list(inspect.signature(_CellModule.__init__).parameters.values())[1:-1]
+    block = inspect.Parameter("block", inspect.Parameter.KEYWORD_ONLY, default="residual")
+    others = [
+        *([block] if issubclass(kind, _LinearModule) else []),
+        *inspect.signature(kind.cell_class).parameters.values(),
+        *list(inspect.signature(RecurrentModule.__init__).parameters.values())[2:],
+    ]
+    by_name = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in others]
+    return inspect.Signature([*sizes, *by_name])
 
 
 class RNNModule(_CellModule):

@@ -79,7 +79,7 @@ class RecurrentModuleConfig(_LayersConfig):
         'MinGRUModule'
     """
 
-    block: str = "plain"
+    block: str | None = None
 
 
 @dataclass

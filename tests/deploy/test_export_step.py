@@ -25,6 +25,7 @@ from rnnkeys import (
     recurrent_module,
 )
 from rnnkeys.deploy.export import Step
+from rnnkeys.modules.network import RecurrentNetwork
 from tests.support.target_cases import Mod, Seq
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -277,7 +278,7 @@ def test_export_of_statistics_by_environment_warns_and_keeps_the_batch_size() ->
 @pytest.mark.parametrize("cell", KINDS)
 def test_step_that_is_traced_by_torch_jit_equals_the_step(cell: str) -> None:
     module = KINDS[cell](3, 5, num_layers=2, in_key="observation", out_key="embed")
-    step = Step(module, ["embed"]).eval()
+    step = Step(RecurrentNetwork(module), ["embed"]).eval()
 
     def inputs(number: int) -> tuple[torch.Tensor, ...]:
         flags = torch.zeros(number, 1, dtype=torch.bool)

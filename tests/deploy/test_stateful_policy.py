@@ -393,6 +393,11 @@ WRONG_KINDS: dict[str, tuple[Any, type[Exception], str]] = {
     "a list of states": (lambda p: p.reset(state=[1]), TypeError, "state must be a TensorDict"),
     "agents of texts": (lambda p: p.reset(agents="a"), TypeError, "agents must be bool. Got 'a'"),
     "agents without a batch": (lambda p: p.reset(agents=True), ValueError, "agents must be bool"),
+    "agents of numbers": (
+        lambda p: p.reset(agents=[2, 0, 0]),
+        ValueError,
+        "agents must be bool.*True for each agent",
+    ),
     "done of texts": (lambda p: p.episode_over(["a"]), TypeError, "done must be bool"),
 }
 

@@ -324,6 +324,18 @@ def test_wired_ppo_of_shuffled_steps_without_ids_raises() -> None:
     check_raises(loss, flat[torch.randperm(len(flat))], ValueError, r"\[continuity\]")
 
 
+@pytest.mark.parametrize("key", ["action", "action_log_prob"])
+def test_wired_loss_of_a_batch_collected_with_gradient_names_the_remedy(key: str) -> None:
+    agent = make_agent("continuous")
+    data: Any = collect(agent)
+    recurrent_loss(GAE(gamma=0.9, lmbda=0.8, value_network=agent.critic))(data)
+    data[key] = data[key].clone().requires_grad_() * 1
+    loss = recurrent_loss(ClipPPOLoss(agent.actor, agent.critic))
+    message = rf"'{key}' .*torch.no_grad\(\).*\[collected-with-gradient\]"
+    check_raises(loss, data, RuntimeError, message)
+    loss(data.detach())
+
+
 def test_wired_ppo_of_states_before_the_reset_warns() -> None:
     """Other libraries store the state that the episode before ended with."""
     agent = make_agent()

@@ -21,6 +21,7 @@ from torchrl.modules import QValueModule
 from torchrl.objectives import DQNLoss
 from torchrl.trainers.algorithms import PPOTrainer
 
+from rnnkeys.cells import ResidualBlock
 from rnnkeys.trainers import configs
 from tests.support.odd_environments import HYBRID_ID, masked_id
 from tests.support.recurrent import chain
@@ -84,7 +85,8 @@ def test_recurrent_module_config_makes_any_cell() -> None:
     config = configs.RecurrentModuleConfig(
         kind="mingru", input_size=3, hidden_size=5, in_key="x", out_key="y"
     )
-    assert type(hydra.utils.instantiate(config)).__name__ == "MinGRUModule"
+    module = hydra.utils.instantiate(config)
+    assert type(module).__name__ == "MinGRUModule" and isinstance(module.cell, ResidualBlock)
 
 
 def make_loss(layer: Any) -> DQNLoss:
