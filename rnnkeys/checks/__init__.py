@@ -26,6 +26,7 @@ from .entries import find_tensor_problems as find_tensor_problems
 from .entries import find_type_problems as find_type_problems
 from .problem import Problem as Problem
 from .problem import raise_first as raise_first
+from .problem import warn_caller as warn_caller
 from .state_keys import RecurrentLayer as RecurrentLayer
 from .state_keys import find_shared_key_problems as find_shared_key_problems
 from .state_keys import read_state_keys as read_state_keys

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import FrameType
 
 from tensordict.utils import NestedKey
 from torch import Tensor
+
+_LIBRARIES = ("rnnkeys", "tensordict", "torch", "torchrl")
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,31 @@ def make_bool_problem(check: str, noun: str, key: NestedKey, value: Tensor) -> P
     )
 
 
-def raise_first(problems: Iterable[Problem], stacklevel: int = 2) -> None:
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line of the program that called: the innermost one outside of the libraries.
+
+    A fixed ``stacklevel`` would name a line of torch, which calls the forward of a module.
+
+    Args:
+        message: what is wrong, and the remedy.
+        category: of the warning.
+    """
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and _is_of_library(frame):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _is_of_library(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES
+
+
+def raise_first(problems: Iterable[Problem]) -> None:
     """Raise the first problem that is an error, if there is one; warn of those before it.
 
     Args:
         problems: what a ``find_..._problems`` function yields; the ones after the first error are
             never computed.
-        stacklevel: of the warnings, as for ``warnings.warn``.
 
     Raises:
         Exception: of the type that the problem names.
@@ -81,4 +103,4 @@ def raise_first(problems: Iterable[Problem], stacklevel: int = 2) -> None:
     for problem in problems:
         if not issubclass(problem.error, Warning):
             raise problem.as_error()
-        warnings.warn(str(problem), problem.error, stacklevel=stacklevel + 1)
+        warn_caller(str(problem), problem.error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from tensordict import TensorDictBase
 from torch import nn
 
-from ..checks import as_int
+from ..checks import as_int, warn_caller
 from .base import Actors, check_plan, draw_seed
 from .worker import Answer, MakeEnv, Plan, Policy, dumps, weights_of
 
@@ -189,7 +188,7 @@ class RemoteActors(Actors):
         lost = f"Actor {actor} ({self._locations[actor]}) is lost: {reason}"
         if self._failures[actor] <= self._max_restarts:
             text = f"{lost}. It is restarted with new episodes and the latest weights."
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
+            warn_caller(text, RuntimeWarning)
             self._restarts[actor] += 1
             self._start(actor)
             return
@@ -200,7 +199,7 @@ class RemoteActors(Actors):
         )
         if self._workers:
             text = f"{lost}. Collection continues with the other {len(self._workers)}."
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
+            warn_caller(text, RuntimeWarning)
 
 
 def _stop_all(workers: dict[int, RemoteWorker], release: Callable[[], None]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from .._compat import UserError as ExportUserError
+from ..checks import warn_caller
 from ..keys import entry_names, join_key, next_key
 from ..mode import set_recurrent_mode
 from ..modules.network import RecurrentNetwork, eval_mode
@@ -173,11 +174,10 @@ def _trace(step: Step, tensors: tuple[Tensor, ...]) -> torch.export.ExportedProg
     except ExportUserError:
         number = len(tensors[0])
         program = torch.export.export(step, tensors, strict=False)
-    warnings.warn(
+    warn_caller(
         f"The policy runs batches of {number} only, the size of the example, so the program does "
         "too: something in it has one value for each environment, such as VecNormV2's statistics "
-        "(use VecNormV2(reduce_batch_dims=True)).",
-        stacklevel=3,
+        "(use VecNormV2(reduce_batch_dims=True))."
     )
     return program
 

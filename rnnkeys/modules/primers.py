@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from torchrl.data import Composite, Unbounded
 from torchrl.envs.transforms import InitTracker, TensorDictPrimer, Transform
 
 from .._compat import NestableCompose
+from ..checks import warn_caller
 from ..mode import recurrent_mode
 
 
@@ -179,7 +179,7 @@ def get_primers_from_module(
     primers = list(_distinct(_find_primers(module, strict)))
     if not primers:
         if warn:
-            warnings.warn("No primers found in the module.", stacklevel=2)
+            warn_caller("No primers found in the module.")
         return None
     return primers[0] if len(primers) == 1 else _compose(*primers)
 
@@ -212,12 +212,11 @@ def make_primer(
 
 def _warn_in_recurrent_mode() -> None:
     if not is_compiling() and recurrent_mode():
-        warnings.warn(
+        warn_caller(
             "An environment runs inside set_recurrent_mode(True), in which a policy takes a batch "
             "of environments for the steps of one sequence. Run it in single steps: with "
             "set_recurrent_mode(False): env.rollout(...). Losses enter recurrent mode themselves. "
-            "[mode]",
-            stacklevel=3,
+            "[mode]"
         )
 
 
@@ -234,7 +233,7 @@ def _find_primers(module: nn.Module, strict: bool) -> Iterator[tuple[nn.Module, 
                 raise
             failures.add(f"{type(submodule).__name__}: {error}")
     if failures:
-        _warn(
+        warn_caller(
             f"No primer could be made for: {'; '.join(sorted(failures))}. Configure these modules, "
             "or append their primers by hand."
         )
@@ -266,16 +265,11 @@ def _check_shared(key: NestedKey, module: nn.Module, owners: Mapping[NestedKey, 
     """Warn of a module that keeps its state where another one does, which computes another."""
     one, other = (set(map(id, m.parameters())) for m in (module, owners[key]))
     if one != other:
-        _warn(
+        warn_caller(
             f"Two modules with parameters of their own, {type(owners[key]).__name__} and "
             f"{type(module).__name__}, keep their state under {key!r}: where both run, each "
             "overwrites the other's. Give one of them other state keys (in_keys and out_keys)."
         )
-
-
-def _warn(message: str) -> None:
-    # As deep as get_primers_from_module is called.
-    warnings.warn(message, stacklevel=5)
 
 
 def get_env_transforms_from_module(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ from .._compat import has_data, in_backward, in_transform
 from ..backends import BACKENDS, Options, unroll_layers, why_not
 from ..backends.step import run_step
 from ..cells import Cell
-from ..checks import check_choice
+from ..checks import check_choice, warn_caller
 from ..mode import as_mode, recurrent_mode
 from ..precision import validate_recurrent_matmul_precision
 from . import entries, key_arguments
@@ -203,10 +202,9 @@ class RecurrentModule(TensorDictModuleBase, ABC):
             self._use_layers(layers)
         if not self._warned_of_hooks and self._layers.has_ignored_hooks:
             self._warned_of_hooks = True
-            warnings.warn(
+            warn_caller(
                 f"Hooks on {self.layers_name} of {type(self).__name__} do not run: its parameters "
-                f"are read, and it is never called. Register them on the {type(self).__name__}.",
-                stacklevel=4,
+                f"are read, and it is never called. Register them on the {type(self).__name__}."
             )
 
     def _check_mode_in_backward(self) -> None:
@@ -449,12 +447,11 @@ class RecurrentModule(TensorDictModuleBase, ABC):
             return
         if not bool(is_init.all()):
             self._warned_of_missing_state = True
-            warnings.warn(
+            warn_caller(
                 f"{type(self).__name__} finds no state {list(self.state_keys)} in a step that "
                 "does not start an episode, and starts from zeros: the state is lost at every "
                 "step. Append the primer to the environment: "
-                "env = env.append_transform(get_primers_from_module(policy)).",
-                stacklevel=4,
+                "env = env.append_transform(get_primers_from_module(policy))."
             )
 
 

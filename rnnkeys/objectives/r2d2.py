@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +20,7 @@ from ..checks import (
     raise_first,
     should_read_values,
     value_checks_enabled,
+    warn_caller,
 )
 from ..keys import MASK_KEY, next_key
 from ..modules.network import RecurrentNetwork
@@ -274,10 +274,9 @@ class R2D2Loss(LossModule):
             fresh = starts_in_window(self._network, windows, self.burn_in)
             mask = torch.cat([valid[:, : self.burn_in] & fresh, mask], 1)
         if read_values and not mask.any():
-            warnings.warn(
+            warn_caller(
                 f"No valid step of these windows of {windows.shape[1]} steps remains after the "
-                f"burn-in of {self.burn_in}: the loss is 0.",
-                stacklevel=5,
+                f"burn-in of {self.burn_in}: the loss is 0."
             )
         return mask
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -25,6 +24,7 @@ from ..checks import (
     find_tensor_problems,
     find_type_problems,
     raise_first,
+    warn_caller,
 )
 from ..keys import MASK_KEY, as_key, as_tuple, next_key
 from ..sequences import Spans, cut_windows
@@ -298,11 +298,10 @@ class Windows(SequenceTransform):
             return
         self._lost_episodes += episodes
         if self._lost_episodes >= _LOST_EPISODES:
-            warnings.warn(
+            warn_caller(
                 f"{self._lost_episodes} episodes have ended and none had length={self.length} "
                 "steps, so that residual='drop' has left nothing. Shorten the windows, or use "
-                "residual='last' or 'null'.",
-                stacklevel=3,
+                "residual='last' or 'null'."
             )
             self._lost_episodes = None
 

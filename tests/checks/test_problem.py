@@ -35,7 +35,7 @@ def test_raise_first_warns_before_the_error_and_computes_nothing_after_it() -> N
         pytest.warns(UserWarning, match=r"This is odd. Look at it. \[odd\]") as warned,
         pytest.raises(KeyError, match=r"This is bad. Change it. \[bad\]"),
     ):
-        raise_first(find(), stacklevel=1)
+        raise_first(find())
     assert warned[0].filename == __file__
 
 
