@@ -7,18 +7,14 @@
 #   make test-versions              the tests with other versions of Python, torch and TorchRL
 #   make demo                       the tutorial: a recurrent DQN learns; its picture is in demo/
 #   make test PYTHON=python3.12     with another interpreter
+#   make demo ARGS="--frames 1000"  ARGS goes to the program that the target runs
 #
 # On Linux, PyPI's torch carries CUDA. Where PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS names a place with
 # PyTorch's CPU wheels, pip takes the smaller CPU build of the same version.
 
 PYTHON ?= python3
 JOBS ?= 2
-PYTEST_ARGS ?=
-DEMO_ARGS ?=
-BENCH_ARGS ?=
-VERSIONS_ARGS ?=
-MUTANTS_ARGS ?=
-CHAOS_ARGS ?=
+ARGS :=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -91,12 +87,12 @@ docs: $(DEV_READY)
 
 # One thread per worker: two workers with two threads each would fight for two cores.
 pytest: $(DEV_READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --durations=10 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --durations=10 $(ARGS)
 
 # 20 entry points, 5,000 new batches each, and as many arguments: an hour on two cores.
 fuzz: export FUZZ_EXAMPLES ?= 5000
 fuzz: $(DEV_READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/fuzz $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/fuzz $(ARGS)
 
 faults: $(DEV_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.check_faults --jobs $(JOBS)
@@ -109,45 +105,45 @@ test-gpu: $(DEV_READY)
 	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("no CUDA device")'
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests/backends/test_contract.py tests/support/triton_kernels.py tests/support/triton_linear.py \
 		tests/backends/test_precision.py -k "triton or precision" --durations=10 \
-		-o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true $(PYTEST_ARGS)
+		-o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true $(ARGS)
 
 # Every lane builds an environment of its own and removes it: gigabytes of downloads, and hours.
 test-versions: | check-python
-	$(PYTHON) -m scripts.test_versions --jobs $(JOBS) $(VERSIONS_ARGS)
+	$(PYTHON) -m scripts.test_versions --jobs $(JOBS) $(ARGS)
 
 # One small change of the package at a time, and the tests that run it: hours. It continues where the
 # last call stopped.
 mutants: $(DEV_READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.mutants --jobs $(JOBS) $(MUTANTS_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.mutants --jobs $(JOBS) $(ARGS)
 	$(BIN)/python -m scripts.mutants_table
 
 # Runs of the tutorials that are killed, stopped and starved: half an hour.
 chaos: $(DEV_READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.chaos $(CHAOS_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.chaos $(ARGS)
 
 # A second `make demo` continues the run in demo/, or tests it again if it is finished.
 demo: $(RUN_READY)
-	$(BIN)/python tutorials/recurrent_dqn.py --output demo $(addprefix --resume ,$(wildcard demo/checkpoint.pt)) $(DEMO_ARGS)
+	$(BIN)/python tutorials/recurrent_dqn.py --output demo $(addprefix --resume ,$(wildcard demo/checkpoint.pt)) $(ARGS)
 
 learn: $(RUN_READY)
-	$(BIN)/python -m benchmarks.learn $(ARGS) $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.learn $(ARGS)
 
 # Tasks whose results others have published: make results ARGS="t_maze_50 --seeds 0"
 results: $(RUN_READY)
 	$(BIN)/python -m benchmarks.learn --suite results $(ARGS)
 
 bench: $(RUN_READY)
-	$(BIN)/python -m benchmarks.bench_cpu $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.bench_cpu $(ARGS)
 
 bench-quick: $(RUN_READY)
-	$(BIN)/python -m benchmarks.bench_cpu --quick $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.bench_cpu --quick $(ARGS)
 
 bench-gpu: $(DEV_READY)
-	env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.bench_gpu $(BENCH_ARGS)
+	env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.bench_gpu $(ARGS)
 
 # How wrong the targets of each loss are; needs the tests' cases and nothing that only tests need.
 targets: $(RUN_READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.targets $(BENCH_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.targets $(ARGS)
 
 format: $(DEV_READY)
 	$(BIN)/ruff check --fix .
