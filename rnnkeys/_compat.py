@@ -1,7 +1,7 @@
 """Private API of torch and TorchRL, in one place: an upgrade has one door.
 
-Each name says for which versions it holds. Nothing else in the package imports from a private
-module of either.
+A comment or a docstring gives the versions that each name was checked with. Nothing else in the
+package imports from a private module of either.
 """
 
 from __future__ import annotations
@@ -178,33 +178,26 @@ def in_derivative() -> bool:
     return in_forward_derivative() or any(kind != TransformType.Vmap for kind in kinds)
 
 
-_foreach_addcmul: Callable[..., None] = vars(torch)["_foreach_addcmul_"]
-_foreach_mul: Callable[..., None] = vars(torch)["_foreach_mul_"]
+_FOREACH: dict[str, Callable[..., None]] = {
+    name: vars(torch)[f"_foreach_{name}"] for name in ("addcmul_", "mul_")
+}
 
 
-def addcmul_in_order(
-    states: tuple[Tensor, ...], a: tuple[Tensor, ...], previous: tuple[Tensor, ...]
-) -> None:
-    """Run ``states[i] += a[i] * previous[i]`` one after the other, ``previous`` among ``states``.
+def run_in_order(name: str, states: tuple[Tensor, ...], *others: tuple[Tensor, ...]) -> None:
+    """Run ``states[i].<name>(*others[i])`` one after the other, ``others`` among ``states``.
 
-    One call on the CPU, where torch, 2.11 to 2.14, runs the list in its order. On other devices it
-    may fuse them, so that they run here.
+    One call on the CPU, where torch, 2.11 to 2.14, runs the list in its order. On other devices
+    torch may fuse the list, so the operations are called one by one.
+
+    Args:
+        name: ``"addcmul_"`` or ``"mul_"``.
+        states: tensors to change in place.
+        *others: the arguments, a list for each.
     """
     if not states:
         return
     if states[0].device.type == "cpu":
-        _foreach_addcmul(states, a, previous)
+        _FOREACH[name](states, *others)
         return
-    for state, a_t, before in zip(states, a, previous, strict=True):
-        state.addcmul_(a_t, before)
-
-
-def mul_in_order(products: tuple[Tensor, ...], previous: tuple[Tensor, ...]) -> None:
-    """Run ``products[i] *= previous[i]`` one after the other; as :func:`addcmul_in_order`."""
-    if not products:
-        return
-    if products[0].device.type == "cpu":
-        _foreach_mul(products, previous)
-        return
-    for product, before in zip(products, previous, strict=True):
-        product.mul_(before)
+    for state, *arguments in zip(states, *others, strict=True):
+        getattr(state, name)(*arguments)

@@ -48,8 +48,8 @@ class InfoActionMask(gym.Wrapper):
 class DictActionMask(gym.ObservationWrapper):
     """Take the entry ``"action_mask"`` out of an observation, and offer it by ``action_masks()``.
 
-    What remains is the observation; one entry alone, such as ``"observation"``, is taken out of the
-    mapping.
+    The rest is the observation. If it is a single entry, such as ``"observation"``, the observation
+    is that entry, not a mapping.
 
     Args:
         env: its observations are mappings with an entry ``"action_mask"``.

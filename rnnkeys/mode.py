@@ -85,12 +85,12 @@ class set_recurrent_mode:
         (True, None)
     """
 
-    # Also that of an instance whose constructor raises.
+    # The value of an instance whose constructor raises.
     _is_used = True
 
     def __init__(self, mode: bool | Literal["recurrent", "sequential"] | None = True) -> None:
         self.mode = as_mode(mode, "mode")
-        # Compiled code can read no context variable.
+        # Compiled code cannot read a context variable.
         self._previous: list[bool | None] = []
         self._is_used = is_compiling()
 

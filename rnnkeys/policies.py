@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -248,7 +249,12 @@ def _make_encoder(
                 "encoder_sizes must end with the size of the features. Got (), which leaves the "
                 "encoder of a vector out; frames and an encoder= need one."
             )
-        layers = encoder or _make_frame_encoder(shape, sizes[-1], device)
+        if encoder is None and min(shape[1:]) < 36:
+            raise ValueError(
+                "observation_shape of frames must be (channels, height, width), both at least 36. "
+                f"Got {tuple(shape)}: enlarge frames, or pass an encoder=."
+            )
+        layers = encoder or ImageEncoder(shape, num_features=sizes[-1], device=device)
         return TimeDistributed(layers, len(shape)), sizes[-1]
     if not sizes:
         return nn.Identity(), shape[0]
@@ -256,52 +262,58 @@ def _make_encoder(
     return nn.Sequential(layers, nn.ReLU()), sizes[-1]
 
 
-class _FrameEncoder(nn.Sequential):
-    """Layers for frames; bytes are divided by 255, floats stay as they are."""
+class ImageEncoder(nn.Module):
+    """Turn images ``[*, C, Y, X]`` into features, ``[*, F]``.
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not input.is_floating_point():
-            # By its attribute: a functional call empties the list of parameters.
-            weight: Any = self[1].weight
-            input = input.to(weight.dtype) / 255
-        return super().forward(input)
-
-
-def _make_frame_encoder(
-    shape: Sequence[int], output_size: int, device: torch.device | str | None
-) -> nn.Module:
-    if min(shape[1:]) < 36:
-        raise ValueError(
-            "observation_shape of frames must be (channels, height, width), both at least 36. Got "
-            f"{tuple(shape)}: enlarge frames, or pass an encoder=."
-        )
-    convolutions, size = make_convolutions(shape, device)
-    layer = nn.Linear(size, output_size, device=device)
-    return _FrameEncoder(convolutions, layer, nn.ReLU())
-
-
-def make_convolutions(
-    shape: Sequence[int], device: torch.device | str | None = None
-) -> tuple[ConvNet, int]:
-    """Make the three convolutions of "Human-level control through deep RL", Mnih et al., 2015.
+    See "Human-level control through deep reinforcement learning", Mnih et al., 2015
+    (https://doi.org/10.1038/nature14236).
 
     Args:
-        shape: ``(C, Y, X)`` of a frame.
+        shape: ``(C, Y, X)`` of an image, at least 36 by 36. Bytes are divided by 255; floats stay
+            as they are.
+        ortho_init: make weights orthogonal and biases zero.
+        num_features: ``F``.
         device: of the parameters.
 
-    Returns:
-        The layers, which flatten their result, and the number of features for one frame.
+    Examples:
+        >>> ImageEncoder((1, 84, 84))(torch.zeros(2, 7, 1, 84, 84, dtype=torch.uint8)).shape
+        torch.Size([2, 7, 512])
     """
-    layers = ConvNet(
-        in_features=shape[0],
-        num_cells=[32, 64, 64],
-        kernel_sizes=[8, 4, 3],
-        strides=[4, 2, 1],
-        activation_class=nn.ReLU,
-        device=device,
-    )
-    with torch.no_grad():
-        return layers, layers(torch.zeros(1, *shape, device=device)).shape[-1]
+
+    num_features = 512
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        ortho_init: bool = False,
+        num_features: int = num_features,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.convolutions = ConvNet(
+            in_features=shape[0],
+            num_cells=[32, 64, 64],
+            kernel_sizes=[8, 4, 3],
+            strides=[4, 2, 1],
+            activation_class=nn.ReLU,
+            device=device,
+        )
+        with torch.no_grad():
+            size = self.convolutions(torch.zeros(1, *shape, device=device)).shape[-1]
+        self.linear = nn.Linear(size, num_features, device=device)
+        if ortho_init:
+            layers: list[Any] = [*self.convolutions, self.linear]
+            for layer in layers:
+                if hasattr(layer, "weight"):
+                    nn.init.orthogonal_(layer.weight, math.sqrt(2))
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """See the class."""
+        if not image.is_floating_point():
+            image = image.to(self.linear.weight.dtype) / 255
+        return self.linear(self.convolutions(image)).relu()
 
 
 def _mlp(

@@ -1,4 +1,4 @@
-"""Prioritised samplers that run wherever torch does.
+"""Prioritized samplers that need no compiled extension.
 
 TorchRL keeps priorities in trees of its compiled extension, and the extension loads only beside the
 build of torch that it was compiled with: elsewhere (torchrl 0.14.1 with torch 2.13.0, for one)
@@ -46,7 +46,7 @@ class _Tree:
             self.nodes[nodes] = self.reduce(self.nodes[2 * nodes], self.nodes[2 * nodes + 1])
 
     def query(self, left: int, right: int) -> float:
-        """Return what the numbers of ``left``, ..., ``right - 1`` reduce to."""
+        """Reduce the numbers ``left``, ..., ``right - 1`` to one."""
         result = self.identity
         left, right = left + self.leaves, right + self.leaves
         while left < right:
@@ -82,7 +82,7 @@ class _MinTree(_Tree):
 
 
 class AnyTrees:
-    """Mixed into a prioritised sampler of TorchRL: it needs no compiled extension."""
+    """Mixin for TorchRL's prioritized samplers: NumPy's trees where the extension is missing."""
 
     dtype: torch.dtype
     _max_capacity: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.distributions import Categorical, Independent
 from torchrl.data import Composite
 from torchrl.modules import IndependentNormal, TanhNormal
 
-from .policies import make_convolutions
+from .policies import ImageEncoder as ImageEncoder
 
 
 class Layers(TensorDictModuleBase):
@@ -177,7 +176,7 @@ class Choices(Independent):
     """Distribution of the int64 actions that stand for discrete ones, a choice for each entry.
 
     Args:
-        logits: unnormalised log-probabilities of all choices, ``[*, sum(sizes)]``.
+        logits: unnormalized log-probabilities of all choices, ``[*, sum(sizes)]``.
         sizes: number of choices of each entry.
         action_mask: bool ``[*, sum(sizes)]``, False at choices that are not allowed: they have
             probability zero. An entry without any allowed choice is as if all were.
@@ -204,11 +203,11 @@ class Choices(Independent):
 
 
 class RunningNorm(nn.Module):
-    """Normalise observations by the mean and variance of those seen so far.
+    """Normalize observations by the mean and variance of those seen so far.
 
     Args:
         shape: shape of one observation.
-        limit: largest magnitude of a normalised value.
+        limit: largest magnitude of a normalized value.
 
     Examples:
         >>> norm = RunningNorm((1,))
@@ -230,7 +229,7 @@ class RunningNorm(nn.Module):
 
     @torch.no_grad()
     def update(self, values: Tensor) -> None:
-        """Take in values ``[*, *shape]``, between two rollouts."""
+        """Update the statistics with values ``[*, *shape]``, between two rollouts."""
         values = values.reshape(-1, *self.mean.shape)
         share = len(values) / (self.count + len(values))
         delta = values.mean(0) - self.mean
@@ -241,36 +240,3 @@ class RunningNorm(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """Return values ``[*, *shape]`` of mean 0 and deviation 1."""
         return ((values - self.mean) / (self.var + 1e-8).sqrt()).clamp(-self.limit, self.limit)
-
-
-class ImageEncoder(nn.Module):
-    """Turn images ``[*, C, Y, X]``, uint8, into 512 features, ``[*, 512]``.
-
-    See "Human-level control through deep reinforcement learning", Mnih et al., 2015
-    (https://doi.org/10.1038/nature14236).
-
-    Args:
-        shape: ``(C, Y, X)`` of an image, at least 36 by 36.
-        ortho_init: make weights orthogonal and biases zero.
-
-    Examples:
-        >>> ImageEncoder((1, 84, 84))(torch.zeros(2, 7, 1, 84, 84, dtype=torch.uint8)).shape
-        torch.Size([2, 7, 512])
-    """
-
-    num_features = 512
-
-    def __init__(self, shape: Sequence[int], ortho_init: bool = False) -> None:
-        super().__init__()
-        self.convolutions, size = make_convolutions(shape)
-        self.linear = nn.Linear(size, self.num_features)
-        if ortho_init:
-            layers: list[Any] = [*self.convolutions, self.linear]
-            for layer in layers:
-                if hasattr(layer, "weight"):
-                    nn.init.orthogonal_(layer.weight, math.sqrt(2))
-                    nn.init.zeros_(layer.bias)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """See the class."""
-        return self.linear(self.convolutions(image.float() / 255)).relu()

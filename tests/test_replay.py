@@ -1,4 +1,4 @@
-"""Prioritised samplers without TorchRL's compiled extension."""
+"""Prioritized samplers without TorchRL's compiled extension."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Backends, ways to run time: their contract, and the rule that chooses one.
 
 Every backend takes a dense ``[B, T]`` batch with resets and returns outputs and the states after
-every time step. Backends work on tensors: they know neither keys nor equations.
+every time step. Backends work on tensors: they contain neither keys nor equations.
 """
 
 from __future__ import annotations

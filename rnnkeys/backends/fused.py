@@ -32,6 +32,28 @@ class Resets(NamedTuple):
     state: tuple[Tensor, ...]
 
 
+class Grads(NamedTuple):
+    """The gradients of a layer.
+
+    Attributes:
+        x: ``[N, I]``, or None if it is not wanted.
+        w_ih: ``[G*H, I]``.
+        w_hh: ``[G*H, H]``.
+        b_ih: ``[G*H]``.
+        b_hh: ``[G*H]``.
+        starts: of the states before the first step.
+        resets: of the states that resets write, or None if they are not wanted.
+    """
+
+    x: Tensor | None
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor
+    b_hh: Tensor
+    starts: tuple[Tensor, ...]
+    resets: tuple[Tensor, ...] | None
+
+
 class Chunk(NamedTuple):
     """Consecutive steps ``[first, last)``, stored in rows ``[begin, end)``."""
 

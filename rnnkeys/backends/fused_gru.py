@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import fused
-from .fused import Resets
+from .fused import Grads, Resets
 from .products import linear
-
-
-class GRUGrads(NamedTuple):
-    """Gradients of :func:`gru_forward`'s inputs; None for ``x`` and resets if not wanted."""
-
-    x: Tensor | None
-    w_ih: Tensor
-    w_hh: Tensor
-    b_ih: Tensor
-    b_hh: Tensor
-    h0: Tensor
-    reset_h: Tensor | None
 
 
 def gru_forward(
@@ -31,7 +18,7 @@ def gru_forward(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
-    h0: Tensor,
+    state: tuple[Tensor, ...],
     sizes: Sequence[int],
     resets: Resets | None,
     keep: bool,
@@ -44,7 +31,7 @@ def gru_forward(
         w_hh: ``[3H, H]``.
         b_ih: ``[3H]`` or None.
         b_hh: ``[3H]`` or None.
-        h0: before the first step, ``[sizes[0], H]``.
+        state: ``(h,)`` before the first step, ``[sizes[0], H]``.
         sizes: rows of every step.
         resets: replaced states, see :class:`.fused.Resets`.
         keep: whether to return the activations, which the backward pass reads.
@@ -55,7 +42,7 @@ def gru_forward(
     """
     hidden = w_hh.shape[1]
     parts = [2 * hidden, hidden]
-    h, previous = x.new_empty(x.shape[0], hidden), (h0,)
+    h, previous = x.new_empty(x.shape[0], hidden), state
     w_rz, w_n = w_ih.split(parts)
     b_rz, b_n = (None, None) if b_ih is None else b_ih.split(parts)
     r_z, n = x.new_empty(0, 2 * hidden), x.new_empty(0, hidden)
@@ -73,17 +60,21 @@ def gru_forward(
 
 
 def gru_backward(
-    grad_h: Tensor,
+    grads: tuple[Tensor | None, ...],
     weights: tuple[Tensor, Tensor, Tensor | None],
     x: Tensor,
-    h0: Tensor,
-    outputs: tuple[Tensor, Tensor, Tensor],
+    state: tuple[Tensor, ...],
+    outputs: tuple[Tensor, ...],
     sizes: Sequence[int],
     resets: Resets | None,
     want_x_grad: bool,
     want_reset_grad: bool,
-) -> GRUGrads:
-    """Compute gradients of :func:`gru_forward` from that of ``h``; weights: w_ih, w_hh, b_hh."""
+) -> Grads:
+    """Compute gradients of :func:`gru_forward` from that of ``h`` (None means zero).
+
+    ``weights`` are ``w_ih``, ``w_hh`` and ``b_hh``.
+    """
+    (grad_h,), (h0,) = grads, state
     h, r_z, n = outputs
     w_ih, w_hh, b_hh = weights
     hidden = h.shape[1]
@@ -104,7 +95,9 @@ def gru_backward(
         for t in range(chunk.last - 1, chunk.first - 1, -1):
             rows, row = sizes[t], row - sizes[t]
             k = slice(row - chunk.begin, row - chunk.begin + rows)
-            dh_t = dh[:rows].add_(grad_h[row : row + rows])
+            dh_t = dh[:rows]
+            if grad_h is not None:
+                dh_t.add_(grad_h[row : row + rows])
             d_k = d[k].mul_(dh_t.unsqueeze(1)).flatten(1)
             dh_t.mul_(z[k]).add_(linear(d_k[:, of_state], w))
             fused.cut_gradient((dh,), t, resets, reset_grads)
@@ -117,8 +110,8 @@ def gru_backward(
         if d_x is not None:
             d_x[chunk.rows] = linear(d[:, of_input], w_ih.t())
     d_w_hh, d_b_hh = (g.roll(-hidden, 0) for g in (d_w_hh, d_bias[of_state]))
-    reset_h = reset_grads[0] if reset_grads else None
-    return GRUGrads(d_x, d_w_ih, d_w_hh, d_bias[of_input].clone(), d_b_hh, dh, reset_h)
+    d_b_ih = d_bias[of_input].clone()
+    return Grads(d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, (dh,), reset_grads)
 
 
 def _factors(r_z: Tensor, n: Tensor, h_n: Tensor, h_tm1: Tensor) -> Tensor:

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import fused
-from .fused import Resets
+from .fused import Grads, Resets
 from .products import linear
-
-
-class LSTMGrads(NamedTuple):
-    """Gradients of :func:`lstm_forward`'s inputs; None for ``x`` and resets if not wanted."""
-
-    x: Tensor | None
-    w_ih: Tensor
-    w_hh: Tensor
-    bias: Tensor
-    h0: Tensor
-    c0: Tensor
-    reset_h: Tensor | None
-    reset_c: Tensor | None
 
 
 def lstm_forward(
     x: Tensor,
     w_ih: Tensor,
     w_hh: Tensor,
-    bias: Tensor | None,
-    state: tuple[Tensor, Tensor],
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    state: tuple[Tensor, ...],
     sizes: Sequence[int],
     resets: Resets | None,
     keep: bool,
@@ -42,7 +29,8 @@ def lstm_forward(
         x: inputs ``[N, I]``.
         w_ih: ``[4H, I]``.
         w_hh: ``[4H, H]``.
-        bias: sum of both biases, ``[4H]``, or None.
+        b_ih: ``[4H]`` or None.
+        b_hh: ``[4H]`` or None.
         state: ``(h, c)`` before the first step, each ``[sizes[0], H]``.
         sizes: rows of every step.
         resets: replaced states, see :class:`.fused.Resets`.
@@ -56,7 +44,7 @@ def lstm_forward(
     h, c = x.new_empty(rows, hidden), x.new_empty(rows, hidden)
     # The sigmoid gates are adjacent: pointwise functions are faster on contiguous memory.
     w_ifo, w_g = _split_gates(w_ih)
-    b_ifo, b_g = (None, None) if bias is None else _split_gates(bias)
+    b_ifo, b_g = (None, None) if b_ih is None or b_hh is None else _split_gates(b_ih + b_hh)
     w = torch.cat(_split_gates(w_hh))
     i_f_o, g, previous = x.new_empty(0, 3 * hidden), x.new_empty(0, hidden), state
     for chunk in fused.forward_chunks(sizes, 4 * hidden, keep):
@@ -83,22 +71,25 @@ def _split_gates(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lstm_backward(
-    grads: tuple[Tensor | None, Tensor | None],
-    weights: tuple[Tensor, Tensor],
+    grads: tuple[Tensor | None, ...],
+    weights: tuple[Tensor, Tensor, Tensor | None],
     x: Tensor,
-    state: tuple[Tensor, Tensor],
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    state: tuple[Tensor, ...],
+    outputs: tuple[Tensor, ...],
     sizes: Sequence[int],
     resets: Resets | None,
     want_x_grad: bool,
     want_reset_grad: bool,
-) -> LSTMGrads:
-    """Compute gradients of :func:`lstm_forward` from those of ``h`` and ``c`` (None means zero)."""
+) -> Grads:
+    """Compute gradients of :func:`lstm_forward` from those of ``h`` and ``c`` (None means zero).
+
+    ``weights`` are ``w_ih``, ``w_hh`` and ``b_hh``, which is not read.
+    """
     h, c, i_f_o, g = outputs
-    w_ih, w_hh = weights
+    w_ih, w_hh, _ = weights
     hidden = h.shape[1]
     d_x = torch.empty_like(x) if want_x_grad else None
-    d_w_ih, d_w_hh = (w.new_zeros(w.shape) for w in weights)
+    d_w_ih, d_w_hh = (w.new_zeros(w.shape) for w in (w_ih, w_hh))
     d_bias, w = h.new_zeros(4 * hidden), w_hh.t()
     dh, dc = torch.zeros_like(state[0]), torch.zeros_like(state[1])
     reset_grads = fused.make_reset_grads(resets, want_reset_grad)
@@ -131,8 +122,8 @@ def lstm_backward(
         d_bias.add_(d_t.sum(1))
         if d_x is not None:
             d_x[chunk.rows] = linear(d, w_ih.t())
-    reset_h, reset_c = reset_grads or (None, None)
-    return LSTMGrads(d_x, d_w_ih, d_w_hh, d_bias, dh, dc, reset_h, reset_c)
+    # A copy: changing the gradient of one bias in place must not change the other.
+    return Grads(d_x, d_w_ih, d_w_hh, d_bias, d_bias.clone(), (dh, dc), reset_grads)
 
 
 def _factors(i_f_o: Tensor, g: Tensor, c: Tensor, c_tm1: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,7 @@ def _backward_in_chunks(
     resets: Tensor,
     wants_start: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Go through time backwards; ``d`` are the gradients of states where they are known."""
+    """Run time backwards; ``d`` are the gradients of states, None if they are to be computed."""
     u, v = p.chunk(2, -1)
     d_p, d_start = p.new_empty(p.shape), start.new_zeros(start.shape if wants_start else 0)
     d_u, d_v = d_p.chunk(2, -1)

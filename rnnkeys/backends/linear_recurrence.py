@@ -1,7 +1,7 @@
 """Linear recurrences ``h_t = a_t * h_{t-1} + b_t`` over time, with exact resets.
 
 Tensors are time-major, ``[T, N, F]``, real or complex. At a segment start the previous state is
-replaced by the stored one, so that a reset is no other operation: ``a_t`` becomes 0 and
+replaced by the stored one, so that a reset needs no operation of its own: ``a_t`` becomes 0 and
 ``a_t * start_t`` is added to ``b_t``. A zero does not stop a NaN (``0 * NaN`` is NaN); the states
 just before resets are therefore checked afterwards, and where one is not finite, time runs again
 with the previous state replaced by a select.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._compat import addcmul_in_order, mul_in_order
+from .._compat import run_in_order
 
 # Elements of a step above which a plain loop is faster than blocks.
 _MOST_IN_BLOCKS = 1024
@@ -155,7 +155,7 @@ def run_chunk_back(
 
 def _run_loop(a: Tensor, h: Tensor, backwards: bool) -> None:
     decays, states = _in_order(a, 0, backwards), _in_order(h, 0, backwards)
-    addcmul_in_order(states[1:], decays[1:], states[:-1])
+    run_in_order("addcmul_", states[1:], decays[1:], states[:-1])
 
 
 def _in_order(x: Tensor, dim: int, backwards: bool) -> tuple[Tensor, ...]:
@@ -178,10 +178,10 @@ def _run_blocks(a: Tensor, h: Tensor, backwards: bool) -> None:
     blocks = h[whole].view(count, length, *h.shape[1:])
     products = a[whole].view(count, length, *h.shape[1:])
     local, powers = _in_order(blocks, 1, backwards), _in_order(products, 1, backwards)
-    addcmul_in_order(local[1:], powers[1:], local[:-1])
-    mul_in_order(powers[1:], powers[:-1])
+    run_in_order("addcmul_", local[1:], powers[1:], local[:-1])
+    run_in_order("mul_", powers[1:], powers[:-1])
     ends, through = _in_order(local[-1], 0, backwards), _in_order(powers[-1], 0, backwards)
-    addcmul_in_order(ends[1:], through[1:], ends[:-1])
+    run_in_order("addcmul_", ends[1:], through[1:], ends[:-1])
     if backwards:
         blocks[:-1, 1:].addcmul_(products[:-1, 1:], blocks[1:, :1])
     else:

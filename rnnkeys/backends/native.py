@@ -66,7 +66,8 @@ def _run_blocks(weights: Weights, x: Tensor, h: Tensor, c: Tensor, plan: Plan) -
     state = [h.unsqueeze(0), c.unsqueeze(0)]
     parameters = [w for w in weights[:4] if w is not None]
     has_biases = weights.b_ih is not None
-    for rows, (steps, size) in zip(split_blocks(x, plan.blocks), plan.blocks, strict=True):
+    parts = x.split([steps * size for steps, size in plan.blocks])
+    for rows, (steps, size) in zip(parts, plan.blocks, strict=True):
         state = [s[:, :size].contiguous() for s in state]
         y, *state = lstm_layers(
             rows.view(steps, size, -1),
@@ -109,8 +110,3 @@ def compute_cell_states(
     for f_t, c_t in zip(f.sigmoid_().split(sizes), c.split(sizes), strict=True):
         c_tm1 = c_t.addcmul_(f_t, c_tm1[: len(c_t)])
     return c
-
-
-def split_blocks(rows: Tensor, blocks: list[tuple[int, int]]) -> tuple[Tensor, ...]:
-    """Split rows ``[N, F]`` at the ends of blocks ``(steps, size)``."""
-    return rows.split([steps * size for steps, size in blocks])

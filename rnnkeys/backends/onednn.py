@@ -2,7 +2,7 @@
 
 The kernel returns outputs and the last cell state. The cell states after the other steps are in the
 workspace that it keeps for its backward pass, and are copied from there: that takes a third of the
-time of a matmul over all steps. Their place is no part of oneDNN's interface. So it is probed once
+time of a matmul over all steps. Their place is not part of oneDNN's interface. So it is probed once
 for each size of layers, and once for each size of blocks the last step is computed again from the
 values found there and compared with the returned state. Where that fails, nothing is returned.
 """

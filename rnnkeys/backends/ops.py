@@ -1,4 +1,4 @@
-"""The fused sequence loops as custom operators: one node each for autograd, vmap and compile.
+"""The fused sequence loops as one custom operator: one node for autograd, vmap and compile.
 
 The size of a graph with such an operator does not depend on the number of steps. A second
 derivative raises an error that names the backend that supports it.
@@ -16,245 +16,168 @@ from . import fused_gru, fused_lstm
 from .cut_rows import lay_out
 
 
-@torch.library.custom_op("rnnkeys::lstm", mutates_args=())
-def lstm(
+@torch.library.custom_op("rnnkeys::gated_layer", mutates_args=())
+def layer(
     x: Tensor,
     w_ih: Tensor,
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     h0: Tensor,
-    c0: Tensor,
+    c0: Tensor | None,
     sizes: Sequence[int],
     where: Tensor | None,
     reset_h: Tensor | None,
     reset_c: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run ``lstm_forward``; a dense batch passes ``where [T, B]`` and the reset states."""
+    """Run one layer of an LSTM, or of a GRU, which has no ``c0``.
+
+    Args:
+        x: ``[N, I]``, flat time-major rows.
+        w_ih: ``[G*H, I]``.
+        w_hh: ``[G*H, H]``.
+        b_ih: ``[G*H]`` or None.
+        b_hh: ``[G*H]`` or None.
+        h0: before the first step, ``[B, H]``.
+        c0: before the first step, ``[B, H]``; None for a GRU.
+        sizes: number of rows of every step; not read with ``where``.
+        where: bool ``[T, B]``, resets of a dense batch; None for packed rows.
+        reset_h: ``[T, B, H]``, the states that resets write.
+        reset_c: ``[T, B, H]``; None for a GRU.
+        keep: whether to return the activated gates, which the backward pass reads.
+
+    Returns:
+        ``h`` and ``c``, each ``[N, H]`` (``c`` is empty for a GRU), and the activated sigmoid gates
+        and tanh gate (empty without ``keep``).
+    """
     rows = lay_out(sizes, where, reset_h, reset_c)
-    bias = None if b_ih is None or b_hh is None else b_ih + b_hh
-    start_h, start_c = rows.starts((h0, c0))
+    run = fused_gru.gru_forward if c0 is None else fused_lstm.lstm_forward
+    start = rows.starts(_given(h0, c0))
     # Activations stay packed: only the backward pass reads them.
-    h, c, i_f_o, g = fused_lstm.lstm_forward(
-        rows.pack(x), w_ih, w_hh, bias, (start_h, start_c), rows.sizes, rows.resets, keep
+    *states, gates, candidate = run(
+        rows.pack(x), w_ih, w_hh, b_ih, b_hh, start, rows.sizes, rows.resets, keep
     )
-    return rows.unpack(h), rows.unpack(c), i_f_o, g
+    h, *c = map(rows.unpack, states)
+    return h, c[0] if c else h.new_empty(0), gates, candidate
 
 
-@torch.library.custom_op("rnnkeys::lstm_backward", mutates_args=())
-def lstm_backward(
+@torch.library.custom_op("rnnkeys::gated_layer_backward", mutates_args=())
+def layer_backward(
     grad_h: Tensor | None,
     grad_c: Tensor | None,
     x: Tensor,
     w_ih: Tensor,
     w_hh: Tensor,
+    b_hh: Tensor | None,
     h0: Tensor,
-    c0: Tensor,
+    c0: Tensor | None,
     h: Tensor,
     c: Tensor,
-    i_f_o: Tensor,
-    g: Tensor,
+    gates: Tensor,
+    candidate: Tensor,
     sizes: Sequence[int],
     where: Tensor | None,
     reset_h: Tensor | None,
     reset_c: Tensor | None,
     want_x_grad: bool,
     want_reset_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run ``lstm_backward``; gradients that are not wanted are empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of ``x``, the four parameters, the first and the reset states.
+
+    Gradients that are not wanted, and those of a GRU's ``c``, are empty.
+    """
     rows = lay_out(sizes, where, reset_h, reset_c)
-    start_h, start_c = rows.starts((h0, c0))
-    grads = fused_lstm.lstm_backward(
-        (_if_given(rows.pack, grad_h), _if_given(rows.pack, grad_c)),
-        (w_ih, w_hh),
-        rows.pack(x),
-        (start_h, start_c),
-        (rows.pack(h), rows.pack(c), i_f_o, g),
-        rows.sizes,
-        rows.resets,
-        want_x_grad,
-        want_reset_grad,
-    )
-    dh, d_reset_h = rows.split_start_grad(grads.h0, grads.reset_h)
-    dc, d_reset_c = rows.split_start_grad(grads.c0, grads.reset_c)
-    if not want_reset_grad:
-        d_reset_h = d_reset_c = None
-    d_x = _if_given(rows.unpack, grads.x)
-    d_x, d_reset_h, d_reset_c = (_or_empty(d, h) for d in (d_x, d_reset_h, d_reset_c))
-    return d_x, grads.w_ih, grads.w_hh, grads.bias, dh, dc, d_reset_h, d_reset_c
-
-
-@torch.library.custom_op("rnnkeys::gru", mutates_args=())
-def gru(
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    h0: Tensor,
-    sizes: Sequence[int],
-    where: Tensor | None,
-    reset_h: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run ``gru_forward``; a dense batch passes ``where [T, B]`` and the reset states."""
-    rows = lay_out(sizes, where, reset_h)
-    (start,) = rows.starts((h0,))
-    # Activations stay packed: only the backward pass reads them.
-    h, r_z, n = fused_gru.gru_forward(
-        rows.pack(x), w_ih, w_hh, b_ih, b_hh, start, rows.sizes, rows.resets, keep
-    )
-    return rows.unpack(h), r_z, n
-
-
-@torch.library.custom_op("rnnkeys::gru_backward", mutates_args=())
-def gru_backward(
-    grad_h: Tensor,
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_hh: Tensor | None,
-    h0: Tensor,
-    h: Tensor,
-    r_z: Tensor,
-    n: Tensor,
-    sizes: Sequence[int],
-    where: Tensor | None,
-    reset_h: Tensor | None,
-    want_x_grad: bool,
-    want_reset_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run ``gru_backward``; gradients that are not wanted are empty."""
-    rows = lay_out(sizes, where, reset_h)
-    (start,) = rows.starts((h0,))
-    grads = fused_gru.gru_backward(
-        rows.pack(grad_h),
+    run = fused_gru.gru_backward if c0 is None else fused_lstm.lstm_backward
+    states = (h,) if c0 is None else (h, c)
+    grads = run(
+        tuple(_if_given(rows.pack, grad) for grad in (grad_h, grad_c)[: len(states)]),
         (w_ih, w_hh, b_hh),
         rows.pack(x),
-        start,
-        (rows.pack(h), r_z, n),
+        rows.starts(_given(h0, c0)),
+        (*map(rows.pack, states), gates, candidate),
         rows.sizes,
         rows.resets,
         want_x_grad,
         want_reset_grad,
     )
-    dh, d_reset = rows.split_start_grad(grads.h0, grads.reset_h)
-    d_x = _or_empty(_if_given(rows.unpack, grads.x), h)
-    d_reset = _or_empty(d_reset if want_reset_grad else None, h)
-    return d_x, grads.w_ih, grads.w_hh, grads.b_ih, grads.b_hh, dh, d_reset
+    resets = grads.resets or (None,) * len(states)
+    split = [rows.split_start_grad(*pair) for pair in zip(grads.starts, resets, strict=True)]
+    d_starts = [start for start, _ in split]
+    d_resets = [reset if want_reset_grad else None for _, reset in split]
+    d_x = _if_given(rows.unpack, grads.x)
+    parameters = (grads.w_ih, grads.w_hh, grads.b_ih, grads.b_hh)
+    results = (d_x, *parameters, *_pair(d_starts), *_pair(d_resets))
+    d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_h, d_c, d_reset_h, d_reset_c = (
+        h.new_empty(0) if grad is None else grad for grad in results
+    )
+    return d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_h, d_c, d_reset_h, d_reset_c
+
+
+def _given(h: Tensor, c: Tensor | None) -> tuple[Tensor, ...]:
+    return (h,) if c is None else (h, c)
+
+
+def _pair(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of ``h`` and ``c``, None for a GRU's ``c``."""
+    return grads[0], grads[1] if len(grads) > 1 else None
 
 
 def _if_given(function: Callable[[Tensor], Tensor], rows: Tensor | None) -> Tensor | None:
     return None if rows is None else function(rows)
 
 
-def _or_empty(grad: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if grad is None else grad
-
-
-def _wants(ctx: Any, index: int) -> bool:
-    return bool(ctx.needs_input_grad[index])
-
-
-def _like(tensor: Tensor) -> Tensor:
-    """Return an empty contiguous tensor of the same shape, whatever the strides of ``tensor``."""
-    return tensor.new_empty(tensor.shape)
-
-
-def _like_if(tensor: Tensor, wanted: bool) -> Tensor:
-    return _like(tensor) if wanted else tensor.new_empty(0)
-
-
-@lstm.register_fake
-def _lstm_fake(x, w_ih, w_hh, b_ih, b_hh, h0, c0, sizes, where, reset_h, reset_c, keep):
-    hidden, rows = w_hh.shape[1], x.shape[0]
+@layer.register_fake
+def _layer_fake(x, w_ih, w_hh, b_ih, b_hh, h0, c0, sizes, where, reset_h, reset_c, keep):
+    gates, hidden = w_hh.shape
+    rows = x.shape[0]
     kept = rows if keep else 0
-    widths = ((rows, hidden), (rows, hidden), (kept, 3 * hidden), (kept, hidden))
-    return tuple(x.new_empty(size) for size in widths)
+    c = x.new_empty(0) if c0 is None else x.new_empty(rows, hidden)
+    kept_gates = x.new_empty(kept, gates - hidden), x.new_empty(kept, hidden)
+    return x.new_empty(rows, hidden), c, *kept_gates
 
 
-@gru.register_fake
-def _gru_fake(x, w_ih, w_hh, b_ih, b_hh, h0, sizes, where, reset_h, keep):
-    hidden, rows = w_hh.shape[1], x.shape[0]
-    kept = rows if keep else 0
-    widths = ((rows, hidden), (kept, 2 * hidden), (kept, hidden))
-    return tuple(x.new_empty(size) for size in widths)
+@layer_backward.register_fake
+def _layer_backward_fake(
+    grad_h, grad_c, x, w_ih, w_hh, b_hh, h0, c0, h, c, gates, candidate, sizes, where, reset_h,
+    reset_c, want_x_grad, want_reset_grad,
+):  # fmt: skip
+    def like(tensor, wanted=True):
+        # Contiguous, whatever the strides of the tensor.
+        return h.new_empty(tensor.shape if wanted and tensor is not None else 0)
+
+    bias = (h.new_empty(w_ih.shape[0]) for _ in range(2))
+    starts = (h.new_empty(0) if s is None else torch.empty_like(s) for s in (h0, c0))
+    resets = (like(s, want_reset_grad) for s in (reset_h, reset_c))
+    return like(x, want_x_grad), like(w_ih), like(w_hh), *bias, *starts, *resets
 
 
-@lstm_backward.register_fake
-def _lstm_backward_fake(
-    grad_h,
-    grad_c,
-    x,
-    w_ih,
-    w_hh,
-    h0,
-    c0,
-    h,
-    c,
-    i_f_o,
-    g,
-    sizes,
-    where,
-    reset_h,
-    reset_c,
-    want_x_grad,
-    want_reset_grad,
-):
-    resets = (_like_if(h if s is None else s, want_reset_grad) for s in (reset_h, reset_c))
-    d_x, d_b = _like_if(x, want_x_grad), w_ih.new_empty(w_ih.shape[0])
-    return d_x, _like(w_ih), _like(w_hh), d_b, torch.empty_like(h0), torch.empty_like(c0), *resets
-
-
-@gru_backward.register_fake
-def _gru_backward_fake(
-    grad_h, x, w_ih, w_hh, b_hh, h0, h, r_z, n, sizes, where, reset_h, want_x_grad, want_reset_grad
-):
-    d_reset = _like_if(h if reset_h is None else reset_h, want_reset_grad)
-    d_x, (d_b_ih, d_b_hh) = _like_if(x, want_x_grad), (w_ih.new_empty(len(w_ih)) for _ in "ih")
-    return d_x, _like(w_ih), _like(w_hh), d_b_ih, d_b_hh, torch.empty_like(h0), d_reset
-
-
-def _lstm_setup(ctx, inputs, output):
+def _setup(ctx, inputs, output):
     x, w_ih, w_hh, _, b_hh, h0, c0, ctx.sizes, where, reset_h, reset_c, _ = inputs
-    ctx.has_biases = b_hh is not None
-    ctx.save_for_backward(x, w_ih, w_hh, h0, c0, *output, where, reset_h, reset_c)
+    ctx.save_for_backward(x, w_ih, w_hh, b_hh, h0, c0, *output, where, reset_h, reset_c)
     ctx.set_materialize_grads(False)
 
 
-def _lstm_grad(ctx, grad_h, grad_c, *_):
+def _grad(ctx, grad_h, grad_c, *_):
     *most, where, reset_h, reset_c = ctx.saved_tensors
-    wants = _wants(ctx, 0), _wants(ctx, 9) or _wants(ctx, 10)
-    grads = lstm_backward(grad_h, grad_c, *most, ctx.sizes, where, reset_h, reset_c, *wants)
-    d_x, d_w_ih, d_w_hh, d_b, dh, dc, *d_resets = grads
-    # A copy: changing the gradient of one bias in place must not change the other.
-    d_biases = (d_b, d_b.clone()) if ctx.has_biases else (None, None)
-    resets = d_resets if wants[1] else (None, None)
-    of_x = d_x if wants[0] else None
-    return of_x, d_w_ih, d_w_hh, *d_biases, dh, dc, None, None, *resets, None
+    b_hh, c0 = most[3], most[5]
+    grad_c = None if c0 is None else grad_c
+    if grad_h is None and grad_c is None:
+        return (None,) * 12
+    want_x, want_resets = ctx.needs_input_grad[0], any(ctx.needs_input_grad[9:11])
+    grads = layer_backward(
+        grad_h, grad_c, *most, ctx.sizes, where, reset_h, reset_c, want_x, want_resets
+    )
+    has_bias, is_lstm = b_hh is not None, c0 is not None
+    wanted = (want_x, True, True, has_bias, has_bias, True, is_lstm)
+    wanted = (*wanted, want_resets, want_resets and is_lstm)
+    *most, d_reset_h, d_reset_c = (
+        grad if want else None for grad, want in zip(grads, wanted, strict=True)
+    )
+    return *most, None, None, d_reset_h, d_reset_c, None
 
 
-def _gru_setup(ctx, inputs, output):
-    x, w_ih, w_hh, _, b_hh, h0, ctx.sizes, where, reset_h, _ = inputs
-    ctx.save_for_backward(x, w_ih, w_hh, b_hh, h0, *output, where, reset_h)
-    ctx.set_materialize_grads(False)
-
-
-def _gru_grad(ctx, grad_h, *_):
-    if grad_h is None:
-        return (None,) * 10
-    *most, where, reset_h = ctx.saved_tensors
-    wants = _wants(ctx, 0), _wants(ctx, 8)
-    grads = gru_backward(grad_h, *most, ctx.sizes, where, reset_h, *wants)
-    d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, dh, d_reset = grads
-    d_biases = (None, None) if most[3] is None else (d_b_ih, d_b_hh)
-    of_x, of_reset = d_x if wants[0] else None, d_reset if wants[1] else None
-    return of_x, d_w_ih, d_w_hh, *d_biases, dh, None, None, of_reset, None
-
-
-lstm.register_autograd(_lstm_grad, setup_context=_lstm_setup)
-gru.register_autograd(_gru_grad, setup_context=_gru_setup)
+layer.register_autograd(_grad, setup_context=_setup)
 
 
 def raise_second_derivative(ctx, *grads):
@@ -270,8 +193,9 @@ def raise_second_derivative(ctx, *grads):
     )
 
 
-for _op in (lstm_backward, gru_backward):
-    _op.register_autograd(raise_second_derivative, setup_context=lambda ctx, inputs, output: None)
+layer_backward.register_autograd(
+    raise_second_derivative, setup_context=lambda ctx, inputs, output: None
+)
 
 
 def map_by_loop(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
@@ -291,5 +215,5 @@ def map_by_loop(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
     return rule
 
 
-for _op in (lstm, gru, lstm_backward, gru_backward):
+for _op in (layer, layer_backward):
     _op.register_vmap(map_by_loop(_op))

@@ -46,12 +46,11 @@ def run_operator(
     Returns:
         The states after every step, each ``[N, H]``.
     """
-    given = (x, *weights[:4], *start)
-    keep = _records((*given, *reset_state))
-    resets = reset_state if reset is not None else (None,) * len(start)
-    if len(start) == 2:
-        return ops.lstm(*given, sizes, reset, *resets, keep)[:2]
-    return ops.gru(*given, sizes, reset, *resets, keep)[:1]
+    keep = _records((x, *weights[:4], *start, *reset_state))
+    h0, c0, *_ = (*start, None)
+    reset_h, reset_c, *_ = (*reset_state, None, None)
+    states = ops.layer(x, *weights[:4], h0, c0, sizes, reset, reset_h, reset_c, keep)
+    return states[: len(start)]
 
 
 def _records(inputs: Sequence[Tensor | None]) -> bool:

@@ -76,7 +76,7 @@ def gated_backward(
 
 
 def _like(x: Tensor) -> Tensor:
-    """Stand for a contiguous result of a shape."""
+    """Return an empty contiguous tensor of the same shape."""
     return x.new_empty(x.shape)
 
 

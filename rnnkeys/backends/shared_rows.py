@@ -1,6 +1,6 @@
 """oneDNN's LSTM kernel over rows that segments share.
 
-The kernel knows no resets, and it is fastest over few blocks of one size. So short segments that
+The kernel has no resets, and it is fastest over few blocks of one size. So short segments that
 start from zeros run end to end in rows of one length, with a gap of one step or more between them.
 The input gets one more entry, which is 1 in padding and 0 elsewhere. Its weights close the input
 gate and the forget gate: the state after a gap is zero, and so is every gradient that reaches the
@@ -23,7 +23,7 @@ from .packing import Plan
 
 # The logit of a closed gate, whatever biases and states add to it.
 _CLOSED = -3e38
-# What closed gates may let through, whose sigmoid need not be exactly 0.
+# Largest value that closed gates let through: their sigmoid need not be exactly 0.
 _ALMOST_ZERO = 1e-20
 
 
@@ -132,7 +132,7 @@ def _run_by_select(inputs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, Tensor
     where = where.index_fill_(0, plan.padding, True).view(-1, plan.sizes[0])
     where[1:] |= where[:-1].clone()
     zeros = h.new_zeros(()).expand(*where.shape, h.shape[1])
-    y, cells, *_ = ops.lstm(*inputs, (), where, zeros, zeros, torch.is_grad_enabled())
+    y, cells, *_ = ops.layer(*inputs, (), where, zeros, zeros, torch.is_grad_enabled())
     return y, cells.detach()
 
 

@@ -1,4 +1,4 @@
-"""Cells: the equations of one time step. Backends run time, modules know keys."""
+"""Cells: the equations of one time step. Backends run time, modules handle keys."""
 
 from .base import Cell as Cell
 from .base import State as State

@@ -1,8 +1,8 @@
 """The interface of a cell: the equations of one time step, and nothing else.
 
-A cell is a pure function ``(weights, input_t, state) -> (output_t, next_state)``. It knows nothing
-of time, resets, depth, keys or devices: backends run time, modules know keys. Letters: ``B`` batch,
-``I`` input size, ``H`` hidden size, ``O`` output size.
+A cell is a pure function ``(weights, input_t, state) -> (output_t, next_state)``. It does not
+depend on time, resets, depth, keys or devices: backends run time, modules handle keys. Letters:
+``B`` batch, ``I`` input size, ``H`` hidden size, ``O`` output size.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 State = tuple[Tensor, ...]
 
@@ -56,8 +55,7 @@ class Cell(ABC):
 
     def reset_parameter(self, name: str, parameter: Tensor, hidden_size: int) -> None:
         """Initialize a parameter in place: uniform within ``1 / sqrt(H)``, as torch's layers."""
-        bound = hidden_size**-0.5
-        torch.nn.init.uniform_(parameter, -bound, bound)
+        init_uniform(parameter, hidden_size)
 
     def bind(self, parameters: dict[str, Tensor]) -> Any:
         """Return the ``weights`` argument of a step: by default the parameters by name."""
@@ -87,3 +85,8 @@ class Cell(ABC):
     def __call__(self, weights: Any, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Compute one time step from an input ``[..., I]`` that is not projected."""
         return self.step(weights, self.project_input(weights, x), state)
+
+
+def init_uniform(parameter: Tensor, size: int) -> None:
+    """Initialize a parameter in place, uniform within ``1 / sqrt(size)``, as torch's layers do."""
+    nn.init.uniform_(parameter, -(size**-0.5), size**-0.5)

@@ -170,7 +170,7 @@ class LRU(_DiagonalCell):
                 squared = torch.rand_like(parameter) * (high - low) + low
                 parameter.copy_(torch.log(-0.5 * squared.log()))
             elif name == "theta_log":
-                # Of (0, 1], since the logarithm of 0 is none.
+                # From (0, 1], since 0 has no logarithm.
                 parameter.copy_(torch.log(self.max_phase * (1 - torch.rand_like(parameter))))
             elif name != "gamma_log":
                 super().reset_parameter(name, parameter, hidden_size)

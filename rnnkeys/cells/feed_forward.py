@@ -16,7 +16,7 @@ class FeedForward(Cell):
     .. math:: y_t = \tanh(W x_t + b)
 
     The feed-forward baseline has the same inputs and the same output size as a recurrent layer, so
-    a comparison of both shows what recurrence is worth.
+    a comparison of both shows the effect of recurrence.
 
     Examples:
         >>> import torch

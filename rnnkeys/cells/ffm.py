@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..checks.arguments import as_int
+from .base import init_uniform
 from .linear import LinearCell, Parameters, join_pairs, projection_shapes
 
 
@@ -82,7 +83,7 @@ class FFM(LinearCell):
                 fan_in = self.state_sizes(hidden_size)[0] if "out" in name else parameter.shape[-1]
                 if name == "bias_ih":
                     fan_in = hidden_size
-                torch.nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+                init_uniform(parameter, fan_in)
 
     def project_input(self, weights: Parameters, x: Tensor) -> Tensor:
         """Return ``[trace input (M) | its gate (M) | output gate (H) | skip (H)]``."""

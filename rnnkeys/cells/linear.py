@@ -157,7 +157,7 @@ class ConvexCell(LinearCell):
 
     .. math:: h_t = a_t h_{t-1} + (1 - a_t)\, g(v_t), \quad a_t = \sigma(-u_t)
 
-    It runs as one fused scan. A subclass says what :math:`u` and :math:`v` are.
+    It runs as one fused scan. A subclass defines :math:`u` and :math:`v`.
     """
 
     @abstractmethod

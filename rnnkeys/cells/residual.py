@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .base import init_uniform
 from .linear import LinearCell, Parameters, projection_shapes
 
 
@@ -57,25 +58,17 @@ class ResidualBlock(LinearCell):
 
     def reset_parameters(self, parameters: dict[str, Tensor], hidden_size: int) -> None:
         """Initialize the norm as the identity and maps as those of ``nn.Linear``."""
-        own = (
-            "weight_norm",
-            "bias_norm",
-            "weight_glu",
-            "bias_glu",
-            "weight_encoder",
-            "bias_encoder",
-        )
-        inner = {name: value for name, value in parameters.items() if name not in own}
+        norm = ("weight_norm", "bias_norm")
+        maps = ("weight_glu", "bias_glu", "weight_encoder", "bias_encoder")
+        inner = {name: p for name, p in parameters.items() if name not in (*norm, *maps)}
         self.cell.reset_parameters(inner, hidden_size)
         with torch.no_grad():
             parameters["weight_norm"].fill_(1.0)
             parameters["bias_norm"].zero_()
-            for name in own[2:]:
-                if name in parameters:
-                    weight = parameters[name.replace("bias", "weight")]
-                    torch.nn.init.uniform_(
-                        parameters[name], -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5
-                    )
+        for name in maps:
+            if name in parameters:
+                weight = parameters[name.replace("bias", "weight")]
+                init_uniform(parameters[name], weight.shape[1])
 
     def project_input(self, weights: Parameters, x: Tensor) -> Tensor:
         """Return ``[skip (H) | projected input of the cell]``."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..checks.arguments import as_int
+from .base import init_uniform
 from .linear import LinearCell, Parameters, check_ordered, projection_shapes
 
 
@@ -104,8 +105,8 @@ class S6(LinearCell):
                     # The inverse of softplus.
                     parameter.copy_(step + torch.log(-torch.expm1(-step)))
                 else:
-                    fan_in = parameters[name.replace("bias", "weight")].shape[1]
-                    torch.nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+                    weight = parameters[name.replace("bias", "weight")]
+                    init_uniform(parameter, weight.shape[1])
 
     def project_input(self, weights: Parameters, x: Tensor) -> Tensor:
         """Return ``[z | u]``, the gate and the input of the convolution."""

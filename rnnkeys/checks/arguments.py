@@ -12,7 +12,7 @@ def as_int(name: str, value: Any, minimum: int = 1, maximum: int = 2**31 - 1) ->
 
     Args:
         name: of the argument, for the message.
-        value: a Python or NumPy integer; bool is none.
+        value: a Python or NumPy integer, not a bool.
         minimum: least value.
         maximum: greatest value. Without one, a number that is huge by mistake would seem to hang.
 
@@ -38,7 +38,7 @@ def as_float(name: str, value: Any, minimum: float = 0.0, maximum: float = 1.0) 
 
     Args:
         name: of the argument, for the message.
-        value: a Python or NumPy number; bool is none.
+        value: a Python or NumPy number, not a bool.
         minimum: least value.
         maximum: greatest value.
 
@@ -63,8 +63,8 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
 
     Args:
         name: of the argument.
-        value: what was passed.
-        choices: what is accepted.
+        value: its value.
+        choices: the accepted values.
     """
     choices = tuple(choices)
     if value not in choices:

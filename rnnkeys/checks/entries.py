@@ -18,7 +18,7 @@ def find_type_problems(batch: Any, reader: str) -> Iterator[Problem]:
     """Yield a problem if a batch is not a TensorDict.
 
     Args:
-        batch: what a caller passed.
+        batch: the argument of a caller.
         reader: who reads the batch, for the message.
 
     Examples:
@@ -311,7 +311,7 @@ def find_multi_step_problems(
     Args:
         batch: sequences ``[*, T]``.
         steps_key: number of steps to the next observation, which multi-step transforms write.
-        instead: what computes longer returns, for the remedy.
+        instead: the option that computes longer returns, for the remedy.
 
     Examples:
         >>> from tensordict import TensorDict

@@ -40,6 +40,13 @@ TAKES_BEST_ACTION = (DQNLoss, DistributionalDQNLoss, QMixerLoss, DiscreteSACLoss
 # They learn from data that their own policy has just collected.
 ON_POLICY = (A2CLoss, PPOLoss, ReinforceLoss, ValueEstimatorBase)
 
+# Alternatives that remedies name.
+LONGER_RETURNS = "loss.make_value_estimator(ValueEstimators.TDLambda, gamma=..., lmbda=...)"
+_COLLECT_BOTH = (
+    "Collect with it, TensorDictSequential(actor, critic) as the collector's policy, and append "
+    "get_env_transforms_from_module(...) of the same to the environment"
+)
+
 _LOSSES: dict[type[nn.Module], tuple[str, str]] = {
     CQLLoss: (
         "its penalty repeats every step num_random times along time, so a recurrent network runs "
@@ -157,11 +164,8 @@ def find_batch_problems(
         layers: the recurrent layers inside.
     """
     name, keys = loss_name(loss), getattr(loss, "tensor_keys", None)
-    yield from find_multi_step_problems(
-        batch,
-        getattr(keys, MULTI_STEP_KEY, MULTI_STEP_KEY),
-        "loss.make_value_estimator(ValueEstimators.TDLambda, gamma=..., lmbda=...)",
-    )
+    steps_key = getattr(keys, MULTI_STEP_KEY, MULTI_STEP_KEY)
+    yield from find_multi_step_problems(batch, steps_key, LONGER_RETURNS)
     for end in ("done", "terminated"):
         yield from find_done_problems(batch, next_key(getattr(keys, end, end)))
     yield from _find_gradient_problems(name, batch, keys)
@@ -241,8 +245,7 @@ def find_start_problems(
             "state-missing",
             f"{reader} would run {layer.name} from zeros inside episodes: the state "
             f"{missing} is not in the batch, and not every row starts with an episode.",
-            "Collect with it, TensorDictSequential(actor, critic) as the collector's policy, and "
-            "append get_env_transforms_from_module(...) of the same to the environment.",
+            f"{_COLLECT_BOTH}.",
             KeyError,
         )
 
@@ -309,9 +312,7 @@ def _find_value_state_problems(
             f"The state {missing} is not in the batch, so {loss_name(loss)} would run the next "
             "tensordict of its value network from zeros instead of the state after the first "
             "step.",
-            "Collect with it, TensorDictSequential(actor, critic) as the collector's policy, and "
-            "append get_env_transforms_from_module(...) of the same to the environment; or make "
-            "the estimator with shifted=True.",
+            f"{_COLLECT_BOTH}; or make the estimator with shifted=True.",
             KeyError,
         )
 

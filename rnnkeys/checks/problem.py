@@ -50,7 +50,7 @@ def make_bool_problem(check: str, noun: str, key: NestedKey, value: Tensor) -> P
 
     Args:
         check: name of the check.
-        noun: what the entry is, for the message.
+        noun: kind of the entry, for the message.
         key: of the entry.
         value: the entry.
     """
@@ -85,7 +85,7 @@ def raise_first(problems: Iterable[Problem]) -> None:
     """Raise the first problem that is an error, if there is one; warn of those before it.
 
     Args:
-        problems: what a ``find_..._problems`` function yields; the ones after the first error are
+        problems: result of a ``find_..._problems`` function; the ones after the first error are
             never computed.
 
     Raises:

@@ -93,7 +93,7 @@ def should_read_values(entry: Any, has_read: bool) -> bool:
     """Return whether a loss checks values: in CPU memory always, elsewhere at its first call.
 
     Args:
-        entry: of the batch; what is not a tensor shows no device.
+        entry: an entry of the batch, whose device counts; it may be anything.
         has_read: whether an earlier call has checked values.
     """
     if is_compiling() or not value_checks_enabled():

@@ -87,7 +87,7 @@ class Actors(ABC):
         self.close()
 
     def _label(self, batch: TensorDictBase, actor: int, version: int) -> TensorDictBase:
-        """Write the entries that say where a batch comes from."""
+        """Write the entries that identify the source of a batch."""
         trajectories = self._trajectories.renumber(actor, batch.get(TRAJECTORY_KEY))
         batch.set(TRAJECTORY_KEY, trajectories)
         batch.set(ACTOR_KEY, torch.tensor(actor).expand(batch.shape))

@@ -39,7 +39,9 @@ def epsilon_ladder(count: int, base: float = 0.4, exponent: float = 7.0) -> Tens
 class EpsilonGreedy(TensorDictModuleBase):
     """Replace actions by random ones, in each environment at a rate of its own.
 
-    As TorchRL's ``EGreedyModule`` it acts where the exploration type is ``RANDOM``.
+    As TorchRL's ``EGreedyModule`` it acts where the exploration type is ``RANDOM``. ``floor`` is a
+    lower bound of all rates: decrease it from 1 to 0 to start a run with random actions. It is a
+    buffer, and reaches actors with the weights; ``epsilons`` are not.
 
     Args:
         spec: of one environment's action.
@@ -50,9 +52,6 @@ class EpsilonGreedy(TensorDictModuleBase):
 
     Raises:
         ValueError: if there is an ``action_mask_key`` and ``spec`` is not of one discrete action.
-
-    ``floor`` is a lower bound of all rates: decrease it from 1 to 0 to start a run with random
-    actions. It is a buffer, and reaches actors with the weights; ``epsilons`` are not.
 
     Examples:
         >>> from tensordict import TensorDict

@@ -100,7 +100,7 @@ class RemoteActors(Actors):
 
     @abstractmethod
     def share_weights(self, weights: TensorDictBase) -> Any:
-        """Return what :meth:`RemoteWorker.collect` of any number of workers takes as weights."""
+        """Prepare weights once for all workers, as the argument of :meth:`RemoteWorker.collect`."""
 
     @property
     def locations(self) -> list[str]:

@@ -25,7 +25,7 @@ Policy = TensorDictModuleBase | Callable[[int], TensorDictModuleBase]
 
 @dataclass(frozen=True)
 class Plan:
-    """What every actor of a group needs; see :class:`rnnkeys.collectors.ProcessActors`."""
+    """Arguments that all actors of a group share; see :class:`rnnkeys.collectors.ProcessActors`."""
 
     make_env: MakeEnv
     policy: Policy

@@ -95,7 +95,7 @@ def export_step(
     states that were passed do not count. If neither the example has flags nor a file is written,
     the program takes none: at an episode's start its caller passes the initial states, zeros.
     Actions are chosen without exploration. The batch is of any size, unless the policy runs the
-    size of the example only (then a warning says so).
+    size of the example only (then it warns).
 
     The policy is exported as it is: if its environment normalizes observations, put the normalizer
     before it, ``TensorDictSequential(normalizer, policy)``, such as the one of

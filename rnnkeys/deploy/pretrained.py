@@ -1,4 +1,4 @@
-"""Policies in folders that can be shared: weights, what makes the policy, and a model card."""
+"""Policies in folders that can be shared: weights, the call that makes them, a model card."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def save_pretrained(
     arguments: Mapping[str, Any],
     result: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a policy to a folder: weights, what makes the policy, and a model card.
+    """Write a policy to a folder: weights, the call that makes the network, and a model card.
 
     ``model.safetensors`` has the weights, ``config.json`` the name of the builder and its
     arguments, and ``README.md`` a model card with the result. Nothing is pickled, and nothing is
@@ -74,7 +74,7 @@ def save_pretrained(
     _check_same_weights(policy, builder(**_decode(encoded)), builder.__name__)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # Clones: entries may share their memory, which the file format does not know.
+    # Clones: entries may share their memory, which the file format does not allow.
     weights = {key: value.detach().clone() for key, value in policy.state_dict().items()}
     data = safetensors.save(weights, metadata={"format": "pt"})
     config = {
@@ -177,7 +177,9 @@ def _read_config(folder: str | Path) -> dict[str, Any]:
     expected = {"builder": str, "arguments": dict, "weights_sha256": str, "versions": dict}
     wrong = [name for name, kind in expected.items() if not isinstance(config.get(name), kind)]
     if wrong:
-        raise PretrainedError(f"{path} is damaged: the entries {wrong} are missing or no such.")
+        raise PretrainedError(
+            f"{path} is damaged: the entries {wrong} are missing or of a wrong type."
+        )
     return config
 
 

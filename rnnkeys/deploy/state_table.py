@@ -111,8 +111,8 @@ class StateTable:
     def write(self, rows: Tensor, states: TensorDictBase) -> None:
         """Replace the states of some rows.
 
-        Where no row has been written since the last restart, the shapes may change: no module knows
-        how many agents there are.
+        Where no row has been written since the last restart, the shapes may change: only a call
+        shows the number of agents.
 
         Args:
             rows: ``[n]``.

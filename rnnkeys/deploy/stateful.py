@@ -165,7 +165,7 @@ class StatefulPolicy:
     def _run(
         self, observation: Any, rows: Tensor, states: TensorDict
     ) -> tuple[TensorDict, TensorDictBase, bool]:
-        """Run the policy; returns the entries it read, those with what it wrote, and ``as_array``.
+        """Run the policy; return its inputs, its inputs and outputs, and ``as_array``.
 
         The observation of a single environment may come with or without a batch dimension. Where
         its shape does not show which, the policy does.

@@ -1,4 +1,4 @@
-"""What a runtime has to know of an exported step: names, shapes, and where states go."""
+"""Metadata of an exported step for a runtime: names, shapes, and the output of each state."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDictBase, unravel_key
 
 from ..checks import Problem, find_meta_problems, find_multi_step_problems
+from ..checks.losses import LONGER_RETURNS
 from ..keys import MASK_KEY, MULTI_STEP_KEY, TRAJECTORY_KEY, next_key
 from ..modules.network import RecurrentLayer
 from ..sequences import find_segment_starts, find_sequence_problems
@@ -18,7 +19,6 @@ from ..sequences.segments import Segments
 from ..sequences.stored_states import find_zero_state_problems
 
 _READER = "check_recurrent_policy"
-LONGER_RETURNS = "loss.make_value_estimator(ValueEstimators.TDLambda, gamma=..., lmbda=...)"
 
 
 def find_data_problems(batch: TensorDictBase, layers: list[RecurrentLayer]) -> Iterator[Problem]:
@@ -108,7 +108,7 @@ def _starts_inside_episodes(batch: TensorDictBase, layer: RecurrentLayer) -> boo
 
 
 def _read_step_count(batch: TensorDictBase) -> Any:
-    """Return what StepCounter counts, ``[*, T]``; None if ``step_count`` is something else."""
+    """Return the counts of StepCounter, ``[*, T]``; None if ``step_count`` is another entry."""
     count, after = batch.get("step_count", None), batch.get(("next", "step_count"), None)
     if count is None or after is None or count.numel() != batch.batch_size.numel():
         return None

@@ -1,4 +1,4 @@
-"""Checks of an environment with a policy in it: what it must provide, and a rollout."""
+"""Checks of an environment with a policy in it: the entries that it provides, and a rollout."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from ..checks import Problem
 from ..mode import set_recurrent_mode
 from ..modules.network import RecurrentLayer, RecurrentNetwork
 from ..sequences import find_sequence_problems
-from ..sequences.segment_starts import follow_done
+from ..sequences.segment_starts import expand_flags, follow_done
 from ..sequences.segments import Segments
-from ..sequences.states import expand_flags
 from ..sequences.stored_states import find_zero_state_problems
 from .report import Report
 

@@ -49,7 +49,7 @@ def find_wiring_problems(
     Args:
         loss: a loss or value estimator, wired or not.
         layers: the recurrent modules inside.
-        batch: what the loss gets; None if there is none, or if sequences cannot be run on it.
+        batch: of the loss; None if there is none, or if sequences cannot be run on it.
     """
     is_ours = type(loss).__module__.startswith("rnnkeys.")
     if is_ours and not isinstance(loss, Wired):

@@ -29,7 +29,7 @@ _ANCHORS = 16
 
 
 def _new_figure(rows: int) -> tuple[Figure, list[Axes]]:
-    """Make a figure with panels below each other, not known to pyplot: no window, no leak."""
+    """Make a figure of panels below each other, outside pyplot, which would keep it."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -17,7 +17,7 @@ class Report:
         problems: in the order of the wiring: policy, environment, batch, loss, runs.
         measured: numbers by name. ``"single_step_difference"`` is the largest relative difference
             between single steps and sequences; ``"staleness"`` is that of the stored states.
-        looked_at: what was given: ``"policy"``, ``"env"``, ``"batch"``, ``"loss"``.
+        looked_at: the arguments that were given: ``"policy"``, ``"env"``, ``"batch"``, ``"loss"``.
 
     Examples:
         >>> report = Report(looked_at=["policy"])

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from ..keys import next_key
 from ..modules.network import RecurrentNetwork, eval_mode
 from ..sequences import find_segment_starts, set_segment_starts
-from ..sequences.segment_starts import any_agent
-from ..sequences.states import expand_flags
+from ..sequences.segment_starts import any_agent, expand_flags
 from ..transforms.staleness import value_discrepancy
 
 # A part of a batch is enough: single steps take time, and a fault shows in the first rows.
@@ -28,7 +27,7 @@ class Staleness(NamedTuple):
     Attributes:
         key: the entry that was compared, such as ``"action_value"``.
         age: steps since the start of the segment, int64 ``[N]``.
-        difference: what :func:`rnnkeys.transforms.staleness.value_discrepancy` computes, ``[N]``.
+        difference: of :func:`rnnkeys.transforms.staleness.value_discrepancy`, ``[N]``.
         is_last: whether a step ends its segment, bool ``[N]``.
     """
 

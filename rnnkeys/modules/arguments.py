@@ -10,7 +10,7 @@ from torch import nn
 
 from ..checks import as_int
 
-# The defaults of arguments, which layers that are given decide.
+# Arguments, with their defaults, that given layers decide.
 _DEFAULTS: dict[str, Any] = {
     "num_layers": 1,
     "bias": True,
@@ -24,7 +24,7 @@ _DEFAULTS: dict[str, Any] = {
 # Arguments of LSTMModule and GRUModule that only torch's layers have.
 _TORCHS = {"batch_first": True, "proj_size": 0, "bidirectional": False, "python_based": False}
 
-# Larger sizes are slips: their parameters fit into no memory, or take minutes to make.
+# Larger sizes are typing errors: their parameters exceed memory, or take minutes to make.
 MAX_SIZES = {"input_size": 2**24, "hidden_size": 2**16, "num_layers": 2**10}
 
 # Packages whose layers compute the equations of their class.

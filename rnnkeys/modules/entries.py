@@ -137,7 +137,7 @@ def _read_states(
 
 
 def lacks_last(flags: Tensor, shape: torch.Size, rank: int) -> bool:
-    """Whether flags have the input's shape ``[*lead, *agents]``, with no 1 after it."""
+    """Return whether flags have the input's shape ``[*lead, *agents]``, with no 1 after it."""
     return flags.shape == shape and (flags.ndim <= rank or shape[-1] != 1)
 
 
@@ -185,11 +185,11 @@ def check_time_is_last(tensordict: TensorDictBase) -> None:
 
 
 def check_continuity(spec: EntrySpec, tensordict: TensorDictBase, shape: torch.Size) -> None:
-    """Raise ValueError if a step does not follow the step before it and no flag says so.
+    """Raise ValueError if a step neither follows the step before it nor is a flagged start.
 
-    The check reads values, where no device has to be waited for; see
-    ``rnnkeys.checks.set_value_checks``. Stored states are no evidence here: a network that has run
-    on the batch before has overwritten the next ones.
+    The check reads values, in CPU memory only; see ``rnnkeys.checks.set_value_checks``. It does not
+    compare stored states: an earlier run of a network on the batch may have overwritten the next
+    ones.
     """
     if not spec.state_keys:
         return

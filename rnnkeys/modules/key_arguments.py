@@ -97,7 +97,7 @@ def check_keys(
         side: ``"in"``, whose first entry is the input, or ``"out"``, whose first is the output.
         keys: to check.
         state_names: of the cell.
-        also: what may stand beside these keys, for the message.
+        also: further keys that are allowed, for the message.
     """
     expected = 1 + len(state_names)
     if len(keys) != expected:

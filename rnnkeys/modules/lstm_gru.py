@@ -93,21 +93,9 @@ class LSTMModule(_TorchModule):
         python_based: whether to hold the parameters in :class:`rnnkeys.LSTM` instead of
             ``nn.LSTM``. The backend ``"auto"`` then runs plain PyTorch operations, which support
             autograd of any order.
-        recurrent_backend: as for :class:`RecurrentModule`.
-        recurrent_compute_dtype: as for :class:`RecurrentModule`.
-        recurrent_recompute: as for :class:`RecurrentModule`.
-        recurrent_matmul_precision: as for :class:`RecurrentModule`.
-        in_key: as for :class:`RecurrentModule`.
-        in_keys: as for :class:`RecurrentModule`.
-        out_key: as for :class:`RecurrentModule`.
-        out_keys: as for :class:`RecurrentModule`.
         device: of the parameters.
         dtype: of the parameters.
         lstm: an ``nn.LSTM`` or :class:`rnnkeys.LSTM` to use, instead of sizes.
-        default_recurrent_mode: as for :class:`RecurrentModule`.
-        init_key: as for :class:`RecurrentModule`.
-        state_grad: as for :class:`RecurrentModule`.
-        state_key: as for :class:`RecurrentModule`.
 
     Raises:
         ValueError: if arguments do not fit each other; the message names them.
@@ -208,21 +196,9 @@ class GRUModule(_TorchModule):
         python_based: whether to hold the parameters in :class:`rnnkeys.GRU` instead of
             ``nn.GRU``. The backend ``"auto"`` then runs plain PyTorch operations, which support
             autograd of any order.
-        recurrent_backend: as for :class:`RecurrentModule`.
-        recurrent_compute_dtype: as for :class:`RecurrentModule`.
-        recurrent_recompute: as for :class:`RecurrentModule`.
-        recurrent_matmul_precision: as for :class:`RecurrentModule`.
-        in_key: as for :class:`RecurrentModule`.
-        in_keys: as for :class:`RecurrentModule`.
-        out_key: as for :class:`RecurrentModule`.
-        out_keys: as for :class:`RecurrentModule`.
         device: of the parameters.
         dtype: of the parameters.
         gru: an ``nn.GRU`` or :class:`rnnkeys.GRU` to use, instead of sizes.
-        default_recurrent_mode: as for :class:`RecurrentModule`.
-        init_key: as for :class:`RecurrentModule`.
-        state_grad: as for :class:`RecurrentModule`.
-        state_key: as for :class:`RecurrentModule`.
 
     Raises:
         ValueError: if arguments do not fit each other; the message names them.

@@ -17,7 +17,7 @@ _BLOCKS = ("plain", "residual")
 
 
 class _CellModule(StackModule):
-    """Makes the layers of one cell; abstract. Arguments of the cell's class go to the cell."""
+    """A module of one cell, which gets the arguments of its class; abstract."""
 
     cell_class: ClassVar[type[Any]]
 
@@ -50,7 +50,7 @@ class _CellModule(StackModule):
 
 
 class _LinearModule(_CellModule):
-    """Makes the layers of one linear cell, inside the residual block or alone; abstract."""
+    """A module of one linear cell, inside the residual block or alone; abstract."""
 
     def _make_cell(self, arguments: dict[str, Any]) -> Cell:
         block = arguments.pop("block", "residual")

@@ -168,9 +168,9 @@ class RecurrentNetwork:
 
         Args:
             batch_size: batch size of the result.
-            example: one step with the entries of ``input_keys``, of any batch size. It is needed
-                where states have dimensions of agents, which no module knows: the network runs
-                once on it, without gradient.
+            example: one step with the entries of ``input_keys``, of any batch size, on which the
+                network runs once, without gradient. It is needed where states have dimensions of
+                agents, which no module contains.
 
         Returns:
             A TensorDict of zeros ``[*batch_size, *agents, L, H]``, one for each of ``state_keys``,

@@ -1,4 +1,4 @@
-"""Readers of layers: sizes, and the parameters as they are now, in whatever class holds them."""
+"""Readers of layers: their sizes and current parameters, whatever class holds them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Layers(ABC):
-    """What recurrent modules read of the layers that they run.
+    """The interface through which a recurrent module reads its layers; abstract.
 
     Args:
         module: holds the parameters.
@@ -62,7 +62,8 @@ class Layers(ABC):
         attributes = self.module.__dict__
         if any(attributes[name] for name in _HOOKS):
             return True
-        return any(not _computes_weight(h) for h in attributes["_forward_pre_hooks"].values())
+        before = attributes["_forward_pre_hooks"].values()
+        return any(not isinstance(_name_of_weight(hook), str) for hook in before)
 
 
 class TorchLayers(Layers):
@@ -132,7 +133,7 @@ class TorchLayers(Layers):
             self.parameter(f"{name}_l{layer}") if there else None
             for name, there in zip(_NAMES, self._has_field, strict=True)
         ]
-        if dtype is not None and self.sample.dtype != dtype:
+        if dtype is not None:
             fields = [None if p is None else p.to(dtype) for p in fields]
         return Weights(*fields)
 
@@ -140,7 +141,3 @@ class TorchLayers(Layers):
 def _name_of_weight(hook: Any) -> str | None:
     """Return the parameter that a hook computes, as those of ``weight_norm`` and ``prune`` do."""
     return getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
-
-
-def _computes_weight(hook: Any) -> bool:
-    return isinstance(_name_of_weight(hook), str)

@@ -43,32 +43,24 @@ class StatePrimer(TensorDictPrimer):
         super().__init__(_specs(self.shapes, {}, dtype, device), expand_specs=True)
 
     def set_container(self, container: Any) -> None:
-        """Take the states' shapes from another environment."""
+        """Attach the transform; shapes are then read from the new environment."""
         super().set_container(container)
         self._fitted = False
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         """Add the states to the specs, those of observations and those of inputs alike."""
-        if self._has_groups:
-            self._fit()
+        self._fit()
         return super().transform_observation_spec(observation_spec)
 
     def _reset(
         self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
     ) -> TensorDictBase:
-        # Agents are there without a batch too, and a reset may come before anyone reads the specs.
-        if self._has_groups and not self._fitted:
+        # Agents need no batch, and a reset may come before the specs are read.
+        if not self._fitted:
             self._fit()
         return super()._reset(tensordict, tensordict_reset)
 
-    @property
-    def _has_groups(self) -> bool:
-        """Whether a key is nested, so that its group may have agents."""
-        return bool(_groups(self.shapes))
-
     def _expand_shape(self, spec: Composite) -> Composite:
-        if not self._has_groups:
-            return super()._expand_shape(spec)
         self._fit()
         return self.primers
 
@@ -78,13 +70,14 @@ class StatePrimer(TensorDictPrimer):
         if parent is None:
             return
         env_spec, batch = parent.observation_spec, parent.batch_size
-        agents = {group: _agents(env_spec, group, batch) for group in _groups(self.shapes)}
+        groups = {_group(key) for key in self.shapes}
+        agents = {group: _agents(env_spec, group, batch) for group in groups if group}
         # The spec's device may have become the environment's since construction.
         device = None if self.primers.device is None else torch.device(self.primers.device)
         fresh = _specs(self.shapes, agents, self.state_dtype, device)
         self.primers = fresh.expand((*batch, *fresh.shape)) if batch else fresh
-        # Where agents end apart from each other, theirs is the reset that counts.
-        self.reset_key = _reset_key(parent._filtered_reset_keys, _groups(self.shapes))
+        # Where agents end at different times, their own reset entry applies.
+        self.reset_key = _reset_key(parent._filtered_reset_keys, groups)
         self._fitted = True
 
 
@@ -125,14 +118,10 @@ def _group(key: NestedKey) -> tuple[str, ...]:
     return () if isinstance(key, str) else tuple(str(part) for part in key[:-1])
 
 
-def _groups(keys: Mapping[NestedKey, Any]) -> set[tuple[str, ...]]:
-    return {group for key in keys if (group := _group(key))}
-
-
 def _reset_key(
     reset_keys: Iterable[NestedKey], groups: Iterable[tuple[str, ...]]
 ) -> NestedKey | None:
-    """Return the innermost reset key that rules all groups; None if there is none."""
+    """Return the innermost reset key that covers all groups; None if there is none."""
     ruling = [
         key
         for key in reset_keys
@@ -205,7 +194,7 @@ def make_primer(
         >>> type(make_primer({"h": (1, 5)})).__name__
         'TensorDictPrimer'
     """
-    if _groups(shapes):
+    if any(map(_group, shapes)):
         return StatePrimer(shapes, dtype=dtype, device=device)
     return TensorDictPrimer(_specs(shapes, {}, dtype, device), expand_specs=True)
 
@@ -240,7 +229,7 @@ def _find_primers(module: nn.Module, strict: bool) -> Iterator[tuple[nn.Module, 
 
 
 def _distinct(primers: Iterator[tuple[nn.Module, Any]]) -> Iterator[Transform]:
-    """Drop primers whose every key an earlier one creates with the same shape."""
+    """Leave out primers whose keys an earlier one creates, all with the same shapes."""
     shapes: dict[NestedKey, torch.Size] = {}
     owners: dict[NestedKey, nn.Module] = {}
     for module, primer in primers:
@@ -262,7 +251,7 @@ def _distinct(primers: Iterator[tuple[nn.Module, Any]]) -> Iterator[Transform]:
 
 
 def _check_shared(key: NestedKey, module: nn.Module, owners: Mapping[NestedKey, nn.Module]) -> None:
-    """Warn of a module that keeps its state where another one does, which computes another."""
+    """Warn if two modules with different parameters keep their states under one key."""
     one, other = (set(map(id, m.parameters())) for m in (module, owners[key]))
     if one != other:
         warn_caller(

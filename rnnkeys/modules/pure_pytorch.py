@@ -69,7 +69,7 @@ class _PurePyTorchRNN(nn.RNNBase):
 class LSTM(_PurePyTorchRNN):
     """Pure-PyTorch ``nn.LSTM``: supports vmap and derivatives of any order.
 
-    Parameters, initialisation and ``state_dict`` are those of ``nn.LSTM``. As in
+    Parameters, initialization and ``state_dict`` are those of ``nn.LSTM``. As in
     TorchRL, ``batch_first`` is the fourth argument and True by default.
 
     Args:
@@ -142,7 +142,7 @@ class LSTM(_PurePyTorchRNN):
 class GRU(_PurePyTorchRNN):
     """Pure-PyTorch ``nn.GRU``: supports vmap and derivatives of any order.
 
-    Parameters, initialisation and ``state_dict`` are those of ``nn.GRU``. As in
+    Parameters, initialization and ``state_dict`` are those of ``nn.GRU``. As in
     TorchRL, ``batch_first`` is True by default.
 
     Args:

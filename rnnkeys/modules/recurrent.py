@@ -196,7 +196,7 @@ class RecurrentModule(TensorDictModuleBase, ABC):
         self._use_layers(self.layers)
 
     def _notice_changed_layers(self) -> None:
-        """Use layers that came another way than by assignment, and warn of hooks on them."""
+        """Use layers that were replaced without an assignment, and warn of hooks on them."""
         layers: Any = self._modules[self.layers_name]
         if layers is not self._layers.module:
             self._use_layers(layers)
@@ -456,5 +456,5 @@ class RecurrentModule(TensorDictModuleBase, ABC):
 
 
 def _is_capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is captured, in which no value may be read."""
+    """Return whether a CUDA graph is being captured, during which values cannot be read."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

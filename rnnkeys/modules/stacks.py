@@ -108,7 +108,7 @@ class CellLayers(Layers):
         found: dict[str, Tensor] = {
             name: getattr(self.module, f"{name}_l{layer}") for name in names
         }
-        if dtype is not None and self.sample.dtype != dtype:
+        if dtype is not None:
             found = {name: p.to(dtype) for name, p in found.items()}
         return self.cell.bind(found)
 
@@ -232,7 +232,7 @@ class StepLayers(Layers):
     def weights(self, layer: int, dtype: torch.dtype | None = None) -> Callable[..., State]:
         """Return the module of one layer, with its parameters cast to ``dtype`` if it is given."""
         module = self.module[layer]
-        if dtype is None or self.sample.dtype == dtype:
+        if dtype is None:
             return module
         cast = {name: p.to(dtype) for name, p in module.named_parameters()}
         return lambda *inputs: functional_call(module, cast, inputs)

@@ -64,7 +64,7 @@ class _StepModule(RNNCellBase):
 class LSTMCell(_StepModule):
     """Pure-PyTorch ``nn.LSTMCell``: supports vmap and compile.
 
-    Parameters, initialisation and ``state_dict`` are those of ``nn.LSTMCell``.
+    Parameters, initialization and ``state_dict`` are those of ``nn.LSTMCell``.
 
     Args:
         input_size: ``I``.
@@ -104,7 +104,7 @@ class LSTMCell(_StepModule):
 class GRUCell(_StepModule):
     """Pure-PyTorch ``nn.GRUCell``: supports vmap and compile.
 
-    Parameters, initialisation and ``state_dict`` are those of ``nn.GRUCell``.
+    Parameters, initialization and ``state_dict`` are those of ``nn.GRUCell``.
 
     Args:
         input_size: ``I``.

@@ -30,7 +30,7 @@ def find_dropped_keys(loss: Any) -> list[NestedKey]:
 
 
 def _find_selections(loss: Any) -> Iterator[tuple[str, list[NestedKey]]]:
-    """Yield the name of each network whose inputs are selected, and what others miss then."""
+    """Yield the name of each network whose inputs are selected, and the keys that others miss."""
     for kinds, first, others in _SELECTIONS:
         network = getattr(loss, first, None)
         if network is None or not isinstance(loss, kinds):

@@ -1,4 +1,4 @@
-"""Wired losses that average over steps: their figures count valid steps alone.
+"""Wired losses whose reported averages count valid steps alone.
 
 The methods with a leading underscore override hooks of TorchRL's losses (0.14.1), which have no
 public counterpart.

@@ -343,7 +343,7 @@ class R2D2Loss(LossModule):
         if self.importance_weights:
             raise KeyError(
                 f"importance_weights=True, but there is no {self.tensor_keys.priority_weight!r} in "
-                "the batch. Sample from a TensorDictReplayBuffer with a prioritised sampler, or "
+                "the batch. Sample from a TensorDictReplayBuffer with a prioritized sampler, or "
                 "leave importance_weights=None."
             )
         return like.new_ones(1, 1)

@@ -1,4 +1,4 @@
-"""Checks of the batches that ``R2D2Loss`` takes, and of what it computes."""
+"""Checks of the batches that ``R2D2Loss`` takes, and of its results."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def find_loss_problems(
     """Yield the reason if a loss or a priority is not finite. Reads values.
 
     Args:
-        results: what the loss has computed.
+        results: of the loss.
         windows: ``[B, T]``, the entries that it has read.
         mask: bool ``[B, T]``, False at padding.
         network: the value network.

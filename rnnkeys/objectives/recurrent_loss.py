@@ -35,7 +35,7 @@ def recurrent_loss(loss: Loss, init_key: NestedKey | list[NestedKey] | None = No
     - flags segment starts in ``next`` too, so that each segment there starts from the state stored
       at ``("next", state)``;
     - ends returns where a segment ends, with or without ``done``;
-    - runs on a shallow copy: the batch stays as it is, but for what the loss itself writes
+    - runs on a shallow copy: the batch stays as it is, except for the results of the loss
       (priorities, advantages, value targets);
     - keeps the states that the loss would drop (TD3, REDQ and IQL those of the critic, SAC with a
       value network those of the others); where they are not stored, they are zero;

@@ -1,4 +1,4 @@
-"""What a wired loss does around every call: check and prepare the batch, return what it wrote."""
+"""The calls of a wired loss: check and prepare the batch, run the loss, copy its results back."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from .loss_inputs import find_dropped_keys, keep_masks
 
 @dataclass
 class Wiring:
-    """What a wired loss holds besides its own attributes: no parameters, nothing for a state_dict.
+    """What ``recurrent_loss`` adds to a loss: no parameters, nothing for a ``state_dict``.
 
     Attributes:
         layers: the recurrent modules inside.
@@ -110,7 +110,7 @@ class Wired:
     def call_wired(
         self, method: Callable[..., Any], batch: TensorDictBase, args: Any, kwargs: Any
     ) -> Any:
-        """Check and prepare a batch, run a method of the loss on it, and return what it wrote.
+        """Check and prepare a batch, run a method of the loss on it, and copy its results back.
 
         Args:
             method: ``forward`` or another method that takes the batch.
@@ -119,7 +119,7 @@ class Wired:
             kwargs: further keyword arguments.
 
         Returns:
-            What the method returns.
+            The result of the method.
         """
         if self._wiring.active:
             return method(self, batch, *args, **kwargs)
@@ -156,10 +156,10 @@ class Wired:
     def correct_for_padding(
         self, result: TensorDictBase, batch: TensorDictBase, valid: Tensor
     ) -> None:
-        """Correct what a loss averages over padding, in place, after the method of the loss.
+        """Correct averages that the method of the loss has taken over padding, in place.
 
         Args:
-            result: what the method returned.
+            result: of the method.
             batch: the prepared batch.
             valid: the mask of the steps that count.
         """
@@ -351,7 +351,7 @@ class Wired:
     def _return_written(
         self, before: TensorDictBase, after: TensorDictBase, batch: TensorDictBase
     ) -> None:
-        """Write what the loss wrote into the caller's batch, without flags and network outputs."""
+        """Copy the loss's results into the caller's batch, without flags and network outputs."""
         networks = self._wiring.written
         if isinstance(self, ValueEstimatorBase):
             networks = networks.difference(_value_keys(self))

@@ -48,7 +48,7 @@ def find_sequence_problems(
         state_keys: pairs ``(state key, init key)`` of recurrent states, stored at the root and in
             ``next``; missing ones are left out.
         reader: who reads the batch, for the messages.
-        read_values: whether to read values; by default where no device has to be waited for (see
+        read_values: whether to read values; by default in CPU memory only (see
             ``rnnkeys.checks.set_value_checks``).
 
     Examples:

@@ -13,7 +13,7 @@ _checked: dict[int, tuple[weakref.ref[TensorDictBase], _Keys]] = {}
 
 
 def set_checked(batch: TensorDictBase, state_keys: Iterable[NestedKey]) -> None:
-    """Remember that the steps of a batch follow each other: it was cut out of checked data.
+    """Record that the steps of a batch follow each other: it was cut out of checked data.
 
     Args:
         batch: sequences ``[*, T]``. It is not kept alive.

@@ -1,4 +1,4 @@
-"""The check of continuity: each step follows the step before it, or a flag says so."""
+"""The check of continuity: each step follows the step before it, or is a flagged start."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _COMPACT_REMEDY = (
 def find_continuity_problems(
     batch: TensorDictBase, init_key: NestedKey, state_keys: Iterable[NestedKey] = ()
 ) -> Iterator[Problem]:
-    """Yield a problem if a step does not follow the step before it and no flag says so.
+    """Yield a problem if a step neither follows the step before it nor is a flagged start.
 
-    The batch itself is the evidence, by what TorchRL and recurrent modules write into it:
+    The evidence is in entries that TorchRL and recurrent modules write into the batch:
 
     - trajectory ids ``("collector", "traj_ids")`` must not change inside a segment;
     - a recurrent state must be the one that the step before wrote, ``("next", state)``;
@@ -64,12 +64,12 @@ def find_continuity_problems(
 def find_breaks(
     segments: Segments, state_keys: Iterable[NestedKey], known: bool = False
 ) -> Iterator[Problem]:
-    """Yield the problem of :func:`find_continuity_problems` for segments that are known.
+    """Yield the problem of :func:`find_continuity_problems` for segments that have been found.
 
     Args:
         segments: of a batch ``[*, T]`` of at least two steps.
         state_keys: keys of the recurrent states that their flags reset.
-        known: whether something else has shown already that steps follow each other, so that the
+        known: whether other evidence has shown already that steps follow each other, so that the
             index of a replay buffer is not read.
     """
     for evidence in _find_evidence(segments, state_keys, known):
@@ -162,7 +162,7 @@ def _is_constant(states: Tensor, time: int, features: int) -> Tensor:
 def _compare_counts(segments: Segments) -> Tensor | None:
     """Return where ``step_count`` does not continue; None if it does not count steps.
 
-    Only what StepCounter writes is believed: integers that grow by one from root to ``next``.
+    Only counts like those of StepCounter are read: integers that are one larger in ``next``.
     """
     batch = segments.batch
     count, following = batch.get("step_count", None), batch.get(("next", "step_count"), None)

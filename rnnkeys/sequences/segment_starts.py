@@ -168,6 +168,20 @@ def any_agent(flags: Tensor, ndim: int) -> Tensor:
     return flags.flatten(ndim).any(-1)
 
 
+def expand_flags(flags: Tensor, state: Tensor) -> Tensor:
+    """Give flags the dimensions of a state, so that they broadcast with it.
+
+    Args:
+        flags: bool ``[*, T, 1]``, or per agent ``[*, T, agents, 1]``.
+        state: ``[*, T, L, H]`` or ``[*, T, agents, L, H]``.
+
+    Examples:
+        >>> expand_flags(torch.zeros(2, 7, 1).bool(), torch.zeros(2, 7, 3, 1, 5)).shape
+        torch.Size([2, 7, 1, 1, 1])
+    """
+    return flags.reshape(*flags.shape[:-1], *[1] * (state.ndim - flags.ndim + 1))
+
+
 def set_segment_starts(batch: TensorDictBase, init_keys: Iterable[NestedKey]) -> TensorDictBase:
     """Return a shallow copy whose flags are those of :func:`find_segment_starts`.
 
@@ -254,6 +268,6 @@ def shift_states(after: Tensor, initial: Tensor, starts: Tensor, time: int) -> T
         >>> shift_states(after, torch.zeros(3, 1, 1), starts, 0).flatten()
         tensor([0., 1., 0.])
     """
-    is_first = starts.reshape(*starts.shape[:-1], *[1] * (after.ndim - starts.ndim + 1)).clone()
+    is_first = expand_flags(starts, after).clone()
     is_first.select(time, 0).fill_(True)
     return torch.where(is_first, initial, after.roll(1, time))

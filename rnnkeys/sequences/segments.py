@@ -80,7 +80,7 @@ class Segments:
 
 
 def some_features(states: Tensor) -> Tensor:
-    """Return a few features of the first layer, which differ wherever states do.
+    """Return a few features of the first layer, which nearly always differ where states do.
 
     To compare all of them would take several percent of a gradient step.
 

@@ -14,7 +14,7 @@ from .segments import Segments, some_features
 
 
 def states_are_right(segments: Segments, state_keys: list[NestedKey]) -> bool:
-    """Return whether one look at all stored states together shows that no check would complain.
+    """Return whether all stored states together pass every check of this file.
 
     False proves nothing: then every state has to be checked by itself.
 
@@ -109,9 +109,9 @@ def _is_kept(segments: Segments, state_key: NestedKey, state: Tensor, like: Tens
 def find_zero_state_problems(
     segments: Segments, state_key: NestedKey, *, everywhere: bool = False
 ) -> Iterator[Problem]:
-    """Yield a problem (a warning) if states are zero at some steps inside episodes, not at all.
+    """Yield a problem (a warning) if states are zero at some, but not all, steps inside episodes.
 
-    Recurrent layers write other states. Zeros are there where something else acted, such as random
+    Recurrent layers write other states. Zeros are stored where something else acted, such as random
     actions during a warm-up. A batch whose states are zero throughout proves nothing by itself.
 
     Args:

@@ -46,7 +46,7 @@ _KEYS = ("in_key", "out_key", "state_key", "init_key")
 
 @dataclass
 class _LayersConfig(ModelConfig):
-    """What the configs of recurrent modules share; abstract."""
+    """Fields that the configs of recurrent modules share; abstract."""
 
     kind: str = "lstm"
     input_size: int = MISSING
@@ -201,7 +201,7 @@ def make_module(kind: str, shared: bool = False, **arguments: Any) -> nn.Module:
 
 
 def wire_loss(loss: Any, init_key: Any = None) -> Any:
-    """Wire a loss or value estimator, or what makes one.
+    """Wire a loss or value estimator, or a function that makes one.
 
     Args:
         loss: a ``LossModule``, a ``ValueEstimatorBase``, or a function that returns one.
@@ -272,8 +272,9 @@ def make_recurrent_ppo_trainer(
 ) -> PPOTrainer:
     """Make TorchRL's ``PPOTrainer`` for a recurrent actor and critic.
 
-    Every network is made once, so that what plays is what learns. The trainer's collector gathers
-    the states of both, its loss and its estimator are wired, and it learns from sequences.
+    Every network is made once, so that the networks that collect are those that learn. The
+    trainer's collector gathers the states of both, its loss and its estimator are wired, and it
+    learns from sequences.
 
     Args:
         env: of :func:`rnnkeys.environments.make_gym_env`, without transforms of the networks.

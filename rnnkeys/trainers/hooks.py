@@ -14,7 +14,7 @@ from ..objectives import SequenceMinibatches
 class SequenceMinibatchesHook(TrainerHookBase):
     """Let a trainer of TorchRL learn from minibatches of whole sequences.
 
-    A trainer with a replay buffer flattens what it collects, and draws single steps from it, which
+    A trainer with a replay buffer flattens its batches, and draws single steps from them, which
     are not sequences. This hook takes the buffer's place: every epoch it cuts the collected batch
     ``[*, T]`` into minibatches, and the epoch ends with the last one. The trainer needs
     ``replay_buffer=None`` and ``optim_steps_per_batch=None``.

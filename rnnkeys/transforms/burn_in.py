@@ -12,7 +12,7 @@ from tensordict.nn import TensorDictModuleBase
 from ..checks import as_int, find_type_problems, raise_first
 from ..keys import next_key
 from ..modules.network import RecurrentNetwork, as_networks
-from ..sequences.states import expand_flags
+from ..sequences.segment_starts import expand_flags
 from .base import SequenceTransform
 from .prepare import prepare_sequences
 
@@ -59,7 +59,7 @@ class BurnIn(SequenceTransform):
     ) -> None:
         super().__init__()
         self.burn_in = as_int("burn_in", burn_in, minimum=0)
-        # RecurrentNetwork is no nn.Module: the transform neither owns nor copies the networks.
+        # RecurrentNetwork is not an nn.Module: the transform neither owns nor copies the networks.
         self._networks = as_networks("networks", networks)
         if not self._networks:
             raise ValueError("networks must name at least one network. Got []. [network]")

@@ -1,4 +1,4 @@
-"""Checks and segment starts of the batches that transforms and ``R2D2Loss`` take."""
+"""Checks and segment starts of the batches that transforms take."""
 
 from __future__ import annotations
 

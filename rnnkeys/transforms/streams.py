@@ -29,7 +29,7 @@ class Piece(NamedTuple):
     """Consecutive steps of one episode inside one row of a batch.
 
     Attributes:
-        stream: what continues from batch to batch: ``("trajectory", id)`` or ``("row", b)``.
+        stream: key of the episode from batch to batch: ``("trajectory", id)`` or ``("row", b)``.
         steps: positions in the flattened batch, int64 ``[n]``.
         is_start: whether an episode starts at the first of them.
         is_end: whether the episode ends at the last of them.
@@ -90,7 +90,7 @@ def _split_row(
 ) -> Iterator[tuple[int, int, bool, bool]]:
     """Yield the first step of each piece, the one after its last, and whether it starts and ends.
 
-    A flag ends what was before it in its row, unless trajectory ids say that rows are mixed.
+    A flag ends the episode before it in its row, unless trajectory ids show that rows are mixed.
     """
     if not len(ends):
         return

@@ -49,9 +49,9 @@ _STREAM_REMEDY = (
 class Windows(SequenceTransform):
     """Cut episodes into windows ``[N, L]``; steps that fill no window wait for the next batch.
 
-    As a transform of a replay buffer it cuts what is stored, batches ``[B, T]`` or ``[T]`` of a
-    collector, and stores one recurrent state for each window, so that states take ``1 / L`` of the
-    memory. A sampled batch ``[N, L]`` has that state at every step, without a copy (stride 0). As a
+    As a transform of a replay buffer it cuts the batches ``[B, T]`` or ``[T]`` of a collector, and
+    stores one recurrent state for each window, so that states take ``1 / L`` of the memory. A
+    sampled batch ``[N, L]`` has that state at every step, without a copy (stride 0). As a
     ``postproc`` of a collector, or called, it returns such a batch at once; it may be empty.
 
     An episode continues from batch to batch. Where batches have trajectory ids
@@ -77,7 +77,7 @@ class Windows(SequenceTransform):
 
     Args:
         length: ``L``, in steps, at most 2 ** 20.
-        residual: what happens to the steps that fill no window.
+        residual: treatment of the steps that fill no window.
         period: of ``"overlap"``, from 1 to ``L``. R2D2 has ``L = 80``, ``period = 40``.
         state_keys: keys of the recurrent states; by default all whose name starts with
             ``"recurrent_state"``, as the modules' default keys do.

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._library.custom_ops import CustomOpDef
 from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,13 +36,13 @@ def _arguments(cell: str, sizes: str, resets: bool) -> list[Any]:
     sizes_of_weights = ((gates * H, I), (gates * H, H), (gates * H,), (gates * H,))
     given = [_leaf(sum(steps), I), *(_leaf(*size) for size in sizes_of_weights)]
     start = [_leaf(steps[0], H) for _ in range(states)]
+    no_c = [None] * (2 - states)
     if not resets:
-        return [*given, *start, steps, None, *(None for _ in start), True]
+        return [*given, *start, *no_c, steps, None, None, None, True]
     where = torch.tensor([[0, 1, 0], [1, 0, 0], [1, 1, 0]]).bool()
-    return [*given, *start, [], where, *(_leaf(3, 3, H) for _ in start), True]
+    return [*given, *start, *no_c, [], where, *(_leaf(3, 3, H) for _ in start), *no_c, True]
 
 
-FORWARD: dict[str, CustomOpDef] = {"lstm": ops.lstm, "gru": ops.gru}
 FORMS = [("dense", False), ("packed", False), ("dense", True)]
 in_every_form = pytest.mark.parametrize(("sizes", "resets"), FORMS)
 
@@ -58,7 +57,7 @@ def test_gradients_equal_finite_differences(cell, sizes, resets):
         given = list(arguments)
         for place, leaf in zip(places, leaves, strict=True):
             given[place] = leaf
-        return FORWARD[cell](*given)[: len(CELLS[cell][0].state_names)]
+        return ops.layer(*given)[: len(CELLS[cell][0].state_names)]
 
     assert torch.autograd.gradcheck(states, [arguments[i] for i in places])
 
@@ -66,7 +65,7 @@ def test_gradients_equal_finite_differences(cell, sizes, resets):
 @in_every_form
 @of_both_cells
 def test_forward_operators_keep_torchs_rules(cell, sizes, resets):
-    torch.library.opcheck(FORWARD[cell], tuple(_arguments(cell, sizes, resets)))
+    torch.library.opcheck(ops.layer, tuple(_arguments(cell, sizes, resets)))
 
 
 @in_every_form
@@ -76,7 +75,7 @@ def test_states_do_not_depend_on_what_is_kept(monkeypatch, cell, sizes, resets):
     monkeypatch.setattr(fused, "_MOST_ELEMENTS", 1)
     *arguments, _ = _arguments(cell, sizes, resets)
     count = len(CELLS[cell][0].state_names)
-    kept, few = FORWARD[cell](*arguments, True), FORWARD[cell](*arguments, False)
+    kept, few = ops.layer(*arguments, True), ops.layer(*arguments, False)
     for a, b in zip(few[:count], kept[:count], strict=True):
         assert_equal(a, b, F64)
     assert all(rest.numel() == 0 for rest in few[count:])
@@ -90,13 +89,11 @@ def test_backward_operators_keep_torchs_rules(cell, sizes, resets, wanted):
         a.detach() if isinstance(a, Tensor) else a for a in _arguments(cell, sizes, resets)
     ]
     count = len(CELLS[cell][0].state_names)
-    outputs = FORWARD[cell](*arguments)
-    grads = [torch.randn_like(s) for s in outputs[:count]]
-    x, w_ih, w_hh, _, b_hh, *rest = arguments[:-1]
-    weights = (w_ih, w_hh) if cell == "lstm" else (w_ih, w_hh, b_hh)
-    given = [*grads, x, *weights, *rest[:count], *outputs, *rest[count:]]
-    op = ops.lstm_backward if cell == "lstm" else ops.gru_backward
-    torch.library.opcheck(op, (*given, wanted, wanted and resets))
+    outputs = ops.layer(*arguments)
+    grads = [torch.randn_like(s) for s in outputs[:count]] + [None] * (2 - count)
+    x, w_ih, w_hh, _, b_hh, h0, c0, *rest = arguments[:-1]
+    given = [*grads, x, w_ih, w_hh, b_hh, h0, c0, *outputs, *rest]
+    torch.library.opcheck(ops.layer_backward, (*given, wanted, wanted and resets))
 
 
 @of_both_cells
@@ -105,7 +102,7 @@ def test_weights_may_have_any_strides(cell):
     arguments = _arguments(cell, "dense", True)
     for k in (1, 2):
         arguments[k] = arguments[k].detach().t().contiguous().t().requires_grad_()
-    torch.library.opcheck(FORWARD[cell], tuple(arguments))
+    torch.library.opcheck(ops.layer, tuple(arguments))
 
 
 class _Calls(TorchDispatchMode):

@@ -36,7 +36,7 @@ def calls(monkeypatch) -> list[str]:
         monkeypatch.setattr(owner, name, lambda *a: seen.append(call) or original(*a))
 
     spy(shared_rows, "run", "shared")
-    spy(ops, "lstm", "select")
+    spy(ops, "layer", "select")
     return seen
 
 

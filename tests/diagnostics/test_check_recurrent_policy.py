@@ -272,7 +272,7 @@ def without_flags_loss_alone() -> Wiring:
     return dataclasses.replace(without_flags(), batch=None)
 
 
-def without_flags_of_torchrls_prioritised_sampler() -> Wiring:
+def without_flags_of_torchrls_prioritized_sampler() -> Wiring:
     wiring = without_flags()
     data = cases.collect(DQN, wiring.policy, 80)
     sampler = PrioritizedSliceSampler(80, 0.7, 0.9, slice_len=4)
@@ -381,7 +381,7 @@ FAULTS: dict[str, tuple[Callable[[], Wiring], str, str]] = {
     "no flags in next": (without_flags, "next-is-init", "recurrent_loss"),
     "loss alone": (without_flags_loss_alone, "next-is-init", "recurrent_loss"),
     "no slice flagged": (
-        without_flags_of_torchrls_prioritised_sampler,
+        without_flags_of_torchrls_prioritized_sampler,
         "next-is-init",
         "recurrent_loss",
     ),

@@ -357,7 +357,7 @@ def test_r2d2_null_and_repeated_steps_give_one_loss():
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
-def test_r2d2_priorities_reach_a_prioritised_buffer(dtype):
+def test_r2d2_priorities_reach_a_prioritized_buffer(dtype):
     episode = make_windows(masked=False).exclude("priority_weight")
     buffer = TensorDictReplayBuffer(
         storage=LazyTensorStorage(50),
@@ -391,7 +391,7 @@ def test_r2d2_missing_importance_weights_raise_or_are_one():
     assert_equal(ignoring(windows)["loss"], torch.tensor(plain), F64)
     del windows["priority_weight"]
     assert_equal(make_loss(online, target)(windows)["loss"], torch.tensor(plain), F64)
-    with pytest.raises(KeyError, match="importance_weights=True.*prioritised sampler"):
+    with pytest.raises(KeyError, match="importance_weights=True.*prioritized sampler"):
         make_loss(online, target, importance_weights=True)(windows)
 
 

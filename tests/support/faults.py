@@ -167,7 +167,7 @@ def gru_bias_gradients_equal(original: Any, *args: Any):
 def gru_reset_gradient_zeroed(original: Any, *args: Any):
     """scan: the stored states of a GRU get a gradient of zero."""
     grads = original(*args)
-    return grads._replace(reset_h=None if grads.reset_h is None else grads.reset_h * 0)
+    return grads._replace(resets=grads.resets and tuple(d * 0 for d in grads.resets))
 
 
 @seen_by(contract("pad-gru-float64"), target=SEGMENTS + "read_segments")

@@ -175,9 +175,9 @@ def test_windows_padding_in_a_batch_is_left_out():
     assert cut(Windows(3, "drop"), batch) == [[1, 2, 3], [4, 5, 6], [1, 2, 3]]
 
 
-@pytest.mark.parametrize("prioritised", [False, True])
-def test_windows_in_buffer_store_one_state_per_window(prioritised):
-    sampler = PrioritizedSampler(100, alpha=0.9, beta=0.4) if prioritised else None
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_windows_in_buffer_store_one_state_per_window(prioritized):
+    sampler = PrioritizedSampler(100, alpha=0.9, beta=0.4) if prioritized else None
     buffer = TensorDictReplayBuffer(
         storage=LazyTensorStorage(100),
         sampler=sampler,
@@ -193,7 +193,7 @@ def test_windows_in_buffer_store_one_state_per_window(prioritised):
     sample = buffer.sample()
     assert sample.batch_size == (6, 4) and sample["recurrent_state"].stride(1) == 0
     assert torch.equal(sample["recurrent_state"][:, 0, 0, 0], sample["x"][:, 0] - 1.0)
-    if prioritised:
+    if prioritized:
         assert sample["priority_weight"].shape == (6, 4)
         sample["td_error"] = torch.rand(6, 1).expand(6, 4)
         buffer.update_tensordict_priority(sample)

@@ -128,7 +128,7 @@ def backward(
     CONSTANT: tl.constexpr, PAIRED: tl.constexpr, LOCAL: tl.constexpr, WANT_START: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Run a chunk backwards; what a step passes on is ``conj(a_t) * d_t``, at a start nothing.
+    """Run a chunk backwards; a step passes ``conj(a_t) * d_t`` on, and nothing at a start.
 
     ``d_a`` is ``[T, M]``, or with ``CONSTANT`` the sums over the steps of each chunk, ``[K, M]``.
     """

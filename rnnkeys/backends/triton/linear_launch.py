@@ -155,5 +155,5 @@ def _chunk_length(steps: int, blocks: int, device: torch.device) -> int:
 
 
 def _widen(x: Tensor) -> Tensor:
-    """Return float32 for what is narrower: states lose digits at every step."""
+    """Return float32 for narrower dtypes, whose states would lose digits at every step."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
