@@ -46,6 +46,11 @@ class NestableCompose(Compose):
     where a ``Compose`` inside another is preceded by no transform.
     """
 
+    def clone(self) -> NestableCompose:
+        """Return a copy of the same class, where TorchRL's is a plain ``Compose``."""
+        transforms: Any = self.transforms
+        return type(self)(*(transform.clone() for transform in transforms))
+
     def _rebuild_up_to(self, final_transform: Transform) -> Any:
         container = self.__dict__["_container"]
         container = None if container is None else container()

@@ -224,9 +224,10 @@ def _flag_problems(
 def find_mask_problems(
     batch: TensorDictBase, reader: str, mask_key: NestedKey = MASK_KEY
 ) -> Iterator[Problem]:
-    """Yield problems of the valid mask: not bool, or not one value for each step.
+    """Yield problems of the valid mask: not bool, not one value for each step, or elsewhere.
 
-    A missing mask is no problem: every step is valid.
+    A missing mask is no problem: every step is valid. ``split_trajectories`` writes one at
+    ``"mask"``, beside ``"traj_ids"``, if it splits what no collector returned.
 
     Args:
         batch: sequences ``[*, T]``.
@@ -241,6 +242,14 @@ def find_mask_problems(
     """
     mask = batch.get(mask_key, None)
     if mask is None:
+        split = batch.get("mask", None) if batch.get("traj_ids", None) is not None else None
+        if split is not None and split.dtype is torch.bool and split.shape == batch.batch_size:
+            yield Problem(
+                "mask-key",
+                f"The mask of this batch is at 'mask', as split_trajectories writes it, and "
+                f"{reader} reads it at {mask_key!r}.",
+                f"Move it: batch.set({mask_key!r}, batch.get('mask')).",
+            )
         return
     if mask.dtype is not torch.bool:
         yield make_bool_problem("mask-dtype", "mask", mask_key, mask)

@@ -168,11 +168,12 @@ def find_batch_problems(
     yield from find_multi_step_problems(batch, steps_key, LONGER_RETURNS)
     for end in ("done", "terminated"):
         yield from find_done_problems(batch, next_key(getattr(keys, end, end)))
-    yield from _find_gradient_problems(name, batch, keys)
     if isinstance(loss, (QMixerLoss, TD3BCLoss)):
         yield from _find_padding_problems(name, batch)
     if isinstance(loss, ValueEstimatorBase):
         yield from _find_chunk_problems(loss, batch)
+    else:
+        yield from _find_gradient_problems(name, batch, keys)
     layers = list(layers)
     if isinstance(loss, ON_POLICY):
         for layer in layers:

@@ -353,9 +353,11 @@ def test_env_transforms_inside_another_compose_write_flags_and_states(is_first, 
     keys = {"in_keys": ["observation", state], "out_keys": ["embed", ("next", *as_tuple(state))]}
     inner: Any = get_env_transforms_from_module(make("gru", input_size=4, **keys))
     parts: Any = (inner, RewardSum()) if is_first else (RewardSum(), inner)
-    rollout = _append(GymEnv("CartPole-v1"), Compose(*parts)).rollout(5)
-    assert {"episode_reward", "is_init"} <= set(rollout.keys())
-    assert rollout.get(state).shape == (*rollout.shape, 1, 5)
+    transforms = Compose(*parts)
+    for one in (transforms.clone(), transforms):
+        rollout = _append(GymEnv("CartPole-v1"), one).rollout(5)
+        assert {"episode_reward", "is_init"} <= set(rollout.keys())
+        assert rollout.get(state).shape == (*rollout.shape, 1, 5)
 
 
 def test_env_that_runs_in_recurrent_mode_warns(recwarn):

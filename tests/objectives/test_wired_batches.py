@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
+from torchrl.collectors.utils import split_trajectories
 from torchrl.data import Categorical
 from torchrl.objectives import BCLoss, ClipPPOLoss, DQNLoss, GAILLoss, REDQLoss, SACLoss
 from torchrl.objectives.value import GAE, MultiAgentGAE, TD1Estimator, TDLambdaEstimator
@@ -322,6 +323,20 @@ def test_wired_ppo_of_shuffled_steps_without_ids_raises() -> None:
     loss(flat)
     torch.manual_seed(0)
     check_raises(loss, flat[torch.randperm(len(flat))], ValueError, r"\[continuity\]")
+
+
+def test_wired_loss_of_split_trajectories_names_where_their_mask_belongs() -> None:
+    agent = make_agent()
+    data: Any = collect(agent).exclude("collector")
+    recurrent_loss(GAE(gamma=0.9, lmbda=0.8, value_network=agent.critic))(data)
+    loss = recurrent_loss(ClipPPOLoss(agent.actor, agent.critic))
+    split = split_trajectories(data)
+    assert not split["mask"].all()
+    check_raises(loss, split, ValueError, r"\('collector', 'mask'\).*\[mask-key\]")
+    split[MASK] = split["mask"]
+    split, whole = loss(split), loss(data)
+    for name in ("loss_objective", "loss_critic", "loss_entropy"):
+        torch.testing.assert_close(split[name], whole[name])
 
 
 @pytest.mark.parametrize("key", ["action", "action_log_prob"])
