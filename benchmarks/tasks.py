@@ -29,13 +29,17 @@ class PassiveTMaze(gym.Env[np.ndarray, np.int64]):
 
     Args:
         length: length of the corridor.
+        show_penalty: append the sign of the last reward to the observation: -1 from the first wrong
+            step on, and 0 before. It does not depend on the cue. Without it, or the last action,
+            positions on the shortest path look like those off it.
     """
 
     MOVES = ((1, 0), (0, 1), (-1, 0), (0, -1))
 
-    def __init__(self, length: int = 10) -> None:
+    def __init__(self, length: int = 10, show_penalty: bool = False) -> None:
         self.length = length
-        self.observation_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.show_penalty = show_penalty
+        self.observation_space = spaces.Box(-1.0, 1.0, (2 + show_penalty,), np.float32)
         self.action_space = spaces.Discrete(4)
 
     def reset(
@@ -44,7 +48,11 @@ class PassiveTMaze(gym.Env[np.ndarray, np.int64]):
         super().reset(seed=seed, options=options)
         self.goal = int(self.np_random.choice((-1, 1)))
         self.x = self.y = self.time = 0
-        return np.array([0, self.goal], np.float32), {}
+        return self._observe(self.goal, 0.0), {}
+
+    def _observe(self, side: int, reward: float) -> np.ndarray:
+        shown = (np.sign(reward),) if self.show_penalty else ()
+        return np.array([self.x == self.length, side, *shown], np.float32)
 
     def step(
         self, action: np.int64
@@ -57,36 +65,7 @@ class PassiveTMaze(gym.Env[np.ndarray, np.int64]):
             self.x, self.y = x, y
         done = self.time > self.length
         reward = float(self.y == self.goal) if done else -float(self.x < self.time) / self.length
-        return np.array([self.x == self.length, self.y], np.float32), reward, done, False, {}
-
-
-class ShowPenalty(gym.Wrapper[np.ndarray, np.int64, np.ndarray, np.int64]):
-    """Append the sign of the last reward to a vector of observations, 0 at the first step.
-
-    In :class:`PassiveTMaze` it is -1 from the first wrong step on, which costs a little at a time:
-    a critic that sees it values the wrong step at once. It does not depend on the cue.
-
-    Args:
-        env: environment with observations float32 ``[F]``; they become ``[F + 1]``.
-    """
-
-    def __init__(self, env: gym.Env[np.ndarray, np.int64]) -> None:
-        super().__init__(env)
-        inner: Any = env.observation_space
-        low, high = np.append(inner.low, -1.0), np.append(inner.high, 1.0)
-        bounds = low.astype(np.float32), high.astype(np.float32)  # so that Box casts nothing
-        self.observation_space = spaces.Box(*bounds, dtype=np.float32)
-
-    def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        observation, info = self.env.reset(**options)
-        return np.append(observation, np.float32(0)), info
-
-    def step(
-        self, action: np.int64
-    ) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
-        observation, reward, ended, cut, info = self.env.step(action)
-        shown = np.append(observation, np.float32(np.sign(float(reward))))
-        return shown, reward, ended, cut, info
+        return self._observe(self.y, reward), reward, done, False, {}
 
 
 class TwoGoals(gym.Env[np.ndarray, np.int64]):

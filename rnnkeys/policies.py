@@ -212,13 +212,21 @@ def drqn_policy(
         head: nn.Module = DuelingHead(hidden_size, num_actions, head_sizes, device)
     else:
         head = _mlp(hidden_size, head_sizes, num_actions, device)
+    choose: Any = QValueModule(spec=action_spec, action_mask_key=action_mask_key)
+    choose.action_func_mapping["one_hot"] = _choose_first_best
     modules: Any = (
         TensorDictModule(see, in_keys=[in_key], out_keys=["features"]),
         recurrent,
         TensorDictModule(head, in_keys=["embed"], out_keys=["action_value"]),
-        QValueModule(spec=action_spec, action_mask_key=action_mask_key),
+        choose,
     )
     return TensorDictSequential(*modules)
+
+
+def _choose_first_best(values: Tensor) -> Tensor:
+    """Return the first of the best actions, one-hot; TorchRL returns all that have one value."""
+    best = values.argmax(-1, keepdim=True)
+    return torch.zeros_like(values, dtype=torch.long).scatter(-1, best, 1)
 
 
 def _count_actions(spec: TensorSpec) -> int:

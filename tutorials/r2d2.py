@@ -20,7 +20,7 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -41,7 +41,8 @@ from rnnkeys.transforms import RefreshStates, Windows, measure_staleness
 
 logging.getLogger("torchrl").setLevel(logging.ERROR)  # it logs every buffer
 
-FIXED = ("env", "hide", "scale", "cell", "hidden_size", "window_len", "seed")  # --resume keeps them
+# --resume keeps them:
+FIXED = ("env", "hide", "scale", "cell", "cell_options", "hidden_size", "window_len", "seed")
 SELECTION_SEED = 100_000_000  # of the episodes that choose the best weights
 TEST_SEED = 200_000_000  # of the episodes that neither training nor choice has used
 TEST_EPISODES = 20
@@ -54,6 +55,7 @@ class Args:
     hide: tuple[int, ...] | None = None  # hidden entries; None: CartPole-v1's velocities
     scale: tuple[float, ...] = (1.0,)  # factor of the other entries; one number, or one each
     cell: CellName = "lstm"  # kind of recurrent layer
+    cell_options: dict[str, float | str] = field(default_factory=dict)  # name value, as block plain
     hidden_size: int = 128  # size of the hidden state
     frames: int = 80_000  # environment steps in the whole run
     seed: int = 0  # of all random numbers
@@ -125,6 +127,26 @@ def make_env(args: Args, num_envs: int, device: str) -> TransformedEnv:
     """Make environments that one process steps together; they raise at NaN and inf."""
     options: dict[str, Any] = {"hide": args.hide or (), "scale": args.scale}
     return make_gym_env(args.env, num_envs, device=device, discrete_actions=True, **options)
+
+
+def make_policy(args: Args, env: TransformedEnv) -> TensorDictSequential:
+    """Make the network: recurrent layer, a value for each action, the best action."""
+    shape = env.observation_spec["observation"].shape[1:]
+    options: Any = args.cell_options
+    try:
+        policy = drqn_policy(
+            env.action_spec_unbatched,
+            shape,
+            cell=args.cell,
+            hidden_size=args.hidden_size,
+            encoder_sizes=() if len(shape) == 1 else (args.hidden_size,),  # of images
+            action_mask_key="action_mask" if "action_mask" in env.observation_spec.keys() else None,
+            **options,
+        )
+    except (TypeError, ValueError) as error:
+        words = f"--cell is {args.cell}, --cell_options is {options}"
+        raise runs.RunError(f"{words}: {error}") from error
+    return policy.to(args.device)
 
 
 def make_training_env(args: Args, policy: TensorDictSequential) -> TransformedEnv:
@@ -206,15 +228,7 @@ class Learner:
         torch.manual_seed(args.seed)
         self.args = args
         env = make_env(args, 1, args.device)
-        shape = env.observation_spec["observation"].shape[1:]
-        self.policy = drqn_policy(
-            env.action_spec_unbatched,
-            shape,
-            cell=args.cell,
-            hidden_size=args.hidden_size,
-            encoder_sizes=() if len(shape) == 1 else (args.hidden_size,),  # of images
-            action_mask_key="action_mask" if "action_mask" in env.observation_spec.keys() else None,
-        ).to(args.device)
+        self.policy = make_policy(args, env)
         self.loss = R2D2Loss(
             self.policy,
             burn_in=args.burn_in,

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-import benchmarks.tasks
-
 RIGHT, UP, LEFT, DOWN = range(4)
 
 
@@ -52,8 +50,8 @@ def test_passive_t_maze_steps_off_the_shortest_path_cost_their_share() -> None:
     assert rewards == [-0.25] * 4 + [0.0] and done  # walls let nobody through; no goal, no reward
 
 
-def test_show_penalty_appends_the_sign_of_the_last_reward() -> None:
-    env = benchmarks.tasks.ShowPenalty(gym.make("PassiveTMaze-v0", length=4).unwrapped)
+def test_passive_t_maze_show_penalty_appends_the_sign_of_the_last_reward() -> None:
+    env = gym.make("PassiveTMaze-v0", length=4, show_penalty=True)
     assert env.observation_space.shape == (3,)
     observations, rewards, _ = play(env, [RIGHT, UP, RIGHT, RIGHT, RIGHT])
     assert [shown[2] for shown in observations] == [0, *np.sign(rewards)] == [0, 0, -1, -1, -1, 0]

@@ -78,6 +78,17 @@ def test_network_inside_loss_or_estimator_is_found(wrap):
     assert "loss" not in inside.output_keys
 
 
+def test_drqn_policy_two_best_actions_chooses_one():
+    policy = drqn_policy(OneHot(3), (4,), hidden_size=8)
+    for parameter in policy.parameters():
+        nn.init.zeros_(parameter)  # all actions have the value 0
+    step = policy(
+        TensorDict(observation=torch.ones(2, 4), is_init=torch.ones(2, 1).bool(), batch_size=[2])
+    )
+    assert step["action"].tolist() == [[1, 0, 0]] * 2
+    assert step["chosen_action_value"].tolist() == [[0.0]] * 2
+
+
 def test_network_with_torchrls_module_is_found_and_writes_no_states():
     theirs = torchrl.modules.LSTMModule(3, 5, in_key="observation", out_key="embed")
     ours = GRUModule(3, 5, in_key="observation", out_key="embed")

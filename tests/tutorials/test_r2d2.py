@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.experiments import EXPERIMENTS
+from rnnkeys.cells import LRU
 from rnnkeys.collectors import ActorsLostError, LocalActors
 from tests.support import odd_environments
 from tests.support.tutorials import (
@@ -168,6 +169,13 @@ def test_learn_starts_windows_from_zero_or_stored_states(run: Run, tmp_path: Pat
         assert seen[0]["recurrent_state_h"][inside].any() == (state == "stored")
 
 
+def test_learner_gives_the_cell_its_options(tmp_path: Path) -> None:
+    options = ["--cell", "lru", "--cell-options", "block", "plain", "max_radius", "0.95"]
+    cell = make_learner(tmp_path, *options).policy[1].cell
+    assert isinstance(cell, LRU)  # and no residual block around it
+    assert cell.max_radius == 0.95
+
+
 def test_make_explorer_gives_each_actor_its_part_of_the_ladder(tmp_path: Path) -> None:
     one = make_learner(tmp_path, *SHORT, "--actors", "process", "--num-actors", "2")
     explorers = [
@@ -260,6 +268,7 @@ def test_run_with_infinite_loss_names_the_remedy(run: Run) -> None:
         (["--env", odd_environments.action_id("Binary")], "action space MultiBinary"),
         (["--env", "CartPole-v9"], "error: .*CartPole-v9"),
         (["--env", "nowhere:It-v0"], "error: .*nowhere"),
+        (["--cell-options", "speed", "2"], r"--cell_options is {'speed': 2.0}: .*speed"),
         (["--resume", str(SCRIPT)], "expected a checkpoint of this program"),
     ],
 )
