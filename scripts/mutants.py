@@ -10,6 +10,7 @@ a second call continues the first.
     python -m scripts.mutants                              # 60 of each folder
     python -m scripts.mutants --only cells backends --count 100
     python -m scripts.mutants --again survived --seconds 60
+    python -m scripts.mutants --only cells --tests tests/cells rnnkeys/cells
     python -m scripts.mutants_table                        # write the table
 
 A tool such as mutmut or cosmic-ray imports the package and the tests for each mutant: 15 seconds
@@ -43,9 +44,11 @@ FOLDERS = (
     *("objectives", "collectors", "deploy", "transforms", "diagnostics"),
 )
 # Tests of processes of their own, which a change in this process does not reach, are left out.
-TESTS = ("rnnkeys", "tests", "--ignore=tests/benchmarks", "--ignore=tests/docs")
-TESTS = (*TESTS, "--ignore=tests/scripts", "--ignore=tests/tutorials", "--ignore=tests/fuzz")
-TESTS = (*TESTS, "--ignore=tests/collectors/test_ray_actors.py", "-m", "not slow")
+TESTS = ("rnnkeys", "tests")
+FLAGS = ("--ignore=tests/benchmarks", "--ignore=tests/docs", "--ignore=tests/scripts")
+FLAGS = (*FLAGS, "--ignore=tests/tutorials", "--ignore=tests/fuzz", "-m", "not slow")
+FLAGS = (*FLAGS, "--ignore=tests/collectors/test_ray_actors.py", "-p", "no:randomly")
+FLAGS = (*FLAGS, "-p", "no:cacheprovider", "-q", "-s")
 # Of each test, so many cases are measured; the other cases run the same lines, or nearly.
 CASES = 4
 KILLED, SURVIVED, UNUSABLE = "killed", "survived", "unusable"
@@ -339,19 +342,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--match", default="", metavar="TEXT", help="mutants with it in their name")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--seconds", type=float, default=30.0, help="of tests per mutant, at most")
-    parser.add_argument("--again", nargs="*", default=[], help="verdicts to run once more")
+    parser.add_argument("--tests", nargs="*", default=TESTS, help="paths to run, instead of all")
+    parser.add_argument("--again", nargs="*", default=[], help="run those of these verdicts once more")
     return parser.parse_args(arguments)
 
 
 def main() -> int:
     """Run the mutants."""
     options = parse_arguments()
-    options.again = {None, *options.again}
+    # Without a verdict those that have not run.
+    options.again = set(options.again) or {None}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.pop("PYTEST_ADDOPTS", None)
     CACHE.mkdir(parents=True, exist_ok=True)
-    flags = ["-p", "no:cacheprovider", "-p", "no:randomly", "-q", "-s"]
-    return int(pytest.main([*flags, *TESTS], plugins=[Campaign(options)]))
+    return int(pytest.main([*FLAGS, *options.tests], plugins=[Campaign(options)]))
 
 
 if __name__ == "__main__":
