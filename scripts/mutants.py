@@ -343,7 +343,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--seconds", type=float, default=30.0, help="of tests per mutant, at most")
     parser.add_argument("--tests", nargs="*", default=TESTS, help="paths to run, instead of all")
-    parser.add_argument("--again", nargs="*", default=[], help="run those of these verdicts once more")
+    parser.add_argument("--again", nargs="*", default=[], help="run these verdicts once more")
     return parser.parse_args(arguments)
 
 

@@ -128,7 +128,7 @@ def _is_zero(rows: Tensor, padding: Tensor) -> bool:
 def _run_by_select(inputs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, Tensor]:
     """Run the layer by the operator of ``"scan"``, with resets in padding and after it."""
     h = inputs[5]
-    where = torch.zeros(len(plan.source), dtype=torch.bool, device=h.device)
+    where = h.new_zeros(len(plan.source), dtype=torch.bool)
     where = where.index_fill_(0, plan.padding, True).view(-1, plan.sizes[0])
     where[1:] |= where[:-1].clone()
     zeros = h.new_zeros(()).expand(*where.shape, h.shape[1])

@@ -153,7 +153,7 @@ def match_agents(flags: Tensor, like: Tensor, ndim: int) -> Tensor:
     if flags.shape == like.shape:
         return flags
     if flags.ndim > like.ndim:
-        flags = flags.flatten(ndim).all(-1, keepdim=True)
+        flags = flags.flatten(ndim).all(-1)
     shape = (*flags.shape[:ndim], *[1] * (like.ndim - flags.ndim), *flags.shape[ndim:])
     return flags.reshape(shape).expand_as(like)
 

@@ -153,24 +153,44 @@ def draw_parameters(cell: LinearCell, hidden_size: int) -> dict[str, Tensor]:
     return parameters
 
 
-def test_s5_frequencies_are_those_of_the_normal_part_of_hippo_legs():
-    n = np.arange(8)
+@pytest.mark.parametrize("cell", CELLS, ids=NAMES)
+def test_linear_cell_gives_every_parameter_a_finite_value(cell: LinearCell):
+    assert all(value.isfinite().all() for value in draw_parameters(cell, 32).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_s5_frequencies_are_those_of_the_normal_part_of_hippo_legs(dtype: torch.dtype):
+    torch.set_default_dtype(dtype)
+    n = np.arange(128)
     root, low_rank = np.sqrt(2 * n + 1), np.sqrt(n + 0.5)
     hippo = -np.tril(np.outer(root, root), -1) - np.diag(n + 1)
     eigenvalues = np.linalg.eigvals(hippo + np.outer(low_rank, low_rank))
-    np.testing.assert_allclose(eigenvalues.real, -0.5, atol=1e-10)
-    expected = np.sort(eigenvalues.imag)[4:]
-    frequency = draw_parameters(S5_CELL, 8)["frequency"].sort().values
-    np.testing.assert_allclose(frequency.numpy(), expected, rtol=1e-10)
+    np.testing.assert_allclose(eigenvalues.real, -0.5, atol=1e-9)
+    expected = torch.from_numpy(np.sort(eigenvalues.imag)[64:])
+    frequency = draw_parameters(S5_CELL, 128)["frequency"].sort().values
+    # Computed in float64, whatever the dtype of the parameters.
+    error = (frequency / expected - 1).abs().max().item()
+    assert error < max(2 * torch.finfo(dtype).eps, 1e-10)
 
 
-def test_lru_starts_with_decays_on_its_ring_and_scales_that_fit():
-    parameters = draw_parameters(LRU_CELL, 256)
-    radius = torch.exp(-parameters["nu_log"].exp())
-    assert 0.9 <= radius.min() < 0.91 and 0.99 < radius.max() <= 0.999
-    phase = parameters["theta_log"].exp()
-    assert 0 < phase.min() < 0.01 and 0.3 < phase.max() <= np.pi / 10
-    torch.testing.assert_close(parameters["gamma_log"].exp(), (1 - radius**2).sqrt())
+def test_s5_starts_with_one_rate_and_steps_in_their_range():
+    parameters = draw_parameters(S5_CELL, 256)
+    torch.testing.assert_close(parameters["rate_log"].exp(), torch.full((128,), 0.5))
+    steps = parameters["step_log"].exp()
+    assert S5_CELL.min_step <= steps.min() < 2 * S5_CELL.min_step
+    assert S5_CELL.max_step / 2 < steps.max() <= S5_CELL.max_step
+
+
+@pytest.mark.parametrize(("drawn", "radius", "phase"), [(0.0, 0.9, np.pi / 10), (0.999, 0.999, 0)])
+def test_lru_draws_decays_on_its_ring_and_scales_that_fit(
+    monkeypatch: pytest.MonkeyPatch, drawn: float, radius: float, phase: float
+):
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, drawn))
+    parameters = draw_parameters(LRU_CELL, 4)
+    found = torch.exp(-parameters["nu_log"].exp())
+    assert found[0].item() == pytest.approx(radius, abs=1e-4)
+    assert parameters["theta_log"][0].exp().item() == pytest.approx(phase, abs=1e-3)
+    torch.testing.assert_close(parameters["gamma_log"].exp(), (1 - found**2).sqrt())
 
 
 def test_diagonal_cell_starts_with_maps_of_the_papers_variance():
@@ -202,6 +222,28 @@ def test_s6_starts_with_rates_of_whole_numbers_and_steps_in_their_range():
     assert S6_CELL.max_step / 2 < steps.max() <= S6_CELL.max_step
 
 
+MAPS: list[tuple[LinearCell, dict[str, int]]] = [
+    (FFM_CELL, {"weight_ih": 3, "bias_ih": 64, "weight_out": 128, "bias_out": 128}),
+    (S6_CELL, {"weight_ih": 3, "weight_conv": 4, "weight_select": 64, "weight_step": 4}),
+    (S6_CELL, {"bias_ih": 3, "bias_conv": 4, "weight_out": 64, "bias_out": 64}),
+]
+
+
+@pytest.mark.parametrize(("cell", "fan_ins"), MAPS)
+def test_linear_cell_starts_with_uniform_maps(cell: LinearCell, fan_ins: dict[str, int]):
+    parameters = draw_parameters(cell, 64)
+    for name, fan_in in fan_ins.items():
+        largest = parameters[name].abs().max().item() * fan_in**0.5
+        assert 0.9 < largest <= 1, name
+
+
+@pytest.mark.parametrize(("hidden_size", "rank"), [(16, 1), (64, 4), (65, 5)])
+def test_s6_step_has_a_rank_of_a_sixteenth_rounded_up(hidden_size: int, rank: int):
+    shapes = S6_CELL.parameter_shapes(3, hidden_size)
+    assert shapes["weight_step"] == (hidden_size, rank)
+    assert shapes["weight_select"] == (rank + 2 * S6_CELL.state_size, hidden_size)
+
+
 def test_ffm_state_holds_two_numbers_for_each_trace_and_context():
     assert FFM_CELL.num_contexts == 4 and FFM_CELL.state_sizes(10) == (2 * 3 * 4,)
 
@@ -230,6 +272,7 @@ def test_linear_cells_name_what_they_cannot_do():
         ("s6", {"window_len": 1}, "window_len must be an int of at least 2. Got window_len=1"),
         ("s6", {"state_size": 0}, "state_size must be an int of at least 1. Got state_size=0"),
         ("lru", {"max_radius": 1.0}, "Got min_radius=0.9, max_radius=1.0"),
+        ("lru", {"min_radius": -0.1}, "min_radius must be a number from 0.0 to 1.0. Got min_rad"),
         ("lru", {"max_phase": 0.0}, "max_phase must be above 0. Got max_phase=0.0"),
         ("ffm", {"num_contexts": 0}, "num_contexts must be an int of at least 1"),
         ("ffm", {"max_period": 1.0}, "max_period must be above 1 step. Got max_period=1.0"),

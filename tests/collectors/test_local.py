@@ -75,7 +75,9 @@ def test_local_actors_close_the_environment() -> None:
         made.append(make_env())
         return made[0]
 
-    LocalActors(make_and_keep, policy, frames_per_batch=16).close()
+    # Held, since actors that nobody holds close as well.
+    actors = LocalActors(make_and_keep, policy, frames_per_batch=16)
+    actors.close()
     assert made[0].is_closed
 
 

@@ -31,7 +31,8 @@ def test_continuity_of_collected_states_finds_nothing() -> None:
 def test_continuity_of_shuffled_steps_is_seen_by_the_states() -> None:
     torch.manual_seed(0)
     flat: Any = with_states(8, 32).reshape(-1)
-    assert names(flat[torch.randperm(256)]) == ["continuity"]
+    [problem] = find_sequence_problems(flat[torch.randperm(256)], ["is_init"], STATES)
+    assert problem.check == "continuity" and "SliceSampler" in problem.remedy
 
 
 def test_continuity_of_transposed_rows_is_seen_by_the_states() -> None:
@@ -81,6 +82,15 @@ def test_continuity_of_windows_with_one_state_finds_nothing() -> None:
     assert not names(batch)
     assert not names(batch.contiguous())
     assert not names(batch.clone())
+
+
+@pytest.mark.parametrize(("steps", "checks"), [(4, ["continuity"]), (5, [])])
+def test_continuity_of_windows_after_a_burn_in_needs_three_equal_states(
+    steps: int, checks: list[str]
+) -> None:
+    batch = with_states(3, steps, torch.zeros(3, steps, dtype=torch.bool))
+    batch["h"][:, 2:] = batch["h"][:, 2:3] + 1
+    assert names(batch) == checks
 
 
 def test_continuity_at_padding_is_not_read() -> None:
