@@ -95,7 +95,15 @@ def onednn_lstm_layer(
     """
     return _onednn_rnn_layer(
         *(x, *parameters, h, c),
-        *(False, [], _ONEDNN_LSTM, h.shape[1], 1, True, False, False, True),
+        reverse=False,
+        batch_sizes=[],
+        mode=_ONEDNN_LSTM,
+        hidden_size=h.shape[1],
+        num_layers=1,
+        has_biases=True,
+        bidirectional=False,
+        batch_first=False,
+        train=True,
     )
 
 
@@ -121,7 +129,16 @@ def onednn_lstm_layer_backward(
     y, h, c, workspace = result
     d_x, d_w_ih, d_w_hh, d_b, _, d_h, d_c = torch.ops.aten.mkldnn_rnn_layer_backward(
         *(x, *parameters, *start, y, h, c, *grads),
-        *(False, _ONEDNN_LSTM, y.shape[2], 1, True, True, False, [], False, workspace),
+        reverse=False,
+        mode=_ONEDNN_LSTM,
+        hidden_size=y.shape[2],
+        num_layers=1,
+        has_biases=True,
+        train=True,
+        bidirectional=False,
+        batch_sizes=[],
+        batch_first=False,
+        workspace=workspace,
     )
     return (d_x, d_w_ih, d_w_hh, d_b), (d_h, d_c)
 

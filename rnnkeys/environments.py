@@ -146,7 +146,8 @@ def make_simple_env(
     if _is_image(env.observation_space):
         if hide:
             raise EnvError(f"hide is {tuple(hide)}, but {name} shows images: expected ()")
-        convert, simple = _channels_first, _image_space(env.observation_space)
+        convert = _channels_first
+        simple = _image_space(env.observation_space)
     else:
         env = _flatten(env, name)
         flat: Any = env.observation_space

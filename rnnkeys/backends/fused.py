@@ -22,7 +22,9 @@ from torch import Tensor
 
 # Elements (rows x gates) of a chunk: enough to amortise calls, few enough for the cache, and
 # at most a fraction of the batch, so that small batches need no more memory than torch's layers.
-_MOST_ELEMENTS, _FEWEST_ELEMENTS, _PARTS = 1 << 19, 1 << 17, 4
+_MOST_ELEMENTS = 1 << 19
+_FEWEST_ELEMENTS = 1 << 17
+_PARTS = 4
 
 
 class Resets(NamedTuple):

@@ -42,12 +42,14 @@ def gru_forward(
     """
     hidden = w_hh.shape[1]
     parts = [2 * hidden, hidden]
-    h, previous = x.new_empty(x.shape[0], hidden), state
+    h = x.new_empty(x.shape[0], hidden)
+    previous = state
     w_rz, w_n = w_ih.split(parts)
     b_rz, b_n = (None, None) if b_ih is None else b_ih.split(parts)
     r_z, n = x.new_empty(0, 2 * hidden), x.new_empty(0, hidden)
     for chunk in fused.forward_chunks(sizes, 4 * hidden, keep):
-        inputs, steps = x[chunk.rows], list(sizes[chunk.steps])
+        inputs = x[chunk.rows]
+        steps = list(sizes[chunk.steps])
         r_z, n = linear(inputs, w_rz, b_rz), linear(inputs, w_n, b_n)
         views = zip(*(plane.split(steps) for plane in (r_z, n, h[chunk.rows])), strict=True)
         for t, (gates, n_t, h_t) in enumerate(views, chunk.first):
@@ -85,7 +87,8 @@ def gru_backward(
     w = torch.cat([w_n, w_hh[: 2 * hidden]]).t()
     d_x = torch.empty_like(x) if want_x_grad else None
     d_w_ih, d_w_hh = w_ih.new_zeros(w_ih.shape), w_hh.new_zeros(w_hh.shape)
-    d_bias, dh = h.new_zeros(4 * hidden), torch.zeros_like(h0)
+    d_bias = h.new_zeros(4 * hidden)
+    dh = torch.zeros_like(h0)
     reset_grads = fused.make_reset_grads(resets, want_reset_grad)
     for chunk in fused.chunks(sizes, 4 * hidden):
         h_tm1 = fused.gather_entering_states(h0, h, sizes, chunk, resets, 0)
@@ -122,7 +125,8 @@ def _factors(r_z: Tensor, n: Tensor, h_n: Tensor, h_tm1: Tensor) -> Tensor:
     Returns:
         ``[rows, 4, H]``.
     """
-    aten, (r, z) = torch.ops.aten, r_z.chunk(2, 1)
+    aten = torch.ops.aten
+    r, z = r_z.chunk(2, 1)
     factor = n.new_empty(n.shape[0], 4, n.shape[1])
     by_h_n, by_r, by_z, by_n = factor.unbind(1)
     aten.tanh_backward.grad_input(1 - z, n, grad_input=by_n)

@@ -48,7 +48,8 @@ def lstm_forward(
     w = torch.cat(_split_gates(w_hh))
     i_f_o, g, previous = x.new_empty(0, 3 * hidden), x.new_empty(0, hidden), state
     for chunk in fused.forward_chunks(sizes, 4 * hidden, keep):
-        inputs, steps = x[chunk.rows], list(sizes[chunk.steps])
+        inputs = x[chunk.rows]
+        steps = list(sizes[chunk.steps])
         i_f_o, g = linear(inputs, w_ifo, b_ifo), linear(inputs, w_g, b_g)
         of_steps = (i_f_o, g, h[chunk.rows], c[chunk.rows])
         views = zip(*(plane.split(steps) for plane in of_steps), strict=True)
@@ -90,7 +91,8 @@ def lstm_backward(
     hidden = h.shape[1]
     d_x = torch.empty_like(x) if want_x_grad else None
     d_w_ih, d_w_hh = (w.new_zeros(w.shape) for w in (w_ih, w_hh))
-    d_bias, w = h.new_zeros(4 * hidden), w_hh.t()
+    d_bias = h.new_zeros(4 * hidden)
+    w = w_hh.t()
     dh, dc = torch.zeros_like(state[0]), torch.zeros_like(state[1])
     reset_grads = fused.make_reset_grads(resets, want_reset_grad)
     for chunk in fused.chunks(sizes, 4 * hidden):
@@ -100,7 +102,8 @@ def lstm_backward(
         )
         gates = i_f_o[chunk.rows]
         d, c_from_h = _factors(gates, g[chunk.rows], c[chunk.rows], c_tm1)
-        f, row = gates[:, hidden : 2 * hidden], chunk.end
+        f = gates[:, hidden : 2 * hidden]
+        row = chunk.end
         for t in range(chunk.last - 1, chunk.first - 1, -1):
             n, row = sizes[t], row - sizes[t]
             k = slice(row - chunk.begin, row - chunk.begin + n)
@@ -133,7 +136,8 @@ def _factors(i_f_o: Tensor, g: Tensor, c: Tensor, c_tm1: Tensor) -> tuple[Tensor
         ``[rows, 4, H]``: derivatives of ``c`` by the pre-activations of ``i, f, g``, and of ``h``
         by that of ``o``; and the derivative of ``h`` by ``c``, ``[rows, H]``.
     """
-    aten, (i, f, o) = torch.ops.aten, i_f_o.chunk(3, 1)
+    aten = torch.ops.aten
+    i, f, o = i_f_o.chunk(3, 1)
     tanh_c = c.tanh()
     factor = g.new_empty(g.shape[0], 4, g.shape[1])
     by_i, by_f, by_g, by_o = factor.unbind(1)

@@ -132,7 +132,8 @@ def _may_overflow(h: Tensor) -> bool:
 
 def scan_by_select(a: Tensor, b: Tensor, start: Tensor, reset: Tensor) -> Tensor:
     """Run :func:`scan` in differentiable operations, the state selected at every reset."""
-    h, out = start[0], []
+    h = start[0]
+    out = []
     for t, a_t in enumerate(_steps(a, len(b))):
         h = torch.where(reset[t, :, None], start[t], h) if t else start[0]
         h = torch.addcmul(b[t], a_t.expand_as(h), h)
@@ -142,7 +143,8 @@ def scan_by_select(a: Tensor, b: Tensor, start: Tensor, reset: Tensor) -> Tensor
 
 def backward_states_by_select(a: Tensor, grad: Tensor, reset: Tensor) -> Tensor:
     """Return ``d_t = g_t + a_{t+1} d_{t+1}``, nothing passing a segment start backwards."""
-    d, steps = grad[-1], _steps(a, len(grad))
+    d = grad[-1]
+    steps = _steps(a, len(grad))
     out: list[Tensor] = [d]
     for t in range(len(grad) - 2, -1, -1):
         through = steps[t + 1] * d

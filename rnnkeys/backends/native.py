@@ -73,7 +73,12 @@ def _run_blocks(weights: Weights, x: Tensor, h: Tensor, c: Tensor, plan: Plan) -
             rows.view(steps, size, -1),
             state,
             parameters,
-            *(has_biases, 1, 0.0, False, False, False),
+            has_biases=has_biases,
+            num_layers=1,
+            dropout=0.0,
+            train=False,
+            bidirectional=False,
+            batch_first=False,
         )
         outputs.append(y.flatten(0, 1))
     return outputs

@@ -160,11 +160,13 @@ def _setup(ctx, inputs, output):
 
 def _grad(ctx, grad_h, grad_c, *_):
     *most, where, reset_h, reset_c = ctx.saved_tensors
-    b_hh, c0 = most[3], most[5]
+    b_hh = most[3]
+    c0 = most[5]
     grad_c = None if c0 is None else grad_c
     if grad_h is None and grad_c is None:
         return (None,) * 12
-    want_x, want_resets = ctx.needs_input_grad[0], any(ctx.needs_input_grad[9:11])
+    want_x = ctx.needs_input_grad[0]
+    want_resets = any(ctx.needs_input_grad[9:11])
     grads = layer_backward(
         grad_h, grad_c, *most, ctx.sizes, where, reset_h, reset_c, want_x, want_resets
     )

@@ -144,7 +144,8 @@ def _unfold(x: Tensor, size: int) -> Tensor:
 
 def _map_scan(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
     *tensors, paired = args
-    a, size = _decay_per_row(args[0], dims[0], args[1], dims[1]), info.batch_size
+    a = _decay_per_row(args[0], dims[0], args[1], dims[1])
+    size = info.batch_size
     rest = (_fold(x, dim, size) for x, dim in zip(tensors[1:], dims[1:4], strict=True))
     return _unfold(scan(_fold(a, 0, size), *rest, paired), size), 1
 
@@ -162,7 +163,8 @@ def _map_scan_backward(
     info: Any, dims: tuple[int | None, ...], *args: Any
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
     grad, a, h, start, reset, wants_start, paired = args
-    size, is_constant = info.batch_size, a.ndim - (dims[1] is not None) == 1
+    size = info.batch_size
+    is_constant = a.ndim - (dims[1] is not None) == 1
     decays = _decay_per_row(a, dims[1], h, dims[2]).expand(size, -1, -1, -1)
     kept = zip((h, start, reset), dims[2:5], strict=True)
     folded = (_fold(x, dim, size) for x, dim in kept)

@@ -64,7 +64,8 @@ class _SharedRows(torch.autograd.Function):
         x, parameters[0] = _add_padding_entry(x, plan.padding), _add_closing_weights(parameters[0])
         inputs, hidden = x.shape[1], h.shape[1]
         sizes = onednn.cut_blocks(plan.blocks, inputs, hidden)
-        saved, outputs = [x, *parameters, h, c], []
+        saved = [x, *parameters, h, c]
+        outputs = []
         cells: list[Tensor] | None = []
         for block in onednn.run_blocks(parameters, x, h, c, sizes):
             outputs.append(block.y.flatten(0, 1))

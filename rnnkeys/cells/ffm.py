@@ -42,7 +42,8 @@ class FFM(LinearCell):
 
     name = "ffm"
     is_complex = True
-    forgotten, max_rate = 0.01, 0.67
+    forgotten = 0.01
+    max_rate = 0.67
 
     def __init__(self, num_contexts: int = 4, max_period: float = 1024.0) -> None:
         self.num_contexts = as_int("num_contexts", num_contexts)
@@ -62,7 +63,8 @@ class FFM(LinearCell):
         self, input_size: int, hidden_size: int, bias: bool = True
     ) -> dict[str, tuple[int, ...]]:
         """Return the shapes: ``weight_ih`` gives trace, its gate, output gate and skip."""
-        traces, (size,) = self.num_traces(hidden_size), self.state_sizes(hidden_size)
+        traces = self.num_traces(hidden_size)
+        (size,) = self.state_sizes(hidden_size)
         return {
             "rate": (traces,),
             "frequency": (self.num_contexts,),

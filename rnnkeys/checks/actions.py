@@ -43,7 +43,8 @@ def find_action_problems(
         >>> [problem.check for problem in find_action_problems(batch, "action", 2)]
         ['action-one-hot']
     """
-    action, key = batch.get(action_key), unravel_key(action_key)
+    action = batch.get(action_key)
+    key = unravel_key(action_key)
     if action.shape == (*batch.batch_size, num_actions):
         if read_values:
             yield from _find_one_hot_problems(action, key, mask)

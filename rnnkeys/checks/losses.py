@@ -163,7 +163,8 @@ def find_batch_problems(
         batch: sequences ``[*, T]``.
         layers: the recurrent layers inside.
     """
-    name, keys = loss_name(loss), getattr(loss, "tensor_keys", None)
+    name = loss_name(loss)
+    keys = getattr(loss, "tensor_keys", None)
     steps_key = getattr(keys, MULTI_STEP_KEY, MULTI_STEP_KEY)
     yield from find_multi_step_problems(batch, steps_key, LONGER_RETURNS)
     for end in ("done", "terminated"):
@@ -353,7 +354,8 @@ def numbers_read(loss: Any) -> list[NestedKey]:
 
 def _find_part_problems(loss: Any, batch: TensorDictBase, starts: Tensor) -> Iterator[Problem]:
     """SAC with a value network deals the batch out to its critics along the first dimension."""
-    parts, number = loss.num_qvalue_nets, batch.shape[0]
+    parts = loss.num_qvalue_nets
+    number = batch.shape[0]
     fits = number % parts == 0
     if fits and batch.ndim == 1:
         cuts = torch.arange(1, parts, device=starts.device) * (number // parts)

@@ -80,7 +80,8 @@ class RemoteActors(Actors):
                 raise ValueError(f"timeout must be a number of seconds above 0. Got {timeout!r}.")
             self.num_actors = as_int("num_actors", num_actors)
             self._max_restarts = as_int("max_restarts", max_restarts, minimum=0)
-            self._timeout, self._seed = timeout, seed
+            self._timeout = timeout
+            self._seed = seed
             self._plan = dumps(plan)  # once, so that restarted actors have the same first weights
             self._restarts = [0] * num_actors
             self._failures = [0] * num_actors

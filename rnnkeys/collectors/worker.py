@@ -111,7 +111,9 @@ class Worker:
     """
 
     def __init__(self, plan: bytes, actor: int, seed: int) -> None:
-        self.plan, self.actor, self.seed = plan, actor, seed
+        self.plan = plan
+        self.actor = actor
+        self.seed = seed
         self.location = f"process {os.getpid()} on {socket.gethostname()}"
         self.source: Source | None = None
 

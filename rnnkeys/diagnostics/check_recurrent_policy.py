@@ -211,7 +211,8 @@ def _find_collection_problems(
 
 def _is_stored_by_step(batch: TensorDictBase, key: Any) -> bool:
     """Return whether there is a state for every step; windows have one for all of theirs."""
-    state, time = batch.get(key, None), batch.ndim - 1
+    state = batch.get(key, None)
+    time = batch.ndim - 1
     if state is None or batch.shape[time] < 2:
         return state is not None
     return not bool((state == state.narrow(time, 0, 1)).all())

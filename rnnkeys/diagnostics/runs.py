@@ -170,7 +170,8 @@ def run_from_stored(network: RecurrentNetwork, batch: TensorDictBase) -> TensorD
 
 def run_by_steps(network: RecurrentNetwork, batch: TensorDictBase) -> TensorDictBase:
     """Run one step after the other; segments start from the state stored at their first step."""
-    flagged, time = set_segment_starts(batch, network.init_keys), batch.ndim - 1
+    flagged = set_segment_starts(batch, network.init_keys)
+    time = batch.ndim - 1
     before = None
     outputs: Any = []
     policy: Any = network.network

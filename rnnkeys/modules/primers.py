@@ -69,7 +69,8 @@ class StatePrimer(TensorDictPrimer):
         parent = self.parent
         if parent is None:
             return
-        env_spec, batch = parent.observation_spec, parent.batch_size
+        env_spec = parent.observation_spec
+        batch = parent.batch_size
         groups = {_group(key) for key in self.shapes}
         agents = {group: _agents(env_spec, group, batch) for group in groups if group}
         # The spec's device may have become the environment's since construction.

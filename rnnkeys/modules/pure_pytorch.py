@@ -54,7 +54,8 @@ class _PurePyTorchRNN(nn.RNNBase):
         if active is not None:
             # An inactive step may hold NaN, and 0 * NaN would put NaN into the gradient.
             y = y.masked_fill(~active.unsqueeze(-1), 0)
-        layers, last = TorchLayers(self), []
+        layers = TorchLayers(self)
+        last = []
         for layer in range(self.num_layers):
             if layer and self.dropout:
                 y = F.dropout(y, self.dropout, self.training)

@@ -142,7 +142,8 @@ class RecurrentModule(TensorDictModuleBase, ABC):
         init_key: NestedKey | None,
         state_key: NestedKey | None,
     ) -> None:
-        owner, names = type(self).__name__, self.cell.state_names
+        owner = type(self).__name__
+        names = self.cell.state_names
         key_arguments.check_state_key(state_key, in_keys, out_keys)
         states = key_arguments.make_state_keys(
             key_arguments.DEFAULT_STATE_KEY if state_key is None else state_key, names
@@ -412,7 +413,8 @@ class RecurrentModule(TensorDictModuleBase, ABC):
             )
 
     def _entry_spec(self) -> entries.EntrySpec:
-        layers, keys = self._layers, self.in_keys
+        layers = self._layers
+        keys = self.in_keys
         number = 1 + len(layers.cell.state_names)
         return entries.EntrySpec(
             type(self).__name__,

@@ -61,11 +61,13 @@ class CellStack(nn.Module):
                 f"name. Give {type(cell).__name__} a name of its own; for torch's LSTM and GRU use "
                 "LSTMModule and GRUModule."
             )
-        self.cell, self.mode = cell, cell.name.upper()
+        self.cell = cell
+        self.mode = cell.name.upper()
         self.input_size = _as_size("input_size", input_size)
         self.hidden_size = _as_size("hidden_size", hidden_size)
         self.num_layers = _as_size("num_layers", num_layers)
-        self.bias, self.dropout = bias, as_float("dropout", dropout)
+        self.bias = bias
+        self.dropout = as_float("dropout", dropout)
         # One tuple per layer: parameters can depend on the input size, which differs in layer 0.
         self.parameter_names: list[tuple[str, ...]] = []
         for layer in range(num_layers):
@@ -160,7 +162,8 @@ class StepStack(nn.ModuleList):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(modules)
-        first, name = modules[0], type(modules[0]).__name__
+        first = modules[0]
+        name = type(modules[0]).__name__
         given = input_size if input_size is not None else getattr(first, "input_size", None)
         self.input_size = _as_size("input_size", given)
         sizes = state_sizes if state_sizes is not None else getattr(first, "state_sizes", None)
@@ -173,7 +176,8 @@ class StepStack(nn.ModuleList):
         for state, size in sizes.items():
             _as_size(f"state_sizes[{state!r}]", size, "hidden_size")
         self.state_sizes = {state: int(size) for state, size in sizes.items()}
-        self.cell, self.num_layers = StepCell(tuple(sizes)), len(modules)
+        self.cell = StepCell(tuple(sizes))
+        self.num_layers = len(modules)
         self.dropout = as_float("dropout", dropout)
         self.hidden_size = next(iter(self.state_sizes.values()))
         self.output_size = 0
@@ -185,7 +189,8 @@ class StepStack(nn.ModuleList):
         """Run one step of a copy, and return the size of its output."""
         # The trial must not change running statistics or the random state.
         module = copy.deepcopy(self[layer]).eval()
-        sample, rows = _sample(module), 2
+        sample = _sample(module)
+        rows = 2
         x = sample.new_zeros(rows, width)
         states = [sample.new_zeros(rows, size) for size in self.state_sizes.values()]
         with torch.no_grad(), torch.random.fork_rng(devices=[]):

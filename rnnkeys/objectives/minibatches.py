@@ -216,7 +216,8 @@ class SequenceMinibatches:
             steps += length
             if steps >= self.minibatch_steps or i == count - 1:
                 yield sequences.take(order[begin : i + 1])
-                begin, steps = i + 1, 0
+                begin = i + 1
+                steps = 0
 
     def _gather(self, rows: TensorDictBase, chosen: Spans) -> TensorDictBase:
         batch, mask = cut_windows(rows, chosen)

@@ -125,7 +125,8 @@ class WiredPPO(WiredActorCritic):
     def _critic_loss_inputs(
         self, target_return: Tensor, state_value: Tensor, old_state_value: Tensor | None
     ) -> Any:
-        valid, norm = self._wiring.valid, getattr(self, "value_norm", None)
+        valid = self._wiring.valid
+        norm = getattr(self, "value_norm", None)
         if valid is None:
             return _super(WiredPPO, self)._critic_loss_inputs(
                 target_return, state_value, old_state_value
@@ -146,13 +147,15 @@ class WiredPPO(WiredActorCritic):
     def loss_critic(self, tensordict: TensorDictBase) -> Any:
         """Return the critic's loss and its figures."""
         value, clip_fraction, explained = _super(WiredActorCritic, self).loss_critic(tensordict)
-        seen, valid = self._wiring.seen, self._wiring.valid
+        seen = self._wiring.seen
+        valid = self._wiring.valid
         if valid is None:
             return value, clip_fraction, explained
         if clip_fraction is not None:
             clip_fraction = self._find_clip_fraction(seen["value"] - seen["old_value"])
         if explained is not None:
-            target, mask = seen["target"], expand_mask(valid, seen["target"])
+            target = seen["target"]
+            mask = expand_mask(valid, seen["target"])
             rest = masked_variance(target - seen["value"], mask, 0)
             total = masked_variance(target, mask, 0)
             explained = 1 - rest / (total + torch.finfo(target.dtype).eps)
@@ -183,7 +186,8 @@ class WiredPPO(WiredActorCritic):
     def _correct_beta(self, kl: Tensor) -> None:
         """Adapt the coefficient again, by the mean KL of valid steps."""
         loss: Any = self
-        mean, beta = self._mean(kl), self._wiring.seen["beta"]
+        mean = self._mean(kl)
+        beta = self._wiring.seen["beta"]
         factor = torch.ones_like(beta)
         factor = torch.where(mean > loss.dtarg * 1.5, loss.increment, factor)
         factor = torch.where(mean < loss.dtarg / 1.5, loss.decrement, factor)

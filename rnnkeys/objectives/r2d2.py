@@ -165,7 +165,8 @@ class R2D2Loss(LossModule):
     @property
     def in_keys(self) -> list[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Keys of the entries that a forward reads."""
-        keys, network = self.tensor_keys, self._network
+        keys = self.tensor_keys
+        network = self._network
         read = [*network.input_keys, *network.state_keys, *network.init_keys, keys.action]
         after = [*network.input_keys, keys.reward, keys.done, keys.terminated]
         return [*read, *map(next_key, after)]

@@ -126,11 +126,13 @@ def _find_evidence(
 
 def _compare_states(segments: Segments, key: NestedKey) -> _Evidence | None:
     """Compare each state with the one that the step before wrote; None if they prove nothing."""
-    state, time = segments.read_state(key), segments.time
+    state = segments.read_state(key)
+    time = segments.time
     after = None if state is None else segments.read_next_state(key, state)
     if state is None or after is None:
         return None
-    carried, is_compact = segments.carried, False
+    carried = segments.carried
+    is_compact = False
     enters, written = some_features(state), some_features(after)
     arrives, leaves = segments.arriving(enters), segments.leaving(written)
     breaks = (arrives != leaves).flatten(carried.ndim).any(-1) & carried
@@ -183,7 +185,8 @@ def _compare_index(batch: TensorDictBase) -> Tensor | None:
     A replay buffer writes integers ``[*, T]`` or, for a storage of several dimensions, ``[*, T,
     dims]``, at the root alone. An entry of the environment is in ``next`` as well.
     """
-    index, ndim = batch.get("index", None), batch.ndim
+    index = batch.get("index", None)
+    ndim = batch.ndim
     if not isinstance(index, Tensor) or batch.get(("next", "index"), None) is not None:
         return None
     if index.dtype is not torch.int64 or index.ndim not in (ndim, ndim + 1):

@@ -105,7 +105,8 @@ class RefreshStates:
         """
         self._check_windows(stored)
         followers = _find_followers(stored)
-        level, refreshed = followers.find_first_windows(), 0
+        level = followers.find_first_windows()
+        refreshed = 0
         while level.numel():
             for chunk in level.split(self.chunk_size):
                 self._run_windows(stored, chunk, followers)

@@ -237,7 +237,8 @@ class Cutter:
         Returns:
             The windows; the first step to keep; and how many of the steps to keep are covered.
         """
-        length, spans = self.length, []
+        length = self.length
+        spans = []
         start = max(covered - (length - self.period), 0) if covered else 0
         while start + length <= count:
             spans.append((start, start + length))

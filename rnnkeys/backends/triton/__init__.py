@@ -58,7 +58,8 @@ def why_not(
 def _why_not_layer(cell: Cell, weights: Any, compute_dtype: torch.dtype) -> str | None:
     if cell.name not in ("lstm", "gru"):
         return f"recurrent_backend='triton' runs LSTM and GRU, got {cell.name!r}. {_INSTEAD}."
-    dtype, hidden = weights.w_hh.dtype, weights.w_hh.shape[1]
+    dtype = weights.w_hh.dtype
+    hidden = weights.w_hh.shape[1]
     if weights.w_hr is not None:
         return (
             "recurrent_backend='triton' has no projection, got "
@@ -177,7 +178,8 @@ def _check(
         )
     if reason is not None:
         raise RuntimeError(reason)
-    lead, hidden = x.shape[:2], weights.w_hh.shape[1]
+    lead = x.shape[:2]
+    hidden = weights.w_hh.shape[1]
     named = {"is_init": (is_init, (*lead,)), "w_hh": (weights.w_hh, weights.w_hh.shape)}
     for name, state in zip(cell.state_names, reset_state, strict=True):
         named[f"reset state {name!r}"] = (state, (*lead, hidden))

@@ -142,7 +142,9 @@ def _resident(
     column = kept if device.is_large else 2 * kept
     alone = block_h <= (_ALONE if itemsize == 2 or device.is_large else _ALONE // 2)
     if alone:
-        block_n, sizes, chunks = block_h, (1, 4) if mode == "ieee" else (16,), 1
+        block_n = block_h
+        sizes = (1, 4) if mode == "ieee" else (16,)
+        chunks = 1
     else:
         limits = _COLUMNS_OF_SCALARS if mode == "ieee" else _COLUMNS
         block_n = next((n for n, limit in limits[direction].items() if column <= limit), None)

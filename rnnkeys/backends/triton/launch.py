@@ -121,7 +121,8 @@ def _launch(
     batch, steps = flags.is_init.shape
     if not (batch and steps):
         return
-    hidden, device = w_hh.shape[1], _device(w_hh)
+    hidden = w_hh.shape[1]
+    device = _device(w_hh)
     itemsize = w_hh.element_size()
     config = choose_config(direction, batch, steps, hidden, itemsize, precision, device)
     options: dict[str, Any] = {

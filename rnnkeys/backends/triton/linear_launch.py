@@ -64,7 +64,8 @@ def scan_backward(
     paired: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run ``linear_recurrence.scan_backward`` in kernels; arguments are those of :func:`scan`."""
-    dtype, constant = h.dtype, a.ndim == 1
+    dtype = h.dtype
+    constant = a.ndim == 1
     grad, a, h, start = (_widen(x) for x in (grad, a, h, start))
     problem = _Problem(h, start, reset, constant, paired)
     d_b = torch.empty_like(h, memory_format=torch.contiguous_format)

@@ -56,7 +56,8 @@ def _outer_bias(p: Problem) -> Tensor | None:
 def project(p: Problem) -> Tensor:
     """Project the inputs into the first ``G`` quarters of a new ``[B, T, 4H]``."""
     gates = p.x.new_empty(*p.x.shape[:2], 4 * p.hidden, dtype=p.dtype)
-    rows, bias = gates.flatten(0, 1)[:, : p.w_ih.shape[0]], _outer_bias(p)
+    rows = gates.flatten(0, 1)[:, : p.w_ih.shape[0]]
+    bias = _outer_bias(p)
     x, w = p.x.flatten(0, 1).to(p.dtype), p.w_ih.to(p.dtype).t()
     if bias is None:
         torch.mm(x, w, out=rows)
@@ -80,8 +81,10 @@ def _first(p: Problem) -> Tensor:
 
 def recompute_activations(p: Problem, h_tm1: Tensor) -> Tensor:
     """Compute the activations that were not kept, from ``h`` before every step."""
-    gates, size = project(p), p.hidden
-    rows, w_hh = gates.flatten(0, 1), p.w_hh.to(p.dtype)
+    gates = project(p)
+    size = p.hidden
+    rows = gates.flatten(0, 1)
+    w_hh = p.w_hh.to(p.dtype)
     if p.cell == "lstm":
         rows.addmm_(h_tm1, w_hh.t())
         i_f, g, o = rows.split([2 * size, size, size], dim=1)
