@@ -31,14 +31,14 @@ class Layout(NamedTuple):
     step: np.ndarray
 
 
-def choose_layout(lengths: np.ndarray, block_rows: int, carried: np.ndarray | None) -> Layout:
+def choose_layout(lengths: np.ndarray, block_rows: int, nonzero: np.ndarray | None) -> Layout:
     """Return the layout that costs a kernel the least time.
 
     Args:
         lengths: ``[S]``, of segments.
         block_rows: if not 0, the numbers of rows are rounded up so that steps form few blocks of
             one size. A block costs about as much time as this many rows of one step.
-        carried: bool ``[S]``, segments that do not start from zeros and so must be the first of
+        nonzero: bool ``[S]``, segments that do not start from zeros and so must be the first of
             their row; None if segments may not share rows.
 
     Examples:
@@ -48,14 +48,14 @@ def choose_layout(lengths: np.ndarray, block_rows: int, carried: np.ndarray | No
         [2, 2, 2, 2]
     """
     apart = lay_side_by_side(lengths, block_rows)
-    if carried is None:
+    if nonzero is None:
         return apart
     cost = apart.sizes.sum() + np.count_nonzero(np.diff(apart.sizes)) * block_rows
-    rows = _count_shared_rows(lengths, carried)
+    rows = _count_shared_rows(lengths, nonzero)
     least = lengths.sum() + len(lengths) - rows
     if rows >= len(lengths) or least >= cost:
         return apart
-    shared = lay_end_to_end(lengths, carried, rows)
+    shared = lay_end_to_end(lengths, nonzero, rows)
     return shared if shared.sizes.sum() < cost else apart
 
 
@@ -70,9 +70,9 @@ def lay_side_by_side(lengths: np.ndarray, block_rows: int) -> Layout:
     return Layout(sizes, row, np.zeros_like(lengths))
 
 
-def lay_end_to_end(lengths: np.ndarray, carried: np.ndarray, rows: int) -> Layout:
+def lay_end_to_end(lengths: np.ndarray, nonzero: np.ndarray, rows: int) -> Layout:
     """Fill ``rows`` rows of one length, the shortest in which the segments are found to fit."""
-    order = np.lexsort((-lengths, ~carried))
+    order = np.lexsort((-lengths, ~nonzero))
     falling = lengths[order].tolist()
     steps = max(int(lengths.max()), -(-(sum(falling) + len(falling)) // rows) - 1)
     places = _fit(falling, rows, steps)
@@ -85,11 +85,11 @@ def lay_end_to_end(lengths: np.ndarray, carried: np.ndarray, rows: int) -> Layou
     return Layout(np.full((step + lengths).max(), rows), row, step)
 
 
-def _count_shared_rows(lengths: np.ndarray, carried: np.ndarray) -> int:
+def _count_shared_rows(lengths: np.ndarray, nonzero: np.ndarray) -> int:
     """Return a number of rows that are about as long as the longest segment."""
     rows = int(lengths.sum() + len(lengths)) // int(lengths.max())
     rows = rows // _FULL_ROWS * _FULL_ROWS if rows > _FULL_ROWS else rows
-    return max(rows, int(carried.sum()))
+    return max(rows, int(nonzero.sum()))
 
 
 def _fit(lengths: list[int], rows: int, steps: int) -> list[tuple[int, int]] | None:

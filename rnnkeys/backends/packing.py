@@ -34,7 +34,7 @@ class Plan:
     Args:
         segments: of the batch.
         block_rows: see :meth:`Segments.plan`.
-        carried: see :meth:`Segments.plan`.
+        nonzero: see :meth:`Segments.plan`.
 
     Attributes:
         shape: ``(B, T)``.
@@ -49,10 +49,10 @@ class Plan:
     """
 
     def __init__(
-        self, segments: Segments, block_rows: int, carried: np.ndarray | None = None
+        self, segments: Segments, block_rows: int, nonzero: np.ndarray | None = None
     ) -> None:
         starts, lengths = segments.starts, segments.lengths
-        layout = choose_layout(lengths, block_rows, carried)
+        layout = choose_layout(lengths, block_rows, nonzero)
         sizes = layout.sizes
         offsets = np.cumsum(sizes) - sizes
         steps = np.arange(lengths.sum()) + np.repeat(layout.step - starts, lengths)
@@ -153,13 +153,13 @@ class Segments:
         self.are_rows = len(self.starts) == len(is_start)
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
 
-    def plan(self, block_rows: int = 0, carried: np.ndarray | None = None) -> Plan:
+    def plan(self, block_rows: int = 0, nonzero: np.ndarray | None = None) -> Plan:
         """Plan the packing, or return the plan made before.
 
         Args:
             block_rows: if not 0, the numbers of rows are rounded up so that steps form few blocks
                 of one size. A block costs about as much time as this many rows of one step.
-            carried: see :meth:`find_carried`; None if segments may not share rows.
+            nonzero: see :meth:`find_nonzero_starts`; None if segments may not share rows.
 
         Returns:
             The plan, with its indices on the device of the flags.
@@ -168,10 +168,10 @@ class Segments:
             >>> read_segments(torch.tensor([[True, False, True, False, False]])).plan().sizes
             [2, 2, 1]
         """
-        key = block_rows, None if carried is None else carried.tobytes()
-        return _recall(self._plans, _MOST_PLANS, key, lambda: Plan(self, block_rows, carried))
+        key = block_rows, None if nonzero is None else nonzero.tobytes()
+        return _recall(self._plans, _MOST_PLANS, key, lambda: Plan(self, block_rows, nonzero))
 
-    def find_carried(self, states: tuple[Tensor, ...]) -> np.ndarray:
+    def find_nonzero_starts(self, states: tuple[Tensor, ...]) -> np.ndarray:
         """Find the segments that do not start from zeros, or whose initial state has a gradient.
 
         Args:
@@ -182,7 +182,7 @@ class Segments:
 
         Examples:
             >>> segments = read_segments(torch.tensor([[True, False, True, False]]))
-            >>> segments.find_carried((torch.tensor([[[2.0], [7.0], [0.0], [7.0]]]),))
+            >>> segments.find_nonzero_starts((torch.tensor([[[2.0], [7.0], [0.0], [7.0]]]),))
             array([ True, False])
         """
         if torch.is_grad_enabled() and any(state.requires_grad for state in states):

@@ -63,8 +63,8 @@ class PackedBatch(Batch):
         rows = block_rows(x.shape[-1], hidden) if is_native else 0
         segments = read_segments(is_init)
         may_share = is_native and not segments.are_rows and shared_rows.runs(x, hidden)
-        carried = segments.find_carried(reset_state) if may_share else None
-        self.plan: Plan = segments.plan(rows, carried)
+        nonzero = segments.find_nonzero_starts(reset_state) if may_share else None
+        self.plan: Plan = segments.plan(rows, nonzero)
         self.start = tuple(self.plan.at_starts(s) for s in reset_state)
         self.unpack_copies = not self.plan.is_dense
 

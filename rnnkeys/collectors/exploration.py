@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torchrl.data import Categorical, OneHot, TensorSpec
 from torchrl.envs.utils import ExplorationType, exploration_type
 
+from ..sequences import append_dims
+
 
 def epsilon_ladder(count: int, base: float = 0.4, exponent: float = 7.0) -> Tensor:
     r"""Return a rate of random actions for each of ``count`` actors, from high to low.
@@ -93,7 +95,7 @@ class EpsilonGreedy(TensorDictModuleBase):
         epsilons = self.epsilons.to(self.floor.device).maximum(self.floor)
         action = tensordict.get(self.action_key)
         draws = torch.rand(tensordict.shape, device=action.device) < epsilons
-        draws = draws.reshape(*draws.shape, *[1] * (action.ndim - draws.ndim))
+        draws = append_dims(draws, action.ndim)
         if self.action_mask_key is None:
             random = self.spec.rand(tensordict.shape).to(action.device)
         else:

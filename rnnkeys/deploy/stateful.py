@@ -337,9 +337,9 @@ class StatefulPolicy:
                     "returns states of the right form."
                 )
             known = expected.get(key).shape[1:]
-            # Before the first call the number of agents is not known.
-            sizes = slice(1, None) if self._table.has_written else slice(-2, None)
-            if value.shape[sizes] != (known if self._table.has_written else known[-2:]):
+            # The first call shows the number of agents.
+            first = 0 if self._table.has_written else -2
+            if value.shape[1:][first:] != known[first:]:
                 raise ValueError(
                     f"state {key!r} has shape {tuple(value.shape)}; expected {(number, *known)}."
                 )

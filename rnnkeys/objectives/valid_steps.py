@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..sequences import append_dims
+
 
 def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
     """Bring a valid mask to the shape of an entry whose first dimensions it has.
@@ -24,7 +26,7 @@ def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
     """
     while mask.ndim > like.ndim and mask.shape[-1] == 1:
         mask = mask.squeeze(-1)
-    return mask.reshape(*mask.shape, *[1] * (like.ndim - mask.ndim)).expand_as(like)
+    return append_dims(mask, like.ndim).expand_as(like)
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..keys import next_key
 from ..modules.network import RecurrentNetwork
-from ..sequences.segment_starts import read_is_init
+from ..sequences import append_dims, read_is_init
 from ..transforms.burn_in import cut_burn_in, write_initial_states
 
 
@@ -109,7 +109,7 @@ def _prepend_burn_in(
         joined.set(key, torch.cat([stored[:, :burn_in], state], 1))
     for key in network.init_keys:
         flags = read_is_init(windows, key).clone()
-        flags[:, burn_in] |= restarts.reshape(-1, *[1] * (flags.ndim - 2))
+        flags[:, burn_in] |= append_dims(restarts, flags.ndim - 1)
         joined.set(key, flags)
     return joined
 

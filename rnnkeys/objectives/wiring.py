@@ -46,7 +46,13 @@ from ..keys import MASK_KEY, as_keys, as_tuple, next_key
 from ..mode import set_recurrent_mode
 from ..modules.network import RecurrentLayer, RecurrentNetwork
 from ..modules.network_errors import explain_network_errors
-from ..sequences import allow_where_empty, find_sequence_problems, read_mask, zero_masked
+from ..sequences import (
+    allow_where_empty,
+    append_dims,
+    find_sequence_problems,
+    read_mask,
+    zero_masked,
+)
 from ..sequences.checked import is_checked
 from ..sequences.segment_starts import any_agent, find_segment_starts, match_agents, set_next_flags
 from .loss_inputs import find_dropped_keys, keep_masks
@@ -256,7 +262,7 @@ class Wired:
         most = max(masks, key=lambda mask: mask.ndim)
         valid = most
         for mask in masks:
-            valid = valid & mask.reshape(*mask.shape, *[1] * (most.ndim - mask.ndim))
+            valid = valid & append_dims(mask, most.ndim)
         return valid
 
     def _add_zero_states(self, batch: TensorDictBase) -> None:
@@ -293,10 +299,7 @@ class Wired:
         ]
         ends = torch.stack([torch.zeros_like(done), *starts]).any(0).roll(-1, time)
         if mask is not None:
-            padding = (mask & ~mask.roll(-1, time)).reshape(
-                *mask.shape, *[1] * (done.ndim - mask.ndim)
-            )
-            ends = ends | padding
+            ends = ends | append_dims(mask & ~mask.roll(-1, time), done.ndim)
         ends = ends.clone()
         ends.select(time, -1).fill_(False)
         batch.set(key, done | ends)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .check_sequences import find_sequence_problems as find_sequence_problems
 from .masks import allow_where_empty as allow_where_empty
+from .masks import append_dims as append_dims
 from .masks import read_mask as read_mask
 from .masks import sequence_mask as sequence_mask
 from .masks import zero_masked as zero_masked

@@ -77,6 +77,20 @@ def read_mask(
     return mask.reshape(batch.batch_size)
 
 
+def append_dims(mask: Tensor, ndim: int) -> Tensor:
+    """Append dimensions of size 1 to a mask of steps, so that it broadcasts with an entry.
+
+    Args:
+        mask: ``[*batch]``.
+        ndim: number of dimensions of the entry, ``[*batch, ...]``.
+
+    Examples:
+        >>> append_dims(torch.ones(2, 5), 4).shape
+        torch.Size([2, 5, 1, 1])
+    """
+    return mask.reshape(*mask.shape, *[1] * (ndim - mask.ndim))
+
+
 def zero_masked(
     batch: TensorDictBase, mask: Tensor, *, integers: bool = False, finite: bool = True
 ) -> TensorDictBase:
@@ -119,7 +133,7 @@ def zero_masked(
             return entry  # it has no steps
         if not (entry.is_floating_point() or (integers and entry.dtype.is_signed)):
             return entry
-        padding = ~mask.to(entry.device).reshape(*mask.shape, *[1] * (entry.ndim - mask.ndim))
+        padding = append_dims(~mask.to(entry.device), entry.ndim)
         return entry.masked_fill(padding if finite else padding & ~entry.isfinite(), 0)
 
     if isinstance(batch, LazyStackedTensorDict):

@@ -7,7 +7,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from ..keys import as_tuple, next_key
-from .masks import read_mask
+from .masks import append_dims, read_mask
 from .segment_starts import follow_done, read_is_init
 
 _FEATURES = 8
@@ -53,7 +53,7 @@ class Segments:
         """Return bool ``[*, T, ...]`` with those at padding False."""
         if self.mask is None:
             return flags
-        return flags & self.mask.reshape(*self.mask.shape, *[1] * (flags.ndim - self.mask.ndim))
+        return flags & append_dims(self.mask, flags.ndim)
 
     def arriving(self, entry: Tensor) -> Tensor:
         """Return the steps from the second one on."""

@@ -10,7 +10,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from ..keys import MASK_KEY
-from .masks import sequence_mask
+from .masks import append_dims, sequence_mask
 
 
 class Spans(NamedTuple):
@@ -120,4 +120,4 @@ def flag_padding(windows: TensorDictBase, init_key: NestedKey, lengths: Tensor) 
     """
     flags = windows.get(init_key)
     padding = ~sequence_mask(lengths, flags.shape[1])
-    windows.set(init_key, flags | padding.reshape(*padding.shape, *[1] * (flags.ndim - 2)))
+    windows.set(init_key, flags | append_dims(padding, flags.ndim))

@@ -27,7 +27,7 @@ from ..checks import (
     warn_caller,
 )
 from ..keys import MASK_KEY, as_key, as_tuple, next_key
-from ..sequences import Spans, cut_windows
+from ..sequences import Spans, append_dims, cut_windows
 from ..sequences.check_sequences import find_state_problems
 from ..sequences.continuity import find_continuity_problems
 from .base import SequenceTransform
@@ -380,7 +380,7 @@ def _make_null(key: tuple[str, ...], value: Any, padding: Tensor) -> Any:
     if not isinstance(value, Tensor) or isinstance(value, UnbatchedTensor):
         return value
     fill = key[0] == "next" and key[-1] in _DONE_NAMES
-    return value.masked_fill(padding.reshape(*padding.shape, *[1] * (value.ndim - 2)), fill)
+    return value.masked_fill(append_dims(padding, value.ndim), fill)
 
 
 def _drop_texts(steps: TensorDictBase) -> TensorDictBase:

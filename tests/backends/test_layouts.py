@@ -18,10 +18,10 @@ lengths_of_segments = st.lists(st.integers(1, 30), min_size=2, max_size=40).map(
 def test_lay_end_to_end_leaves_a_gap_between_segments_of_a_row(lengths, data):
     rows = data.draw(st.integers(1, len(lengths) - 1))
     first = data.draw(st.sets(st.integers(0, len(lengths) - 1), max_size=rows))
-    carried = np.isin(np.arange(len(lengths)), list(first))
-    layout = layouts.lay_end_to_end(lengths, carried, rows)
+    nonzero = np.isin(np.arange(len(lengths)), list(first))
+    layout = layouts.lay_end_to_end(lengths, nonzero, rows)
     assert (layout.sizes == rows).all()
-    assert not layout.step[carried].any()
+    assert not layout.step[nonzero].any()
     for row in range(rows):
         here = np.flatnonzero(layout.row == row)
         here = here[np.argsort(layout.step[here])]
@@ -45,9 +45,9 @@ def test_choose_layout_shares_rows_where_little_of_them_is_padding(lengths):
     assert layout.sizes.sum() < 1.2 * of_segments.sum()
 
 
-@pytest.mark.parametrize("carried", [None, np.ones(200, dtype=bool)])
-def test_choose_layout_shares_no_rows_among_segments_with_a_state(carried):
-    layout = layouts.choose_layout(np.arange(1, 201), 128, carried)
+@pytest.mark.parametrize("nonzero", [None, np.ones(200, dtype=bool)])
+def test_choose_layout_shares_no_rows_among_segments_with_a_state(nonzero):
+    layout = layouts.choose_layout(np.arange(1, 201), 128, nonzero)
     assert not layout.step.any()
 
 

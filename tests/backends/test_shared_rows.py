@@ -211,7 +211,7 @@ def test_second_derivative_of_shared_rows_is_an_error_that_names_loop(calls):
     assert calls == ["shared"]
 
 
-def test_find_carried_reads_states_of_any_layout():
+def test_find_nonzero_starts_reads_states_of_any_layout():
     is_init = torch.zeros(3, 8, dtype=torch.bool)
     is_init[1, [2, 5]] = True
     state = torch.zeros(3, 8, 1, 2)
@@ -219,5 +219,5 @@ def test_find_carried_reads_states_of_any_layout():
     state[1, 4] = 1.0  # is not read
     strided = state.transpose(0, 1).contiguous().transpose(0, 1)
     for given_state in (state, strided):
-        carried = read_segments(is_init).find_carried((torch.zeros_like(state), given_state))
-        assert carried.tolist() == [False, False, False, True, False]
+        nonzero = read_segments(is_init).find_nonzero_starts((torch.zeros_like(state), given_state))
+        assert nonzero.tolist() == [False, False, False, True, False]
