@@ -170,13 +170,13 @@ def _grad(ctx, grad_h, grad_c, *_):
     grads = layer_backward(
         grad_h, grad_c, *most, ctx.sizes, where, reset_h, reset_c, want_x, want_resets
     )
-    has_bias, is_lstm = b_hh is not None, c0 is not None
-    wanted = (want_x, True, True, has_bias, has_bias, True, is_lstm)
-    wanted = (*wanted, want_resets, want_resets and is_lstm)
-    *most, d_reset_h, d_reset_c = (
-        grad if want else None for grad, want in zip(grads, wanted, strict=True)
-    )
-    return *most, None, None, d_reset_h, d_reset_c, None
+    has_biases = b_hh is not None
+    is_lstm = c0 is not None
+    of_parameters = (True, True, has_biases, has_biases)
+    wanted = (want_x, *of_parameters, True, is_lstm, want_resets, want_resets and is_lstm)
+    given = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    *of_inputs, d_reset_h, d_reset_c = given
+    return *of_inputs, None, None, d_reset_h, d_reset_c, None
 
 
 layer.register_autograd(_grad, setup_context=_setup)
