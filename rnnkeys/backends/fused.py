@@ -75,11 +75,11 @@ class Chunk(NamedTuple):
         return slice(self.begin, self.end)
 
 
-def chunks(sizes: Sequence[int], width: int) -> Iterator[Chunk]:
+def split_time(sizes: Sequence[int], width: int) -> Iterator[Chunk]:
     """Split time into chunks, last chunk first; ``width`` is the number of elements of a row.
 
     Examples:
-        >>> [chunk.steps for chunk in chunks([2, 2, 1], 1 << 15)]
+        >>> [chunk.steps for chunk in split_time([2, 2, 1], 1 << 15)]
         [slice(1, 3, None), slice(0, 1, None)]
     """
     last, end = len(sizes), sum(sizes)
@@ -94,11 +94,11 @@ def chunks(sizes: Sequence[int], width: int) -> Iterator[Chunk]:
         last, end = first, begin
 
 
-def forward_chunks(sizes: Sequence[int], width: int, keep: bool) -> list[Chunk]:
+def split_time_forward(sizes: Sequence[int], width: int, keep: bool) -> list[Chunk]:
     """Split time into chunks, first chunk first; into one if ``keep``, which keeps activations."""
     if keep:
         return [Chunk(0, len(sizes), 0, sum(sizes))]
-    return list(chunks(sizes, width))[::-1]
+    return list(split_time(sizes, width))[::-1]
 
 
 def select_entering_state(

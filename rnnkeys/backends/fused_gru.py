@@ -47,7 +47,7 @@ def gru_forward(
     w_rz, w_n = w_ih.split(parts)
     b_rz, b_n = (None, None) if b_ih is None else b_ih.split(parts)
     r_z, n = x.new_empty(0, 2 * hidden), x.new_empty(0, hidden)
-    for chunk in fused.forward_chunks(sizes, 4 * hidden, keep):
+    for chunk in fused.split_time_forward(sizes, 4 * hidden, keep):
         inputs = x[chunk.rows]
         steps = list(sizes[chunk.steps])
         r_z, n = linear(inputs, w_rz, b_rz), linear(inputs, w_n, b_n)
@@ -90,7 +90,7 @@ def gru_backward(
     d_bias = h.new_zeros(4 * hidden)
     dh = torch.zeros_like(h0)
     reset_grads = fused.make_reset_grads(resets, want_reset_grad)
-    for chunk in fused.chunks(sizes, 4 * hidden):
+    for chunk in fused.split_time(sizes, 4 * hidden):
         h_tm1 = fused.gather_entering_states(h0, h, sizes, chunk, resets, 0)
         z = r_z[chunk.rows, hidden:]
         d = _factors(r_z[chunk.rows], n[chunk.rows], linear(h_tm1, w_n, b_n), h_tm1)

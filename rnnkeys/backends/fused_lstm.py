@@ -47,7 +47,7 @@ def lstm_forward(
     b_ifo, b_g = (None, None) if b_ih is None or b_hh is None else _split_gates(b_ih + b_hh)
     w = torch.cat(_split_gates(w_hh))
     i_f_o, g, previous = x.new_empty(0, 3 * hidden), x.new_empty(0, hidden), state
-    for chunk in fused.forward_chunks(sizes, 4 * hidden, keep):
+    for chunk in fused.split_time_forward(sizes, 4 * hidden, keep):
         inputs = x[chunk.rows]
         steps = list(sizes[chunk.steps])
         i_f_o, g = linear(inputs, w_ifo, b_ifo), linear(inputs, w_g, b_g)
@@ -95,7 +95,7 @@ def lstm_backward(
     w = w_hh.t()
     dh, dc = torch.zeros_like(state[0]), torch.zeros_like(state[1])
     reset_grads = fused.make_reset_grads(resets, want_reset_grad)
-    for chunk in fused.chunks(sizes, 4 * hidden):
+    for chunk in fused.split_time(sizes, 4 * hidden):
         h_tm1, c_tm1 = (
             fused.gather_entering_states(state[k], after, sizes, chunk, resets, k)
             for k, after in enumerate((h, c))

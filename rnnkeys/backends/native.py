@@ -39,7 +39,7 @@ def run(weights: Weights, x: Tensor, start: State, plan: Plan) -> LayerRun:
     if plan.is_shared:
         y, cells = shared_rows.run(weights, x, h, c, plan)
         outputs = [y]
-    elif onednn.runs(x):
+    elif onednn.can_run(x):
         outputs, cells = onednn.run(weights, x, h, c, plan)
     else:
         outputs = _run_blocks(weights, x, h, c, plan)

@@ -42,7 +42,7 @@ class Block(NamedTuple):
     workspace: Tensor
 
 
-def runs(x: Tensor) -> bool:
+def can_run(x: Tensor) -> bool:
     """Return whether oneDNN has the kernel for inputs like ``x``."""
     is_fit = x.dtype == torch.float32 and x.device.type == "cpu"
     return is_fit and torch.backends.mkldnn.is_available()
@@ -150,11 +150,11 @@ def run_block(parameters: list[Tensor], x: Tensor, h: Tensor, c: Tensor) -> Bloc
         return Block(*onednn_lstm_layer(x, parameters, h, c))
 
 
-def workspace_size(steps: int, rows: int, inputs: int, hidden: int) -> int:
+def count_workspace(steps: int, rows: int, inputs: int, hidden: int) -> int:
     """Return the number of elements of the workspace of ``[steps, rows]``, up to a few pages.
 
     Examples:
-        >>> workspace_size(64, 16, 64, 128) / (64 * 16)
+        >>> count_workspace(64, 16, 64, 128) / (64 * 16)
         1956.0
     """
     wide = 6 * _padded(max(inputs, hidden)) + 4 * hidden
@@ -165,7 +165,7 @@ def cut_blocks(blocks: list[tuple[int, int]], inputs: int, hidden: int) -> list[
     """Cut blocks ``(steps, rows)`` along time so that no workspace is too large to be kept."""
     cut = []
     for steps, rows in blocks:
-        size = workspace_size(steps, rows, inputs, hidden)
+        size = count_workspace(steps, rows, inputs, hidden)
         pieces = min(-(-size // _MOST_KEPT), steps)
         ends = [steps * k // pieces for k in range(pieces + 1)]
         cut += [(end - start, rows) for start, end in zip(ends[:-1], ends[1:], strict=True)]

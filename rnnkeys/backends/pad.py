@@ -62,7 +62,7 @@ class PackedBatch(Batch):
         hidden = reset_state[0].shape[-1]
         rows = block_rows(x.shape[-1], hidden) if is_native else 0
         segments = read_segments(is_init)
-        may_share = is_native and not segments.are_rows and shared_rows.runs(x, hidden)
+        may_share = is_native and not segments.are_rows and shared_rows.can_run(x, hidden)
         nonzero = segments.find_nonzero_starts(reset_state) if may_share else None
         self.plan: Plan = segments.plan(rows, nonzero)
         self.start = tuple(self.plan.at_starts(s) for s in reset_state)

@@ -27,9 +27,9 @@ _CLOSED = -3e38
 _ALMOST_ZERO = 1e-20
 
 
-def runs(x: Tensor, hidden: int) -> bool:
+def can_run(x: Tensor, hidden: int) -> bool:
     """Return whether rows may be shared: oneDNN has the kernel, and its cell states are found."""
-    return onednn.runs(x) and onednn.is_place_known(x.shape[-1] + 1, hidden)
+    return onednn.can_run(x) and onednn.is_place_known(x.shape[-1] + 1, hidden)
 
 
 def run(weights: Weights, x: Tensor, h: Tensor, c: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

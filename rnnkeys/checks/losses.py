@@ -72,7 +72,7 @@ _LOSSES: dict[type[nn.Module], tuple[str, str]] = {
 }
 
 
-def loss_name(thing: Any) -> str:
+def read_loss_name(thing: Any) -> str:
     """Return the name of a class; of a wired loss that of the class before wiring."""
     return str(getattr(thing, "wired_class", type(thing)).__name__)
 
@@ -91,19 +91,19 @@ def find_loss_problems(loss: nn.Module, layers: Iterable[RecurrentLayer]) -> Ite
     """
     for kind, (reason, remedy) in _LOSSES.items():
         if isinstance(loss, kind):
-            yield _unsupported(loss_name(loss), reason, remedy)
+            yield _unsupported(read_loss_name(loss), reason, remedy)
     yield from find_estimator_problems(loss)
     if isinstance(loss, (SACLoss, DiscreteSACLoss)) and not isinstance(loss, TQCLoss):
         if loss.skip_done_states:
             yield _unsupported(
-                f"{loss_name(loss)}(skip_done_states=True)",
+                f"{read_loss_name(loss)}(skip_done_states=True)",
                 "it skips every step that is done, and so bootstraps nothing where an episode or a "
                 "sampled slice was merely cut",
                 "Leave skip_done_states=False.",
             )
     if isinstance(loss, READS_OWN_STATES):
         for layer in layers:
-            yield from _find_own_state_problems(loss_name(loss), layer)
+            yield from _find_own_state_problems(read_loss_name(loss), layer)
 
 
 def _unsupported(name: str, reason: str, remedy: str) -> Problem:
@@ -163,7 +163,7 @@ def find_batch_problems(
         batch: sequences ``[*, T]``.
         layers: the recurrent layers inside.
     """
-    name = loss_name(loss)
+    name = read_loss_name(loss)
     keys = getattr(loss, "tensor_keys", None)
     steps_key = getattr(keys, MULTI_STEP_KEY, MULTI_STEP_KEY)
     yield from find_multi_step_problems(batch, steps_key, LONGER_RETURNS)
@@ -219,7 +219,7 @@ def _find_chunk_problems(estimator: ValueEstimatorBase, batch: TensorDictBase) -
     if batch.ndim and estimator.value_chunk_dim % batch.ndim == batch.ndim - 1:
         yield Problem(
             "chunks-of-time",
-            f"{loss_name(estimator)}(value_chunk_dim={estimator.value_chunk_dim}) would cut a "
+            f"{read_loss_name(estimator)}(value_chunk_dim={estimator.value_chunk_dim}) would cut a "
             f"batch of shape {list(batch.shape)} along time, its last dimension, and the value "
             "network would lose its state at the cuts.",
             "Chunk another dimension, or leave out value_chunk_size and num_chunks.",
@@ -311,8 +311,8 @@ def _find_value_state_problems(
     if any(module is layer.module for module in network.modules()):
         yield Problem(
             "next-state-missing",
-            f"The state {missing} is not in the batch, so {loss_name(loss)} would run the next "
-            "tensordict of its value network from zeros instead of the state after the first "
+            f"The state {missing} is not in the batch, so {read_loss_name(loss)} would run the "
+            "next tensordict of its value network from zeros instead of the state after the first "
             "step.",
             f"{_COLLECT_BOTH}; or make the estimator with shifted=True.",
             KeyError,
@@ -334,12 +334,12 @@ def find_value_problems(
         find_starts: returns bool ``[*, T]`` of a batch, True where a segment starts.
     """
     if isinstance(loss, ON_POLICY):
-        yield from find_finite_problems(batch, numbers_read(loss), mask)
+        yield from find_finite_problems(batch, find_number_keys(loss), mask)
     if isinstance(loss, SACLoss) and getattr(loss, "value_network", None) is not None:
         yield from _find_part_problems(loss, batch, find_starts(batch))
 
 
-def numbers_read(loss: Any) -> list[NestedKey]:
+def find_number_keys(loss: Any) -> list[NestedKey]:
     """Return the keys of the reward, and of the advantage and value target that a loss reads.
 
     Losses that are not on collected data read none of the latter.
@@ -363,8 +363,8 @@ def _find_part_problems(loss: Any, batch: TensorDictBase, starts: Tensor) -> Ite
     if not fits:
         yield Problem(
             "parts",
-            f"{loss_name(loss)} with a value_network gives each of its {parts} critics a part of "
-            f"the batch, and would cut this one, {list(batch.batch_size)}, inside a slice.",
+            f"{read_loss_name(loss)} with a value_network gives each of its {parts} critics a part "
+            f"of the batch, and would cut this one, {list(batch.batch_size)}, inside a slice.",
             "Reshape slices of one length to rows, batch.reshape(-1, slice_len), and take a "
             f"multiple of {parts} of them; or leave value_network out.",
         )

@@ -7,7 +7,7 @@ from tensordict import TensorDictBase
 from torch import nn
 
 from .base import Actors, check_plan, draw_seed
-from .worker import MakeEnv, Plan, Policy, Source, weights_of
+from .worker import MakeEnv, Plan, Policy, Source, read_weights
 
 
 class LocalActors(Actors):
@@ -63,7 +63,7 @@ class LocalActors(Actors):
 
     def update_policy(self, policy: nn.Module | TensorDictBase) -> None:
         """Copy weights into the policy, unless they are its own."""
-        self._source.load_weights(weights_of(policy))
+        self._source.load_weights(read_weights(policy))
         self._policy_version += 1
 
     def close(self) -> None:

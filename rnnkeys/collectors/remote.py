@@ -15,7 +15,7 @@ from torch import nn
 
 from ..checks import as_int, warn_caller
 from .base import Actors, check_plan, draw_seed
-from .worker import Answer, MakeEnv, Plan, Policy, dumps, weights_of
+from .worker import Answer, MakeEnv, Plan, Policy, dumps, read_weights
 
 
 class ActorError(RuntimeError):
@@ -138,7 +138,7 @@ class RemoteActors(Actors):
 
     def update_policy(self, policy: nn.Module | TensorDictBase) -> None:
         """Copy weights and buffers to the CPU; each actor gets them with its next request."""
-        self._weights = self.share_weights(weights_of(policy).clone().cpu())
+        self._weights = self.share_weights(read_weights(policy).clone().cpu())
         self._policy_version += 1
 
     def close(self) -> None:

@@ -84,7 +84,7 @@ class Source:
             self.collector.shutdown()
 
 
-def weights_of(policy: nn.Module | TensorDictBase) -> TensorDictBase:
+def read_weights(policy: nn.Module | TensorDictBase) -> TensorDictBase:
     """Return all parameters and buffers of a module; a TensorDict is returned as it is."""
     weights: Any = TensorDict.from_module(policy) if isinstance(policy, nn.Module) else policy
     return weights.data

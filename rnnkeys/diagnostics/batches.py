@@ -14,7 +14,7 @@ from ..keys import MASK_KEY, MULTI_STEP_KEY, TRAJECTORY_KEY, next_key
 from ..modules.network import RecurrentLayer
 from ..sequences import find_segment_starts, find_sequence_problems
 from ..sequences.continuity import find_continuity_problems
-from ..sequences.segment_starts import any_agent
+from ..sequences.segment_starts import reduce_agents
 from ..sequences.segments import Segments
 from ..sequences.stored_states import find_zero_state_problems
 
@@ -95,7 +95,7 @@ def _find_state_problems(batch: TensorDictBase, layer: RecurrentLayer) -> Iterat
 
 def _starts_inside_episodes(batch: TensorDictBase, layer: RecurrentLayer) -> bool:
     """Return whether a sequence may start inside an episode, as far as the batch shows."""
-    starts = any_agent(find_segment_starts(batch, layer.init_key), batch.ndim).clone()
+    starts = reduce_agents(find_segment_starts(batch, layer.init_key), batch.ndim).clone()
     flagged_first = starts[..., 0].clone()
     starts[..., 0] = True
     count = _read_step_count(batch)

@@ -20,9 +20,9 @@ from .report import Report
 from .runs import (
     evaluating,
     largest_difference,
-    part_of,
     relative_difference,
     run_from_stored,
+    select_part,
     staleness_by_step,
 )
 
@@ -129,7 +129,7 @@ def _check_runs(
     max_staleness: float | None,
 ) -> None:
     """Run the policy in every way, and compare."""
-    part = part_of(batch)
+    part = select_part(batch)
     try:
         with evaluating(network.network):
             key, difference = largest_difference(network, part)

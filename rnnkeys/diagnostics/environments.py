@@ -14,7 +14,7 @@ from ..checks import Problem
 from ..mode import set_recurrent_mode
 from ..modules.network import RecurrentLayer, RecurrentNetwork
 from ..sequences import find_sequence_problems
-from ..sequences.segment_starts import expand_flags, follow_done
+from ..sequences.segment_starts import expand_flags, find_steps_after_done
 from ..sequences.segments import Segments
 from ..sequences.stored_states import find_zero_state_problems
 from .report import Report
@@ -136,7 +136,7 @@ def _find_rollout_problems(network: RecurrentNetwork, rollout: TensorDictBase) -
 def _find_flag_problems(network: RecurrentNetwork, rollout: TensorDictBase) -> Iterator[Problem]:
     for key in network.init_keys:
         flags = rollout.get(key)
-        missed = follow_done(rollout, key, flags) & ~flags
+        missed = find_steps_after_done(rollout, key, flags) & ~flags
         if missed.any() or not flags.select(rollout.ndim - 1, 0).all():
             yield Problem(
                 "init-flags",

@@ -11,7 +11,7 @@ from torchrl.objectives import A2CLoss, LossModule, PPOLoss, ReinforceLoss
 from torchrl.objectives.value import ValueEstimatorBase
 
 from ..checks import Problem, find_shared_key_problems
-from ..checks.losses import ON_POLICY, find_batch_problems, find_loss_problems, loss_name
+from ..checks.losses import ON_POLICY, find_batch_problems, find_loss_problems, read_loss_name
 from ..keys import MULTI_STEP_KEY, next_key
 from ..mode import recurrent_mode
 from ..modules.network import RecurrentLayer, RecurrentNetwork
@@ -59,7 +59,7 @@ def find_wiring_problems(
     yield from problems
     if problems:
         return
-    yield from find_shared_key_problems(loss_name(loss), find_parameters(loss))
+    yield from find_shared_key_problems(read_loss_name(loss), find_parameters(loss))
     if batch is not None and batch.get(MULTI_STEP_KEY, None) is None:
         yield from find_batch_problems(loss, batch, layers)
     if not is_ours:

@@ -14,8 +14,8 @@ from torch.nn.functional import linear
 from ..keys import join_key, next_key
 from ..modules.network import RecurrentLayer, RecurrentNetwork
 from ..sequences import find_segment_starts, shift_states
-from ..sequences.segment_starts import any_agent
-from .runs import Staleness, ages, evaluating, run_sequences, staleness_by_step
+from ..sequences.segment_starts import reduce_agents
+from .runs import Staleness, compute_ages, evaluating, run_sequences, staleness_by_step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,7 +77,7 @@ def plot_episode_states(
     if policy is None:
         figure, [norms] = _new_figure(1)
         _draw_norms(norms, {key: data.get(key) for key in _find_states(data)})
-        _finish(norms, any_agent(find_segment_starts(data, "is_init"), 1))
+        _finish(norms, reduce_agents(find_segment_starts(data, "is_init"), 1))
         return figure
     # Native kernels have no gradient in evaluation on a GPU, and a plot needs no speed.
     policy, data = copy.deepcopy(policy).cpu(), data.cpu()
@@ -86,7 +86,7 @@ def plot_episode_states(
     layers = [layer for layer in network.layers if layer.writes_states and layer.state_keys]
     figure, (norms, *others) = _new_figure(1 + 2 * bool(layers))
     _draw_norms(norms, find_entering_states(network, data))
-    starts = any_agent(find_segment_starts(data, network.init_keys[0]), 1)
+    starts = reduce_agents(find_segment_starts(data, network.init_keys[0]), 1)
     if layers:
         _draw_saturation(others[0], network, data, layers)
         _draw_reach(others[1], network, data, layers[0], starts)
@@ -243,7 +243,7 @@ def gradient_reach(
         The output's key, and for every age the mean norm of the gradient of the output's sum with
         respect to the module's input, relative to age 0; NaN where no segment is that old.
     """
-    age = ages(starts)
+    age = compute_ages(starts)
     longest = min(int(age.max()), _REACH)
     # Steps that look back furthest, spread over the rollout.
     deep = (age >= longest).nonzero().flatten()

@@ -13,7 +13,7 @@ from ..checks import Problem, find_shared_key_problems, read_state_keys
 from ..keys import next_key
 from ..mode import recurrent_mode
 from ..modules.network import RecurrentLayer, find_networks
-from ..objectives.loss_parameters import point_at
+from ..objectives.loss_parameters import find_addresses
 
 
 def find_module_problems(policy: nn.Module, layers: list[RecurrentLayer]) -> Iterator[Problem]:
@@ -33,7 +33,7 @@ def find_module_problems(policy: nn.Module, layers: list[RecurrentLayer]) -> Ite
                 "carries these to the next step, so the state is lost at every step.",
                 f"Name its state out_keys {[next_key(key) for key in reads]}.",
             )
-    parameters = [(layer, point_at(layer.module.parameters())) for layer in layers]
+    parameters = [(layer, find_addresses(layer.module.parameters())) for layer in layers]
     yield from find_shared_key_problems(type(policy).__name__, parameters)
     yield from _find_overwritten_states(policy, layers)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..keys import next_key
 from ..modules.network import RecurrentNetwork, eval_mode
 from ..sequences import find_segment_starts, set_segment_starts
-from ..sequences.segment_starts import any_agent, expand_flags
+from ..sequences.segment_starts import expand_flags, reduce_agents
 from ..transforms.staleness import value_discrepancy
 
 # A part of a batch is enough: single steps take time, and a fault shows in the first rows.
@@ -82,7 +82,7 @@ def staleness_by_step(policy: nn.Module, batch: TensorDictBase) -> Staleness:
     lead = batch.ndim
     true, stale = (run.get(key).flatten(lead) for run in (whole, single))
     difference = value_discrepancy(stale, true)
-    age = ages(any_agent(find_segment_starts(batch, network.init_keys[0]), lead))
+    age = compute_ages(reduce_agents(find_segment_starts(batch, network.init_keys[0]), lead))
     last = torch.cat([age[..., 1:] == 0, torch.ones_like(age[..., :1], dtype=torch.bool)], -1)
     return Staleness(key, age.flatten(), difference.flatten(), last.flatten())
 
@@ -101,11 +101,11 @@ def _choose_value(keys: list[Any]) -> Any:
     return keys[-1]
 
 
-def ages(starts: Tensor) -> Tensor:
+def compute_ages(starts: Tensor) -> Tensor:
     """Count the steps since the last segment start, ``[*, T]``; rows start at their first step.
 
     Examples:
-        >>> ages(torch.tensor([False, False, True, False]))
+        >>> compute_ages(torch.tensor([False, False, True, False]))
         tensor([0, 1, 0, 1])
     """
     step = torch.arange(starts.shape[-1], device=starts.device).expand(starts.shape)
@@ -146,7 +146,7 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / scale)
 
 
-def part_of(batch: TensorDictBase) -> TensorDictBase:
+def select_part(batch: TensorDictBase) -> TensorDictBase:
     """Return the first rows and steps of a batch, as many as are worth running."""
     if batch.ndim == 1:
         part: Any = batch[: 4 * _STEPS]

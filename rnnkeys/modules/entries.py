@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from .._compat import in_transform
 from ..checks import can_read_values, find_init_problems, find_tensor_problems, raise_first
 from ..sequences.continuity import find_continuity_problems
-from ..sequences.segment_starts import follow_done
+from ..sequences.segment_starts import find_steps_after_done
 from .dtypes import as_dtype
 
 
@@ -157,7 +157,7 @@ def _read_flags(
     if flags is None or flags.dtype != torch.bool or flags.ndim <= rank or flags.shape[-1] != 1:
         raise next(find_init_problems(tensordict, spec.init_key)).as_error()
     if sequences and tensordict.get("next", None) is not None:
-        flags = flags | follow_done(tensordict, spec.init_key, flags)
+        flags = flags | find_steps_after_done(tensordict, spec.init_key, flags)
     flags = flags.squeeze(-1)
     if flags.shape == shape:
         return flags

@@ -25,12 +25,12 @@ def find_parameters(loss: nn.Module) -> Iterator[tuple[RecurrentLayer, frozenset
         for layer in RecurrentNetwork(network).layers:
             path = tuple(filter(None, paths.get(id(layer.module), "").split(".")))
             if held is None:
-                yield layer, point_at(layer.module.parameters())
+                yield layer, find_addresses(layer.module.parameters())
             else:
                 found = held.get(path) if path else held
-                yield layer, point_at(found.values(True, True))
+                yield layer, find_addresses(found.values(True, True))
 
 
-def point_at(tensors: Iterable[Any]) -> frozenset[int]:
+def find_addresses(tensors: Iterable[Any]) -> frozenset[int]:
     """Return the addresses of tensors; without data all have one, as if they were shared."""
     return frozenset(tensor.data_ptr() if has_data(tensor) else 0 for tensor in tensors)

@@ -35,7 +35,7 @@ from ..sequences import (
     read_mask,
 )
 from ..sequences.checked import set_checked
-from ..sequences.segment_starts import any_agent
+from ..sequences.segment_starts import reduce_agents
 from .valid_steps import expand_mask, standardize
 
 _NAME = "SequenceMinibatches"
@@ -191,7 +191,7 @@ class SequenceMinibatches:
 
     def _make_minibatches(self, rollout: TensorDictBase) -> Iterator[TensorDictBase]:
         steps = rollout.shape[-1]
-        starts = any_agent(find_segment_starts(rollout, self.init_key), rollout.ndim)
+        starts = reduce_agents(find_segment_starts(rollout, self.init_key), rollout.ndim)
         cuts = starts.reshape(-1, steps)
         rows = rollout.reshape(-1, steps) if rollout.ndim != 2 else rollout
         cuts = cuts if self.by_episode else torch.zeros_like(cuts)

@@ -250,11 +250,11 @@ _KINDS: tuple[tuple[tuple[type, ...], type[Wired]], ...] = (
 )
 
 
-def wired_base(kind: type) -> type[Wired]:
+def choose_wired_base(kind: type) -> type[Wired]:
     """Return the class that wires losses of a kind.
 
     Examples:
-        >>> wired_base(PPOLoss).__name__
+        >>> choose_wired_base(PPOLoss).__name__
         'WiredPPO'
     """
     for kinds, wired in _KINDS:

@@ -34,7 +34,7 @@ from .r2d2_checks import (
     find_window_problems,
 )
 from .rescaling import as_eps, value_rescale, value_rescale_inverse
-from .window_values import WindowValues, compute_values, starts_in_window
+from .window_values import WindowValues, compute_values, find_steps_after_starts
 
 _LOSS_FUNCTIONS = ("l2", "l1", "smooth_l1")
 
@@ -272,7 +272,7 @@ class R2D2Loss(LossModule):
         """Return the mask of learned steps: all with ``learn_starts``, else those from ``K`` on."""
         mask = valid[:, self.burn_in :]
         if self.learn_starts:
-            fresh = starts_in_window(self._network, windows, self.burn_in)
+            fresh = find_steps_after_starts(self._network, windows, self.burn_in)
             mask = torch.cat([valid[:, : self.burn_in] & fresh, mask], 1)
         if read_values and not mask.any():
             warn_caller(

@@ -18,7 +18,7 @@ from ..checks import find_shared_key_problems, raise_first
 from ..checks.losses import find_loss_problems
 from .loss_inputs import keep_dropped_keys
 from .loss_parameters import find_parameters
-from .padded_losses import wired_base
+from .padded_losses import choose_wired_base
 from .wiring import Wired, make_wiring
 
 Loss = TypeVar("Loss", LossModule, ValueEstimatorBase)
@@ -106,7 +106,7 @@ def _wired_class(base: Any) -> Any:
     metaclass: Any = type(base)
     name = f"Recurrent{base.__name__}"
     namespace = {"__doc__": base.__doc__, "__module__": __name__, "__reduce_ex__": _reduce}
-    wired = metaclass(name, (wired_base(base), base), {**namespace, "wired_class": base})
+    wired = metaclass(name, (choose_wired_base(base), base), {**namespace, "wired_class": base})
     for method_name in dir(base):
         method = inspect.getattr_static(wired, method_name)
         if _takes_batch(method_name, method):

@@ -69,7 +69,9 @@ def compute_values(
     return WindowValues(value, value_after)
 
 
-def starts_in_window(network: RecurrentNetwork, windows: TensorDictBase, steps: int) -> Tensor:
+def find_steps_after_starts(
+    network: RecurrentNetwork, windows: TensorDictBase, steps: int
+) -> Tensor:
     """Return which of the first steps follow an episode start in their window.
 
     Their states do not depend on the stored state, so they are never stale. Of a network without
@@ -100,7 +102,7 @@ def _prepend_burn_in(
     that start on.
     """
     joined = windows.copy()
-    restarts = ~starts_in_window(network, windows, burn_in)[:, -1]
+    restarts = ~find_steps_after_starts(network, windows, burn_in)[:, -1]
     for key in network.state_keys:
         state = learned.get(key)
         stored = windows.get(key, None)

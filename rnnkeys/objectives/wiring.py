@@ -38,9 +38,9 @@ from ..checks.losses import (
     TAKES_BEST_ACTION,
     find_batch_problems,
     find_estimator_problems,
+    find_number_keys,
     find_value_problems,
     needs_next,
-    numbers_read,
 )
 from ..keys import MASK_KEY, as_keys, as_tuple, next_key
 from ..mode import set_recurrent_mode
@@ -54,7 +54,12 @@ from ..sequences import (
     zero_masked,
 )
 from ..sequences.checked import is_checked
-from ..sequences.segment_starts import any_agent, find_segment_starts, match_agents, set_next_flags
+from ..sequences.segment_starts import (
+    find_segment_starts,
+    match_agents,
+    reduce_agents,
+    set_next_flags,
+)
 from .loss_inputs import find_dropped_keys, keep_masks
 
 
@@ -197,7 +202,9 @@ class Wired:
         states = [key for key, _ in wiring.state_keys]
         name = str(self.wired_class.__name__)
         raise_first(find_estimator_problems(loss))
-        read = dict.fromkeys([*map(unravel_key, getattr(loss, "in_keys", ())), *numbers_read(loss)])
+        read = dict.fromkeys(
+            [*map(unravel_key, getattr(loss, "in_keys", ())), *find_number_keys(loss)]
+        )
         raise_first(find_tensor_problems(batch, read))
         raise_first(find_batch_problems(loss, batch, wiring.layers))
         raise_first(
@@ -226,7 +233,7 @@ class Wired:
     def _find_starts(self, batch: TensorDictBase) -> Tensor:
         """Return bool ``[*, T]``, True where a segment starts by any flags."""
         flags = [find_segment_starts(batch, key) for key in self._wiring.init_keys]
-        return torch.stack([any_agent(one, batch.ndim) for one in flags]).any(0)
+        return torch.stack([reduce_agents(one, batch.ndim) for one in flags]).any(0)
 
     def _check_action_masks(self, batch: TensorDictBase, reads_values: bool) -> None:
         keys: Any = getattr(self, "tensor_keys", None)
@@ -329,7 +336,7 @@ class Wired:
             for key, flags in ((state, init), (next_key(state), next_key(init))):
                 if batch.get(key, None) is None or batch.get(flags, None) is None:
                     continue
-                starts = any_agent(batch.get(flags), batch.ndim).clone()
+                starts = reduce_agents(batch.get(flags), batch.ndim).clone()
                 starts.select(batch.ndim - 1, 0).fill_(True)
                 used = starts if mask is None else starts & mask
                 raise_first(find_finite_problems(batch, [key], used))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..checks import Problem
 from ..keys import TRAJECTORY_KEY, next_key
-from .segment_starts import any_agent
-from .segments import Segments, some_features
+from .segment_starts import reduce_agents
+from .segments import Segments, select_features
 
 _REMEDY = (
     "A recurrent network in recurrent mode needs runs of consecutive steps, time last, with a flag "
@@ -104,7 +104,7 @@ def _find_evidence(
     segments: Segments, state_keys: Iterable[NestedKey], known: bool
 ) -> Iterator[_Evidence]:
     batch = segments.batch
-    inside = segments.valid(~any_agent(segments.starts, batch.ndim))[..., 1:]
+    inside = segments.clear_padding(~reduce_agents(segments.starts, batch.ndim))[..., 1:]
     ids = batch.get(TRAJECTORY_KEY, None)
     if ids is not None and ids.numel() == batch.batch_size.numel():
         known = True
@@ -133,8 +133,8 @@ def _compare_states(segments: Segments, key: NestedKey) -> _Evidence | None:
         return None
     carried = segments.carried
     is_compact = False
-    enters, written = some_features(state), some_features(after)
-    arrives, leaves = segments.arriving(enters), segments.leaving(written)
+    enters, written = select_features(state), select_features(after)
+    arrives, leaves = segments.drop_first(enters), segments.drop_last(written)
     breaks = (arrives != leaves).flatten(carried.ndim).any(-1) & carried
     if breaks.any():
         size = (arrives - leaves).abs().flatten(carried.ndim).amax(-1)
@@ -143,7 +143,7 @@ def _compare_states(segments: Segments, key: NestedKey) -> _Evidence | None:
         is_compact = bool(breaks.any()) and not after.any()
     return _Evidence(
         key,
-        any_agent(breaks.unsqueeze(-1), segments.batch.ndim),
+        reduce_agents(breaks.unsqueeze(-1), segments.batch.ndim),
         f"is not the state at {next_key(key)!r} of that step"
         + (", which is zero at every step" if is_compact else ""),
         _COMPACT_REMEDY.format(key, next_key(key)) if is_compact else _REMEDY,
@@ -174,7 +174,7 @@ def _compare_counts(segments: Segments) -> Tensor | None:
     if count.is_floating_point() or count.dtype is torch.bool:
         return None
     count, following = count.reshape(batch.batch_size), following.reshape(batch.batch_size)
-    if segments.valid(following != count + 1).any():
+    if segments.clear_padding(following != count + 1).any():
         return None
     return count[..., 1:] != following[..., :-1]
 

@@ -80,10 +80,10 @@ def find_segment_starts(batch: TensorDictBase, init_key: NestedKey) -> Tensor:
         tensor([ True, False,  True])
     """
     flags = read_is_init(batch, init_key)
-    return flags | follow_done(batch, init_key, flags)
+    return flags | find_steps_after_done(batch, init_key, flags)
 
 
-def follow_done(
+def find_steps_after_done(
     batch: TensorDictBase, init_key: NestedKey, flags: Tensor, name: str = "done"
 ) -> Tensor:
     """Return which steps follow a ``done`` of the flags' group in their row.
@@ -158,11 +158,11 @@ def match_agents(flags: Tensor, like: Tensor, ndim: int) -> Tensor:
     return flags.reshape(shape).expand_as(like)
 
 
-def any_agent(flags: Tensor, ndim: int) -> Tensor:
+def reduce_agents(flags: Tensor, ndim: int) -> Tensor:
     """Reduce flags ``[*batch, ..., 1]`` to ``[*batch]``: True where any agent's is.
 
     Examples:
-        >>> any_agent(torch.tensor([[[True], [False]]]), 1)
+        >>> reduce_agents(torch.tensor([[[True], [False]]]), 1)
         tensor([True])
     """
     return flags.flatten(ndim).any(-1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..keys import as_tuple, next_key
 from .masks import append_dims, read_mask
-from .segment_starts import follow_done, read_is_init
+from .segment_starts import find_steps_after_done, read_is_init
 
 _FEATURES = 8
 
@@ -42,24 +42,24 @@ class Segments:
         self.init_key = init_key
         self.time = batch.ndim - 1
         self.flags = read_is_init(batch, init_key)
-        self.after_done = follow_done(batch, init_key, self.flags)
+        self.after_done = find_steps_after_done(batch, init_key, self.flags)
         self.starts = self.flags | self.after_done
         self.mask = read_mask(batch)
-        inside = self.valid(~self.starts.squeeze(-1))
+        inside = self.clear_padding(~self.starts.squeeze(-1))
         # A step is carried if the state before it comes from the step before.
-        self.carried = self.arriving(inside)
+        self.carried = self.drop_first(inside)
 
-    def valid(self, flags: Tensor) -> Tensor:
+    def clear_padding(self, flags: Tensor) -> Tensor:
         """Return bool ``[*, T, ...]`` with those at padding False."""
         if self.mask is None:
             return flags
         return flags & append_dims(self.mask, flags.ndim)
 
-    def arriving(self, entry: Tensor) -> Tensor:
+    def drop_first(self, entry: Tensor) -> Tensor:
         """Return the steps from the second one on."""
         return entry.narrow(self.time, 1, max(entry.shape[self.time] - 1, 0))
 
-    def leaving(self, entry: Tensor) -> Tensor:
+    def drop_last(self, entry: Tensor) -> Tensor:
         """Return the steps up to the last but one."""
         return entry.narrow(self.time, 0, max(entry.shape[self.time] - 1, 0))
 
@@ -79,7 +79,7 @@ class Segments:
         return None if after is None or after.shape != like.shape else after
 
 
-def some_features(states: Tensor) -> Tensor:
+def select_features(states: Tensor) -> Tensor:
     """Return a few features of the first layer, which nearly always differ where states do.
 
     To compare all of them would take several percent of a gradient step.
@@ -92,7 +92,7 @@ def some_features(states: Tensor) -> Tensor:
 
     Examples:
         >>> import torch
-        >>> some_features(torch.zeros(2, 7, 1, 64)).shape
+        >>> select_features(torch.zeros(2, 7, 1, 64)).shape
         torch.Size([2, 7, 8])
     """
     return states.select(-2, 0).narrow(-1, 0, min(_FEATURES, states.shape[-1]))

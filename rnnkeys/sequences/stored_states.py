@@ -9,8 +9,8 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from ..checks import Problem
-from .segment_starts import follow_done
-from .segments import Segments, some_features
+from .segment_starts import find_steps_after_done
+from .segments import Segments, select_features
 
 
 def states_are_right(segments: Segments, state_keys: list[NestedKey]) -> bool:
@@ -36,16 +36,16 @@ def states_are_right(segments: Segments, state_keys: list[NestedKey]) -> bool:
         after = None if state is None else segments.read_next_state(key, state)
         if state is None or after is None:
             return False
-        entering.append(some_features(state))
-        written.append(some_features(after))
+        entering.append(select_features(state))
+        written.append(select_features(after))
     if not entering or any(state.shape[:-1] != entering[0].shape[:-1] for state in entering):
         return False
     states, after = torch.cat(entering, -1), torch.cat(written, -1)
-    carried, arrives = segments.carried, segments.arriving(states)
-    wrong = (arrives != segments.leaving(after)) | (arrives == 0)
+    carried, arrives = segments.carried, segments.drop_first(states)
+    wrong = (arrives != segments.drop_last(after)) | (arrives == 0)
     if (wrong.flatten(carried.ndim).any(-1) & carried).any():
         return False
-    is_first = segments.valid(segments.flags & segments.after_done).squeeze(-1)
+    is_first = segments.clear_padding(segments.flags & segments.after_done).squeeze(-1)
     return not states[is_first].any()
 
 
@@ -76,14 +76,16 @@ def find_episode_state_problems(segments: Segments, state_key: NestedKey) -> Ite
     state = segments.read_state(state_key)
     if state is None:
         return
-    is_first = segments.valid(segments.flags & segments.after_done).squeeze(-1)
+    is_first = segments.clear_padding(segments.flags & segments.after_done).squeeze(-1)
     wrong = torch.zeros_like(is_first)
     # The states of first steps alone: there are few of them.
     wrong[is_first] = state[is_first].flatten(1).any(-1)
     if not wrong.any():
         return
     if segments.batch.ndim == 1:
-        terminated = follow_done(segments.batch, segments.init_key, segments.flags, "terminated")
+        terminated = find_steps_after_done(
+            segments.batch, segments.init_key, segments.flags, "terminated"
+        )
         wrong &= terminated.squeeze(-1) & _is_kept(segments, state_key, state, wrong)
     if wrong.any():
         yield Problem(
@@ -134,7 +136,7 @@ def find_zero_state_problems(
     if state is None or after is None:
         return
     carried = segments.carried
-    arrives, leaves = segments.arriving(state), segments.leaving(after)
+    arrives, leaves = segments.drop_first(state), segments.drop_last(after)
     # One feature shows nearly always that there is no zero state.
     zero = carried & (arrives.flatten(carried.ndim)[..., 0] == 0)
     if not zero.any():

@@ -25,7 +25,7 @@ SIZES: dict[str, Any] = {"batch": 6, "steps": 24, "num_layers": 2}
 
 @pytest.fixture(autouse=True)
 def _needs_onednn() -> None:
-    if not onednn.runs(torch.zeros(1)):
+    if not onednn.can_run(torch.zeros(1)):
         pytest.skip("This build of torch has no oneDNN.")
 
 
@@ -173,7 +173,7 @@ def test_workspace_size_equals_the_kernels_up_to_a_few_pages(inputs, hidden):
     for steps, rows in ((1, 1), (5, 3), (34, 50)):
         state = draw(rows, hidden)
         block = onednn.run_block(parameters, draw(steps, rows, inputs), state, state)
-        beyond = block.workspace.nbytes / 4 - onednn.workspace_size(steps, rows, inputs, hidden)
+        beyond = block.workspace.nbytes / 4 - onednn.count_workspace(steps, rows, inputs, hidden)
         assert 0 <= beyond < 16 * 1024
 
 

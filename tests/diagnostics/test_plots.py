@@ -84,7 +84,7 @@ def test_gradient_reach_is_the_gradient_by_age() -> None:
     starts = data["is_init"].flatten()
     key, reach = plots.gradient_reach(network, data, one, starts)
     assert key == "chosen_action_value"
-    age = plots.ages(starts)
+    age = plots.compute_ages(starts)
     anchors = (age == age.max()).nonzero().flatten()
     total = torch.zeros(len(reach))
     for anchor in anchors.tolist():
