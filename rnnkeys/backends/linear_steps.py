@@ -207,7 +207,7 @@ def enter_at_resets(chunk: Chunk, a: Tensor, h: Tensor) -> None:
 def is_finite_at(values: Tensor, positions: Tensor) -> bool:
     """Return whether the rows of ``values [T, N, F]`` at flat positions ``[R]`` are finite.
 
-    A sum is as finite as its terms, but for an overflow, which costs time alone.
+    A sum is finite if its terms are, unless it overflows, which costs time alone.
     """
     if not positions.numel():
         return True

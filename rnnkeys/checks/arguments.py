@@ -1,4 +1,4 @@
-"""Checks of numbers passed as arguments; NumPy's numbers are as good as Python's."""
+"""Checks of arguments; numbers may be Python's or NumPy's."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def _missing_init(batch: TensorDictBase, init_key: NestedKey) -> Problem:
 def find_done_problems(batch: TensorDictBase, done_key: NestedKey) -> Iterator[Problem]:
     """Yield problems of a ``done`` or ``terminated`` entry: not bool, or of a wrong shape.
 
-    A missing entry is no problem here.
+    A missing entry is not a problem here.
 
     Args:
         batch: sequences ``[*, T]``.
@@ -226,7 +226,7 @@ def find_mask_problems(
 ) -> Iterator[Problem]:
     """Yield problems of the valid mask: not bool, not one value for each step, or elsewhere.
 
-    A missing mask is no problem: every step is valid. ``split_trajectories`` writes one at
+    Without a mask every step is valid. ``split_trajectories`` writes one at
     ``"mask"``, beside ``"traj_ids"``, if it splits what no collector returned.
 
     Args:
@@ -271,8 +271,8 @@ def find_loss_mask_problems(
 
     Args:
         batch: sequences ``[*, T]``.
-        mask_keys: keys of masks, bool ``[*, T]``, ``[*, T, 1]`` or per agent; missing ones are no
-            problem.
+        mask_keys: keys of masks, bool ``[*, T]``, ``[*, T, 1]`` or per agent; missing ones are
+            left out.
 
     Examples:
         >>> from tensordict import TensorDict
