@@ -226,8 +226,8 @@ def find_mask_problems(
 ) -> Iterator[Problem]:
     """Yield problems of the valid mask: not bool, not one value for each step, or elsewhere.
 
-    Without a mask every step is valid. ``split_trajectories`` writes one at
-    ``"mask"``, beside ``"traj_ids"``, if it splits what no collector returned.
+    Without a mask every step is valid. ``split_trajectories`` writes one at ``"mask"``, beside
+    ``"traj_ids"``, if it splits a batch that no collector returned.
 
     Args:
         batch: sequences ``[*, T]``.

@@ -18,8 +18,8 @@ def dispatch_tensors(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Let a recurrent module be called with tensors, in the order of ``in_keys`` or by their names.
 
     The call then returns the tensors of ``out_keys``, one alone or a tuple. The name of a nested
-    key is its parts joined by ``"_"``. It differs from ``tensordict.nn.dispatch`` in the batch size:
-    the last dimension of the input holds features and that of the ``is_init`` flags is 1, so
+    key is its parts joined by ``"_"``. It differs from ``tensordict.nn.dispatch`` in the batch
+    size: the last dimension of the input holds features and that of the ``is_init`` flags is 1, so
     neither is a batch dimension, whatever their sizes.
 
     Args:
