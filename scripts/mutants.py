@@ -43,7 +43,8 @@ FOLDERS = (
     *("cells", "backends", "modules", "sequences", "checks"),
     *("objectives", "collectors", "deploy", "transforms", "diagnostics"),
 )
-# Tests of processes of their own, which a change in this process does not reach, are left out.
+# Tests of processes of their own, which a change in this process does not reach, are left out, and
+# so are the files of the package that only they run.
 TESTS = ("rnnkeys", "tests")
 FLAGS = ("--ignore=tests/benchmarks", "--ignore=tests/docs", "--ignore=tests/scripts")
 FLAGS = (*FLAGS, "--ignore=tests/tutorials", "--ignore=tests/fuzz", "-m", "not slow")
@@ -295,6 +296,7 @@ def draw_mutations(options: argparse.Namespace) -> list[Mutation]:
 
 def _list_files(folders: Sequence[str]) -> list[str]:
     paths = [path for name in folders for path in (ROOT / "rnnkeys" / name).glob("*.py")]
+    paths = [path for path in paths if not path.name.startswith("ray_")]
     return sorted(path.relative_to(ROOT).as_posix() for path in paths)
 
 

@@ -85,8 +85,8 @@ def find_steps_after_starts(
     Returns:
         Bool ``[B, steps]``.
     """
-    device = windows.get(network.input_keys[0]).device
-    found = torch.ones(windows.shape[0], steps, dtype=torch.bool, device=device)
+    read = windows.get(network.input_keys[0])
+    found = read.new_ones(windows.shape[0], steps, dtype=torch.bool)
     for key in network.init_keys:
         flags = read_is_init(windows, key)[:, :steps]
         found = found & (flags.flatten(2).cumsum(1) > 0).all(-1)

@@ -12,6 +12,7 @@ from tensordict import (
     TensorDict,
     TensorDictBase,
     UnbatchedTensor,
+    unravel_key,
 )
 from tensordict.utils import NestedKey
 from torch import Tensor
@@ -253,8 +254,7 @@ class Windows(SequenceTransform):
         if not can_read_values(flags):
             return
         flags[begins] = True
-        paths: list[Any] = [key for key in self._find_states(row) if key[0] != "next"]
-        states = [key if len(key) > 1 else key[0] for key in paths]
+        states = [unravel_key(key) for key in self._find_states(row) if key[0] != "next"]
         flagged = row.copy().set(self.init_key, flags)
         problems = find_continuity_problems(flagged, self.init_key, states)
         raise_first(replace(one, remedy=one.remedy + _STREAM_REMEDY) for one in problems)

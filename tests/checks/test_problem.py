@@ -17,6 +17,7 @@ from rnnkeys.checks import (
     can_read_values,
     raise_first,
     set_value_checks,
+    should_read_values,
     suspend_value_checks,
     value_checks_enabled,
 )
@@ -85,3 +86,11 @@ def test_can_read_values_inside_a_transform_is_false() -> None:
 
     torch.func.vmap(look)(torch.zeros(2))
     assert seen == [False]
+
+
+def test_should_read_values_on_the_cpu_always_and_elsewhere_only_where_there_are_some() -> None:
+    entry, empty = torch.zeros(2), torch.zeros(2, device="meta")
+    assert should_read_values(entry, True) and should_read_values(None, True)
+    assert not should_read_values(empty, False)
+    with set_value_checks(False):
+        assert not should_read_values(entry, False)

@@ -16,7 +16,7 @@ from rnnkeys import StatefulPolicy, drqn_policy, load_pretrained, save_pretraine
 from rnnkeys.deploy import PretrainedError, read_arguments
 from tests.support.tutorials import load_tutorial
 
-pytest.importorskip("safetensors")
+safetensors: Any = pytest.importorskip("safetensors")
 ARGUMENTS: dict[str, Any] = {
     "action_spec": OneHot(2),
     "observation_shape": (4,),
@@ -63,6 +63,8 @@ def test_save_pretrained_folder_has_no_pickle_and_a_card_with_the_result(folder:
         "config.json",
         "model.safetensors",
     ]
+    with safetensors.safe_open(folder / "model.safetensors", "pt") as weights:
+        assert weights.metadata() == {"format": "pt"}
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: rnnkeys\n")
     assert "| environment | mean return | episodes |" in card

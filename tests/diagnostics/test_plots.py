@@ -34,7 +34,8 @@ def test_plot_episode_states_draws_norms_and_starts(cell: str) -> None:
     policy, data = rollout(cell)
     figure = plot_episode_states(data, policy)
     norms, gates, reach = figure.axes
-    assert norms.get_ylim()[0] == 0
+    assert norms.get_ylim()[0] == 0 and norms.get_xlim() == gates.get_xlim() == (0, len(data) - 1)
+    assert list(figure.get_size_inches()) == pytest.approx([8, 3 * 2.4])
     for key in ("actor_h", "actor_c")[: 2 if cell == "lstm" else 1]:
         torch.testing.assert_close(line(norms, key), data[key].flatten(1).norm(dim=-1))
     drawn = [
@@ -115,6 +116,7 @@ def test_plot_state_staleness_draws_the_median_by_age() -> None:
         )
     [panel] = plot_state_staleness(policy, old).axes
     assert line(panel, "stored states").max() > 0.01
+    assert panel.get_ylim()[0] == 0
 
 
 def test_plots_invalid_data_raise() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor
 
-from rnnkeys.diagnostics.runs import evaluating, largest_difference
+from rnnkeys.diagnostics.runs import _choose_value, evaluating, largest_difference, part_of
 from rnnkeys.modules.network import RecurrentNetwork
 from tests.support.recurrent import chain, make
 
@@ -22,3 +26,32 @@ def test_largest_difference_is_relative_to_single_steps() -> None:
     with evaluating(policy):
         found = largest_difference(RecurrentNetwork(policy), batch)
     assert found == ("value", 3.0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "chosen"),
+    [
+        (["embed", "loc", "action_value"], "action_value"),
+        (["loc", ("team", "agents", "state_value")], ("team", "agents", "state_value")),
+        ([("agents", "loc"), "embed"], ("agents", "loc")),
+        (["value_of_team", "embed"], "embed"),
+    ],
+)
+def test_choose_value_prefers_values_to_parameters_to_the_last_entry(
+    keys: list[Any], chosen: Any
+) -> None:
+    assert _choose_value(keys) == chosen
+
+
+@pytest.mark.parametrize(
+    ("shape", "part"),
+    [((300,), (256,)), ((20, 100), (16, 64)), ((3, 7, 70), (16, 64)), ((2, 3), (2, 3))],
+)
+def test_part_of_a_batch_has_its_first_rows_and_steps(
+    shape: tuple[int, ...], part: tuple[int, ...]
+) -> None:
+    number = torch.arange(math.prod(shape)).reshape(shape)
+    found = part_of(TensorDict({"number": number}, shape))
+    assert found.shape == part
+    rows = number.reshape(-1, shape[-1])[: part[0] if len(part) == 2 else 1, : part[-1]]
+    assert torch.equal(found["number"], rows.reshape(part))

@@ -83,6 +83,7 @@ def check_same(loss: Any, flat: TensorDictBase) -> set[str]:
     rows = padded(flat)
     other = copy.deepcopy(loss)
     expected, actual = reported(loss, flat), reported(other, rows)
+    assert not other._wiring.seen  # held for one call only
     for key, value in expected.items():
         assert_near(actual[key].reshape(value.shape), value, key)
     for key, value in loss.named_buffers():
