@@ -147,6 +147,15 @@ def test_continuity_with_entries_of_the_environment_called_like_clocks_finds_not
     assert not names(data, [])
 
 
+def test_continuity_with_the_index_of_a_storage_of_two_dimensions_reads_the_first() -> None:
+    batch = collect(6).exclude("step_count", "collector", ("next", "done"))
+    batch["is_init"] = torch.zeros(6, 1, dtype=torch.bool)
+    batch["index"] = torch.stack([torch.arange(4, 10), torch.full((6,), 2)], -1)
+    assert not names(batch, [])
+    batch["index"][3:, 1] = 1
+    assert names(batch, []) == ["continuity"]
+
+
 def test_continuity_with_the_index_of_a_buffer_is_seen_without_anything_else() -> None:
     data = collect().exclude("step_count", "collector", ("next", "done"))
     data["is_init"] = torch.zeros(60, 1, dtype=torch.bool)

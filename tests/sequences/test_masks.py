@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tensordict import TensorDict, UnbatchedTensor
 
-from rnnkeys.sequences import zero_masked
+from rnnkeys.sequences import sequence_mask, zero_masked
 
 
 def test_zero_masked_leaves_entries_without_steps_alone():
@@ -31,3 +32,14 @@ def test_zero_masked_zeroes_integers_only_if_asked_and_flags_never():
 def test_zero_masked_without_padding_returns_the_batch_itself():
     batch = TensorDict({"reward": torch.ones(3)}, [3])
     assert zero_masked(batch, torch.ones(3, dtype=torch.bool)) is batch
+
+
+def test_sequence_mask_is_true_before_each_length():
+    lengths = torch.tensor([[0, 2], [3, 1]])
+    mask = sequence_mask(lengths, 4)
+    assert mask.shape == (2, 2, 4) and torch.equal(mask.sum(-1), lengths)
+    assert mask[1, 0].tolist() == [True, True, True, False]
+    assert sequence_mask(torch.zeros(0, dtype=torch.long)).shape == (0, 0)
+    for wrong in ([5], [-1]):
+        with pytest.raises(ValueError, match=r"between 0 and max_len=4"):
+            sequence_mask(torch.tensor(wrong), 4)

@@ -215,17 +215,6 @@ def test_windows_of_a_collector_equal_what_was_collected():
     assert_equal(again["action_value"][mask], windows["action_value"][mask], torch.float32)
 
 
-def test_sequence_mask_is_true_before_each_length():
-    lengths = torch.tensor([[0, 2], [3, 1]])
-    mask = sequence_mask(lengths, 4)
-    assert mask.shape == (2, 2, 4) and torch.equal(mask.sum(-1), lengths)
-    assert mask[1, 0].tolist() == [True, True, True, False]
-    assert sequence_mask(torch.zeros(0, dtype=torch.long)).shape == (0, 0)
-    for wrong in ([5], [-1]):
-        with pytest.raises(ValueError, match=r"between 0 and max_len=4"):
-            sequence_mask(torch.tensor(wrong), 4)
-
-
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
