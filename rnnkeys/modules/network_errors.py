@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tensordict import TensorDictBase, unravel_key
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from ..checks import Problem
@@ -98,9 +99,17 @@ def _input_problem(network: Any, batch: TensorDictBase, error: Exception) -> Pro
         "network-input",
         f"{name} does not run on this batch {list(batch.batch_size)}. It reads {entries}. The "
         f"error was: {error}.",
-        "Compare the dtypes and shapes with those that its modules were made for.",
+        _find_remedy(error, [key for key in keys if batch.get(key, None) is None]),
         type(error) if type(error) in _DOCUMENTED else RuntimeError,
     )
+
+
+def _find_remedy(error: Exception, missing: list[NestedKey]) -> str:
+    if "randomness" in str(error):
+        return "To draw dropout for each critic: loss.set_vmap_randomness('different')."
+    if isinstance(error, KeyError) and missing:
+        return f"Give what is missing, {missing}, or name its key: by set_keys() to a loss."
+    return "Compare the dtypes and shapes with those that its modules were made for."
 
 
 def _describe(entry: Any) -> str:

@@ -24,7 +24,7 @@ from ..checks import (
 )
 from ..keys import MASK_KEY, next_key
 from ..modules.network import RecurrentNetwork
-from ..sequences.masks import allow_where_empty, zero_masked
+from ..sequences.masks import zero_masked
 from ..sequences.segment_starts import set_segment_starts
 from ..transforms.burn_in import cut_burn_in
 from .n_step import n_step_returns
@@ -258,7 +258,6 @@ class R2D2Loss(LossModule):
         cut_burn_in(rows, self.burn_in)  # raises where no step remains
         windows = rows.select(*self.in_keys, strict=False)
         windows = set_segment_starts(windows, self._network.init_keys)
-        windows = allow_where_empty(windows, self._network.action_mask_keys)
         mask = rows.get(keys.mask, None)
         if mask is None:
             device = windows.get(next_key(keys.reward)).device

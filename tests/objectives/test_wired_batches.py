@@ -302,6 +302,21 @@ def test_wired_loss_without_states_of_the_critic_starts_them_from_zeros(kind: An
     assert torch.equal(*results)
 
 
+def test_wired_loss_of_critics_with_dropout_names_the_switch_of_its_randomness() -> None:
+    torch.manual_seed(0)
+    actor, critic = cases._random_actor(rnnkeys, "gru"), cases._critic(rnnkeys, "gru", "critic")
+    layer = critic[0]
+    options: Any = {"in_keys": layer.in_keys, "out_keys": layer.out_keys}
+    deep = GRUModule(3, cases.HIDDEN, num_layers=2, dropout=0.5, **options)
+    critic = cases.Seq(deep, *list(critic)[1:])
+    loss = recurrent_loss(SACLoss(actor, critic, target_entropy=-1.0))
+    loss = cases._finish(loss, actor).loss
+    batch = cases.flat(BY_NAME["SAC"], cases.Seq(actor, critic))
+    check_raises(loss, batch, RuntimeError, r"set_vmap_randomness\('different'\)\. \[network-input")
+    loss.set_vmap_randomness("different")
+    assert loss(batch)["loss_qvalue"].isfinite()
+
+
 def test_recurrent_loss_of_gail_raises() -> None:
     network = cases.Seq(
         TensorDictModule(lambda o, a: torch.cat([o, a], -1), ["eo", "ea"], ["both"]),
@@ -349,6 +364,15 @@ def test_wired_loss_of_a_batch_collected_with_gradient_names_the_remedy(key: str
     message = rf"'{key}' .*torch.no_grad\(\).*\[collected-with-gradient\]"
     check_raises(loss, data, RuntimeError, message)
     loss(data.detach())
+
+
+def test_wired_loss_without_an_entry_that_it_reads_names_it() -> None:
+    agent = make_agent()
+    data: Any = collect(agent)
+    recurrent_loss(GAE(gamma=0.9, lmbda=0.8, value_network=agent.critic))(data)
+    loss = recurrent_loss(ClipPPOLoss(agent.actor, agent.critic))
+    message = r"missing, \[.*action_log_prob.*\], or name its key.*set_keys\(\).*\[network-input\]"
+    check_raises(loss, data.exclude("action_log_prob"), KeyError, message)
 
 
 def test_wired_ppo_of_states_before_the_reset_warns() -> None:
