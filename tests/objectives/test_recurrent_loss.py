@@ -397,6 +397,14 @@ def test_wired_loss_states_in_one_half_only_raise() -> None:
         setup.loss(batch)
 
 
+@pytest.mark.parametrize("case", [DDPG, DQN], ids=["DDPG", "DQN"])
+def test_wired_loss_of_steps_without_a_primer_raises(case: Any) -> None:
+    setup = wired(case)
+    batch = batch_of(case, setup).exclude("actor_h")
+    with pytest.raises(KeyError, match=r"'actor_h'.*no primer.*\[primer-missing\]"):
+        setup.loss(batch)
+
+
 def test_wired_loss_transitions_out_of_order_raise() -> None:
     setup = wired(DQN)
     batch = batch_of(DQN, setup)
