@@ -40,8 +40,8 @@ class RecurrentModule(TensorDictModuleBase, ABC):
     ``is_init``), and the output and ``("next", state)`` are written. In recurrent mode (see
     :class:`rnnkeys.set_recurrent_mode`) time is the last batch dimension and a call runs whole
     sequences: each segment starts from the state stored at its first step, and ``("next", state)``
-    holds the state after *every* step. Dimensions between the batch and the features (agents) are
-    batch, too.
+    holds the state after *every* step. Dimensions between the batch and the features, such as
+    agents, are treated as batch.
 
     This class is abstract: use :class:`rnnkeys.LSTMModule`, :class:`rnnkeys.GRUModule`, or
     :class:`rnnkeys.CellModule` for any other cell. All of them take the arguments below as
@@ -64,11 +64,11 @@ class RecurrentModule(TensorDictModuleBase, ABC):
         recurrent_recompute: ``"full"`` keeps no activations for the backward pass and computes them
             again (``"scan"``, ``"loop"`` and ``"triton"``).
         recurrent_matmul_precision: of the ``"triton"`` backend; see ``rnnkeys.precision``.
-        state_grad: whether states written in recurrent mode carry gradients. False by default, so
-            that no gradient reaches a target through a stored state.
+        state_grad: whether states written in recurrent mode keep their gradient. False by default,
+            so that no gradient reaches a target through a stored state.
         state_key: key of the state, ``"recurrent_state"`` by default. A cell with several states
             has one entry for each: ``"<state_key>_<name>"``, such as ``"recurrent_state_h"``. Two
-            networks in one TensorDict need two.
+            networks in one TensorDict need different keys.
 
     Raises:
         ValueError: if arguments do not fit each other; the message names them.
