@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# torch 2.11 to 2.14.
+# torch 2.11 to 2.15.
 from torch._C._functorch import TransformType as TransformType
 from torch._C._functorch import get_interpreter_stack as get_interpreter_stack
 from torch._C._functorch import is_legacy_batchedtensor as is_legacy_batchedtensor
@@ -24,7 +24,7 @@ from torch.compiler import is_compiling
 from torch.utils._contextlib import context_decorator as context_decorator
 from torchrl.envs.transforms import Compose, Transform
 
-# TorchRL 0.14.1: the precision of recurrent matmuls, which both libraries share.
+# TorchRL 0.14.1 to 0.15: the precision of recurrent matmuls, which both libraries share.
 from torchrl.modules.tensordict_module import _rnn_precision
 from torchrl.modules.tensordict_module._rnn_precision import (
     RecurrentMatmulPrecision as RecurrentMatmulPrecision,
@@ -33,14 +33,14 @@ from torchrl.modules.tensordict_module._rnn_precision import (
     RecurrentMatmulPrecisionUserMode as RecurrentMatmulPrecisionUserMode,
 )
 
-# TorchRL 0.14.1: the recurrent mode, which both libraries share.
+# TorchRL 0.14.1 to 0.15: the recurrent mode, which both libraries share.
 from torchrl.modules.tensordict_module.rnn import (
     recurrent_mode_state_manager as recurrent_mode_state_manager,
 )
 
 
 class NestableCompose(Compose):
-    """A ``Compose`` that works inside another one, as its first transform, too: TorchRL 0.14.1.
+    """A ``Compose`` that works inside another one, as its first transform, too.
 
     A transform finds the environment before it by a chain of copies, which TorchRL cannot build
     where a ``Compose`` inside another is preceded by no transform.
@@ -70,7 +70,7 @@ class NestableCompose(Compose):
         return env, env.transform
 
 
-# Torch's native kernels, which have no public name: torch 2.11 to 2.14.
+# Torch's native kernels, which have no public name: torch 2.11 to 2.15.
 _VF: Any = vars(torch)["_VF"]
 lstm_cell: Callable[..., Any] = _VF.lstm_cell
 gru_cell: Callable[..., Any] = _VF.gru_cell
@@ -82,7 +82,7 @@ _ONEDNN_LSTM = 2
 def onednn_lstm_layer(
     x: Tensor, parameters: Sequence[Tensor], h: Tensor, c: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run oneDNN's LSTM over ``x [T, B, I]``: torch 2.11 to 2.14, see ``aten::mkldnn_rnn_layer``.
+    """Run oneDNN's LSTM over ``x [T, B, I]``: torch 2.11 to 2.15, see ``aten::mkldnn_rnn_layer``.
 
     Args:
         x: ``[T, B, I]``, float32 on the CPU.
@@ -114,7 +114,7 @@ def onednn_lstm_layer_backward(
     result: tuple[Tensor, Tensor, Tensor, Tensor],
     grads: tuple[Tensor, Tensor | None, Tensor | None],
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Compute gradients of :func:`onednn_lstm_layer`: torch 2.11 to 2.14.
+    """Compute gradients of :func:`onednn_lstm_layer`: torch 2.11 to 2.15.
 
     Args:
         x: as in the forward pass.
@@ -144,7 +144,7 @@ def onednn_lstm_layer_backward(
 
 
 def has_onednn_linear() -> bool:
-    """Return whether torch, 2.11 to 2.14, has oneDNN's matmul."""
+    """Return whether torch, 2.11 to 2.15, has oneDNN's matmul."""
     has_op = hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return has_op and torch.backends.mkldnn.is_available()
 
@@ -183,7 +183,7 @@ def in_transform() -> bool:
 
 
 def in_backward() -> bool:
-    """Return whether autograd runs a backward pass in this thread: torch 2.11 to 2.14."""
+    """Return whether autograd runs a backward pass in this thread: torch 2.11 to 2.15."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -208,7 +208,7 @@ _FOREACH: dict[str, Callable[..., None]] = {
 def run_in_order(name: str, states: tuple[Tensor, ...], *others: tuple[Tensor, ...]) -> None:
     """Run ``states[i].<name>(*others[i])`` one after the other, ``others`` among ``states``.
 
-    One call on the CPU, where torch, 2.11 to 2.14, runs the list in its order. On other devices
+    One call on the CPU, where torch, 2.11 to 2.15, runs the list in its order. On other devices
     torch may fuse the list, so the operations are called one by one.
 
     Args:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rnnkeys.backends.triton.config import Config, Device, choose_config
+from rnnkeys.backends.triton.config import FUSED_MULTIPLY_ADD, Config, Device, choose_config
 
 # By compute capability: an H100, an RTX 4090, an A100.
 GPUS = {"9.0": Device(), "8.9": Device(128, 101376), "8.0": Device(108, 166912)}
@@ -91,7 +91,7 @@ def compile_case(case: Case) -> Resources:
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", int(case.gpu.replace(".", "")), 32),
-        options={"num_warps": case.config.num_warps},
+        options={"num_warps": case.config.num_warps, **FUSED_MULTIPLY_ADD},
     )
     registers, stack = _usage(compiled.asm["cubin"])
     room = GPUS[case.gpu].shared_memory

@@ -30,6 +30,9 @@ _COLUMNS_OF_SCALARS = {
     "backward": {16: 1024, 8: 4096},
 }
 _SHARED_MEMORY = 232448
+# Options of every launch. Triton 3.9 warns where fusion is not chosen, because later versions will
+# not fuse by themselves.
+FUSED_MULTIPLY_ADD: dict[str, Any] = {"enable_fp_fusion": True}
 # Assumed steps per segment (reading `is_init` would wait for the GPU): larger groups of rows are
 # faster if there are many segments.
 _EXPECTED_LENGTH = 128

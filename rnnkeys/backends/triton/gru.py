@@ -22,6 +22,7 @@ from .pieces import (
     product,
     rows_of_program,
     side_by_side,
+    spread,
     store,
     store_four,
     synchronize,
@@ -147,7 +148,7 @@ def backward(
             live = (length > t) & (n < H)
             here = (at + t) * H + n
             r, z, new, h_n = load_four(act + (at + t) * (4 * H) + n, H, live)
-            h_tm1 = tl.where(t > 0, load(h_out + here - H, live & (t > 0)), initial)
+            h_tm1 = tl.where(t > 0, load(h_out + here - H, live & (spread(t, n) > 0)), initial)
             dh = through_gates + through_z + load(grad_h + here, live)
             d_n, d_r, d_z, d_hn, through_z = _step_backward(r, z, new, h_n, h_tm1, dh)
             store_four(d_gates + (at + t) * (4 * H) + n, H, d_n, d_r, d_z, d_hn, live)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import gru, lstm
-from .config import Config, Device, choose_config, on_device
+from .config import FUSED_MULTIPLY_ADD, Config, Device, choose_config, on_device
 
 _KERNELS: dict[str, Any] = {"lstm": lstm, "gru": gru}
 
@@ -127,7 +127,7 @@ def _launch(
     config = choose_config(direction, batch, steps, hidden, itemsize, precision, device)
     options: dict[str, Any] = {
         **switches, "BLOCK_B": config.block_b, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-        "PRECISION": precision, "num_warps": config.num_warps,
+        "PRECISION": precision, "num_warps": config.num_warps, **FUSED_MULTIPLY_ADD,
     }  # fmt: skip
     kernels = _KERNELS[cell]
     with on_device(w_hh.device):

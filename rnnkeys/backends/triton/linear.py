@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .pieces import spread
+
 
 @triton.jit
 def _columns(BLOCK: tl.constexpr):
@@ -66,7 +68,7 @@ def _load_start(start, at, stride_f, f, mask, PAIRED: tl.constexpr):
 
 @triton.jit
 def _is_start(reset, t, n, N, live):
-    return (tl.load(reset + N.to(tl.int64) * t + n, mask=live, other=0) != 0) | (t == 0)
+    return (tl.load(reset + N.to(tl.int64) * t + n, mask=live, other=0) != 0) | (spread(t, n) == 0)
 
 
 _SIZES = ["T", "N", "F", "length", "stride_t", "stride_n", "stride_f"]
@@ -166,7 +168,7 @@ def backward(
         else:
             start_at = stride_t.to(tl.int64) * t + stride_n.to(tl.int64) * n
             s_re, s_im = _load_start(start, start_at, stride_f, f, live & is_start, PAIRED)
-            before_re, before_im = _load(h, at - M, live & (t > 0), PAIRED)
+            before_re, before_im = _load(h, at - M, live & (spread(t, n) > 0), PAIRED)
             before_re = tl.where(is_start, s_re, before_re)
             before_im = tl.where(is_start, s_im, before_im)
             by_re, by_im = _multiply(d_re, d_im, before_re, -before_im, PAIRED)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...cells.linear import candidate, mix_coefficients
 from . import why_not_machine
-from .config import on_device
+from .config import FUSED_MULTIPLY_ADD, on_device
 
 # Columns per program, and steps per chunk at least.
 _BLOCK = 128
@@ -116,7 +116,9 @@ class _Problem:
         self.columns = self.rows * self.features
         self.states = states
         self.strides = start.stride()
-        self.options: dict[str, Any] = {"CONSTANT": constant, "PAIRED": paired, "BLOCK": _BLOCK}
+        self.options: dict[str, Any] = {
+            "CONSTANT": constant, "PAIRED": paired, "BLOCK": _BLOCK, **FUSED_MULTIPLY_ADD
+        }  # fmt: skip
         self.blocks = -(-self.columns // _BLOCK)
         self.length = _chunk_length(self.steps, self.blocks, states.device)
         self.count = -(-self.steps // self.length)
@@ -142,6 +144,7 @@ class _Problem:
                 carry[(self.blocks,)](
                     ends, products, cuts, entering, self.count, self.columns,
                     PAIRED=paired, BACKWARDS=direction == "backward", BLOCK=_BLOCK,
+                    **FUSED_MULTIPLY_ADD,
                 )  # fmt: skip
             kernel[(self.blocks, self.count)](*arguments, LOCAL=False, **options)
 

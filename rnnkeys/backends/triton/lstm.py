@@ -33,6 +33,7 @@ from .pieces import (
     product,
     rows_of_program,
     side_by_side,
+    spread,
     store,
     store_four,
     synchronize,
@@ -155,7 +156,7 @@ def backward(
             here = (at + t) * H + n
             i, f, g, o = load_four(act + (at + t) * (4 * H) + n, H, live)
             # Rows whose last step is t - 1 read its c here.
-            before = load(c_out + here - H, (length >= t) & (n < H) & (t > 0))
+            before = load(c_out + here - H, (length >= t) & (n < H) & (spread(t, n) > 0))
             c_tm1 = tl.where(t > 0, before, initial)
             dh += load(grad_h + here, live)
             if HAS_DC:

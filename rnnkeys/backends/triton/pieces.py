@@ -19,6 +19,15 @@ def tanh(x):
 
 
 @triton.jit
+def spread(value, like):
+    """Spread a number over the shape of ``like``, so that a comparison with it is a mask.
+
+    The interpreter of Triton 3.9 gives two numbers' comparison the type of the numbers.
+    """
+    return tl.zeros_like(like) + value
+
+
+@triton.jit
 def load(ptr, mask):
     """Load as float32, zero where masked."""
     return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
@@ -177,10 +186,11 @@ def rows_of_program(BLOCK_B: tl.constexpr):
 @triton.jit
 def is_first(is_init, step, t, mask):
     """Return whether a segment starts at time ``t``, flat position ``step = b * T + t``."""
-    return (tl.load(is_init + step, mask=mask, other=0) != 0) | (t == 0)
+    return (tl.load(is_init + step, mask=mask, other=0) != 0) | (spread(t, step) == 0)
 
 
 @triton.jit
 def is_last(is_init, step, t, T, mask):
     """Return whether a segment ends at time ``t``: it gets no gradient from ``t + 1``."""
-    return (tl.load(is_init + step + 1, mask=mask & (t + 1 < T), other=1) != 0) | (t + 1 == T)
+    after = spread(t + 1, step)
+    return (tl.load(is_init + step + 1, mask=mask & (after < T), other=1) != 0) | (after == T)
