@@ -131,6 +131,28 @@ def test_linear_scan_under_vmap_has_gradients():
             assert_equal(actual, expected, torch.float64)
 
 
+@pytest.mark.parametrize("with_start", [False, True])
+@pytest.mark.parametrize("kind", ["constant", "steps", "gated"])
+def test_scan_gradients_of_several_cotangents_at_once_are_those_of_each(
+    kind: str, with_start: bool
+):
+    options: Any = {"dtype": torch.float64, "requires_grad": True}
+    shapes = {"constant": (4,), "steps": (40, 2, 4), "gated": (40, 2, 8)}
+    first, b = torch.rand(shapes[kind], **options), torch.randn(40, 2, 4, **options)
+    start = torch.randn(40, 2, 4, dtype=torch.float64, requires_grad=with_start)
+    reset = torch.rand(40, 2) < 0.2
+    if kind == "gated":
+        leaves, y = [first], scan_ops.run_gated(first, start, reset)
+    else:
+        leaves, y = [first, b], scan_ops.run(first, b, start, reset)
+    leaves += [start] if with_start else []
+    cotangents = torch.randn(3, *y.shape, dtype=torch.float64)
+    actual = torch.autograd.grad(y, leaves, cotangents, is_grads_batched=True, retain_graph=True)
+    listed = [torch.autograd.grad(y, leaves, one, retain_graph=True) for one in cotangents]
+    for found, *expected in zip(actual, *listed, strict=True):
+        assert_equal(found, torch.stack(expected), torch.float64)
+
+
 def _gated_sine(p: Tensor, start: Tensor) -> Tensor:
     reset = torch.zeros(p.shape[:2], dtype=torch.bool)
     return scan_ops.run_gated(p, start, reset).sin()

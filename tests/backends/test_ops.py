@@ -68,6 +68,12 @@ def test_forward_operators_keep_torchs_rules(cell, sizes, resets):
     torch.library.opcheck(ops.layer, tuple(_arguments(cell, sizes, resets)))
 
 
+@of_both_cells
+def test_forward_operator_that_keeps_nothing_keeps_torchs_rules(cell):
+    given = [a.detach() if isinstance(a, Tensor) else a for a in _arguments(cell, "packed", False)]
+    torch.library.opcheck(ops.layer, (*given[:-1], False))
+
+
 @in_every_form
 @of_both_cells
 def test_states_do_not_depend_on_what_is_kept(monkeypatch, cell, sizes, resets):

@@ -19,6 +19,7 @@ from rnnkeys.cells import (
     MIN_GRU_CELL,
     MIN_LSTM_CELL,
     S5_CELL,
+    S6,
     S6_CELL,
     LinearCell,
     ResidualBlock,
@@ -74,7 +75,10 @@ def run_steps(module: RecurrentModule, batch: TensorDict) -> tuple[Tensor, ...]:
     return tuple(torch.stack(entry, 1) for entry in zip(*steps, strict=True))
 
 
-@pytest.mark.parametrize("cell", PLAIN, ids=NAMES[: len(PLAIN)])
+# A window of two steps is the shortest that a convolution has.
+@pytest.mark.parametrize(
+    "cell", [*PLAIN, S6(window_len=2)], ids=[*NAMES[: len(PLAIN)], "s6 of two steps"]
+)
 def test_linear_cell_step_equals_numpy(cell: LinearCell):
     module = make_module(cell)
     shapes = cell.parameter_shapes(3, 6)
