@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor
 
-from rnnkeys.diagnostics.runs import _choose_value, evaluating, largest_difference, part_of
+from rnnkeys.diagnostics.runs import _choose_value, evaluating, largest_difference, select_part
 from rnnkeys.modules.network import RecurrentNetwork
 from tests.support.recurrent import chain, make
 
@@ -47,11 +47,11 @@ def test_choose_value_prefers_values_to_parameters_to_the_last_entry(
     ("shape", "part"),
     [((300,), (256,)), ((20, 100), (16, 64)), ((3, 7, 70), (16, 64)), ((2, 3), (2, 3))],
 )
-def test_part_of_a_batch_has_its_first_rows_and_steps(
+def test_select_part_of_a_batch_has_its_first_rows_and_steps(
     shape: tuple[int, ...], part: tuple[int, ...]
 ) -> None:
     number = torch.arange(math.prod(shape)).reshape(shape)
-    found = part_of(TensorDict({"number": number}, shape))
+    found = select_part(TensorDict({"number": number}, shape))
     assert found.shape == part
     rows = number.reshape(-1, shape[-1])[: part[0] if len(part) == 2 else 1, : part[-1]]
     assert torch.equal(found["number"], rows.reshape(part))
