@@ -132,7 +132,8 @@ class AnyTrees:
             >>> sampler.get_priorities(torch.tensor([2, 0])).round(decimals=4)
             tensor([5., 2.], dtype=torch.float64)
         """
-        mass = torch.as_tensor(self._sum_tree[index]).double().cpu()
+        # The extension returns a number for an index of one item.
+        mass = torch.as_tensor(self._sum_tree[index]).double().cpu().reshape(index.shape)
         if self._alpha == 0:
             return torch.ones_like(mass)
         return mass ** (1 / self._alpha) - self._eps

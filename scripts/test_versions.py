@@ -51,7 +51,7 @@ class Lane(NamedTuple):
 
 LANES = {
     # torch 2.11 rejects newer setuptools.
-    "oldest": Lane("python3.10", instead=("torch==2.11.*", "triton", "setuptools<82")),
+    "oldest": Lane("python3.10", instead=("torch==2.11.*", "triton", "setuptools==81.*")),
     "pinned": Lane("python3.11"),
     "nightly": Lane("python3.12", nightly=("torchrl-nightly", "tensordict-nightly")),
     "newest": Lane("python3.13", instead=("torch", "triton")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any, cast
 
 import numpy as np
@@ -122,3 +123,10 @@ def test_sampler_get_priorities_returns_what_update_priority_took(values, alpha)
     got = sampler.get_priorities(index.flip(0)).flip(0)
     expected = torch.tensor(values).double() if alpha else torch.ones(len(values)).double()
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+
+
+def test_sampler_get_priorities_of_one_item_has_the_shape_of_the_index(monkeypatch):
+    """Trees of the extension return a number for an index of one item."""
+    sampler = replay.PrioritizedSampler(4, 1.0, 0.4, eps=0.0)
+    monkeypatch.setattr(sampler, "_sum_tree", defaultdict(lambda: 2.0))
+    assert sampler.get_priorities(torch.tensor([0])).tolist() == [2.0]
