@@ -147,8 +147,12 @@ def test_scan_gradients_of_several_cotangents_at_once_are_those_of_each(
         leaves, y = [first, b], scan_ops.run(first, b, start, reset)
     leaves += [start] if with_start else []
     cotangents = torch.randn(3, *y.shape, dtype=torch.float64)
-    actual = torch.autograd.grad(y, leaves, cotangents, is_grads_batched=True, retain_graph=True)
-    listed = [torch.autograd.grad(y, leaves, one, retain_graph=True) for one in cotangents]
+
+    def pull_back(cotangent: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, leaves, cotangent, retain_graph=True)
+
+    actual = torch.vmap(pull_back)(cotangents)
+    listed = map(pull_back, cotangents)
     for found, *expected in zip(actual, *listed, strict=True):
         assert_equal(found, torch.stack(expected), torch.float64)
 
