@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -115,7 +116,8 @@ def make_simple_env(
     for one in ``info`` add ``"rnnkeys.gym_masks:InfoActionMask"`` to ``wrappers``.
 
     Args:
-        name: id of the environment, or ``"module:id"``; with arguments, ``"id(name=value)"``.
+        name: id of the environment, ``"module:id"`` or ``"module:Class"``; with arguments,
+            ``"id(name=value)"``.
         wrappers: wrappers to apply, each ``"module:Class"`` or ``"module:Class(name=value)"``.
         pixels: observe rendered frames, uint8 ``[1, 84, 84]``, in place of the state.
         hide: indices of entries that are left out of a vector, such as velocities.
@@ -212,9 +214,17 @@ class _SeveralActionsWrapper(GymWrapper):
 def _make_env(name: str, arguments: dict[str, Any]) -> gym.Env:
     try:
         path, more = _parse_call(name)
-        return gym.make(path, **arguments, **more)
+        return gym.make(_find_env(path), **arguments, **more)
     except Exception as error:  # of the environment's constructor: of any type
         raise EnvError(f"environment {name} cannot be made: {_one_line(error)}") from error
+
+
+def _find_env(path: str) -> str | EnvSpec:
+    """Return the id of an environment, or the spec of a class, which needs no id."""
+    module, _, name = path.rpartition(":")
+    if module and isinstance(getattr(import_module(module), name, None), type):
+        return EnvSpec(f"{name}-v0", entry_point=path)
+    return path
 
 
 def _apply_wrapper(env: gym.Env, text: str) -> gym.Env:

@@ -155,6 +155,13 @@ def test_make_gym_env_keeps_last_observation_of_an_episode() -> None:
     assert (following[done] != last[done]).any(-1).all()
 
 
+@pytest.mark.parametrize("options", ["", "(sutton_barto_reward=True)"])
+def test_make_simple_env_class_needs_no_id(options: str) -> None:
+    env = make_simple_env(f"gymnasium.envs.classic_control:CartPoleEnv{options}")
+    env.reset(seed=0)
+    assert env.step(env.action_space.sample())[1] == (0.0 if options else 1.0)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

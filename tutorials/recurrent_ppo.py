@@ -50,7 +50,7 @@ logging.getLogger("torchrl").setLevel(logging.WARNING)  # without a line for eac
 class Args:
     """Arguments of a run; each field is an option of the command line."""
 
-    env: str = "CartPole-v1"  # ID of Gymnasium, MODULE:ID, or 'ID(name=value)'
+    env: str = "CartPole-v1"  # ID of Gymnasium, MODULE:ID, MODULE:CLASS, 'ID(name=value)'
     wrappers: tuple[str, ...] = ()  # MODULE:CLASS, or 'MODULE:CLASS(name=value)'
     observation: Literal["auto", "all", "pixels"] = "auto"  # auto: without known velocities
     hide: tuple[int, ...] = ()  # entries of the observation that the policy cannot see
