@@ -29,9 +29,13 @@ HEAD = """# Mutants
 
 Each mutant is one small change in the body of a function of the package: another comparison,
 operator or constant, an inverted condition, exchanged arguments, a dropped keyword or statement.
-Changes are drawn by a fixed seed, {count} from each folder. For each, the tests that run its lines
-are run, the quickest first and for some seconds only, until one fails. {ran} of the {drawn} that
-were drawn have run; a mutant that survived ran again after tests were added. Kernels for CUDA
+Changes are drawn by a fixed seed, {count} from each folder; {ran} of these {drawn} have run. For
+each, tests that run its lines are run, for some seconds only, until one fails. One that survived
+ran again after a test was added. Where a change was expected to survive, from reading it, the test
+was written before its first run, so that the numbers "at first" are better than those of the tests
+before; and so is the score of a folder of which only a part has run.
+
+Arguments by position are exchanged, but nothing inside of them is changed. Kernels for CUDA
 devices, Ray's actors and the processes that tests start are out of reach of this method, and tests
 marked `slow` are left out.
 

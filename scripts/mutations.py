@@ -1,7 +1,8 @@
 """Small changes of the package's functions, one at a time, as a mistake would make them.
 
 A mutation changes one expression or statement in the body of a function: a comparison, an
-operator, a constant, a condition, a keyword or a statement. Text of errors is left alone.
+operator, a constant, a condition, a keyword or a statement. Text of errors is left alone, and so is
+what stands inside the positional arguments of a call, which are exchanged only.
 """
 
 from __future__ import annotations

@@ -8,7 +8,12 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from rnnkeys.sequences.segment_starts import find_done_key, read_is_init, set_next_flags
+from rnnkeys.sequences.segment_starts import (
+    find_done_key,
+    find_segment_starts,
+    read_is_init,
+    set_next_flags,
+)
 
 
 @pytest.mark.parametrize(
@@ -42,3 +47,13 @@ def test_set_next_flags_without_next_raises() -> None:
     batch = TensorDict({"is_init": torch.zeros(5, 1, dtype=torch.bool)}, [5])
     with pytest.raises(KeyError, match="no 'next' tensordict"):
         set_next_flags(batch, ["is_init"])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_find_segment_starts_of_short_rows_follow_every_done(steps: int) -> None:
+    done = torch.ones(2, steps, 1, dtype=torch.bool)
+    batch = TensorDict({"is_init": ~done, "next": {"done": done}}, [2, steps])
+    assert find_segment_starts(batch, "is_init")[0].flatten().tolist() == [
+        False,
+        *[True] * (steps - 1),
+    ]
