@@ -18,6 +18,7 @@ from scripts.mutants import (
     KILLED,
     ROOT,
     SURVIVED,
+    UNUSABLE,
     draw_mutations,
     parse_arguments,
     read_all_results,
@@ -51,7 +52,11 @@ def write_table(path: Path = TABLE) -> None:
     """Write the table from the results and the reasons."""
     words = json.loads(WORDS.read_text(encoding="utf-8"))
     sample = {mutation.name: mutation for mutation in draw_mutations(parse_arguments([]))}
-    runs = {name: results for name, results in read_all_results().items() if name in sample}
+    runs = {
+        name: results
+        for name, results in read_all_results().items()
+        if name in sample and results[-1]["verdict"] != UNUSABLE
+    }
     first = {name: results[0]["verdict"] for name, results in runs.items()}
     last = {name: results[-1] for name, results in runs.items()}
     text = HEAD.format(count=len(sample) // len(FOLDERS), ran=len(last), drawn=len(sample))
