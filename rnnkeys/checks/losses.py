@@ -176,14 +176,14 @@ def find_batch_problems(
     else:
         yield from _find_gradient_problems(name, batch, keys)
     layers = list(layers)
-    for layer in layers:
-        yield from _find_primer_problems(batch, layer)
-        if isinstance(loss, ON_POLICY):
+    if isinstance(loss, ON_POLICY):
+        for layer in layers:
             yield from find_start_problems(batch, layer, name)
     if _reads_stored_states(loss, batch):
         for layer in layers:
             yield from _find_next_state_problems(name, batch, layer)
             if isinstance(loss, ON_POLICY):
+                yield from _find_primer_problems(name, batch, layer)
                 yield from _find_value_state_problems(loss, batch, layer)
 
 
@@ -227,15 +227,18 @@ def _find_chunk_problems(estimator: ValueEstimatorBase, batch: TensorDictBase) -
         )
 
 
-def _find_primer_problems(batch: TensorDictBase, layer: RecurrentLayer) -> Iterator[Problem]:
+def _find_primer_problems(
+    name: str, batch: TensorDictBase, layer: RecurrentLayer
+) -> Iterator[Problem]:
     """Yield a problem if the states after steps are stored, and those before them are not."""
     missing = [key for key in layer.state_keys if batch.get(key, None) is None]
     if any(batch.get(next_key(key), None) is not None for key in missing):
         yield Problem(
             "primer-missing",
-            f"The state {missing} is in the next tensordict of the batch and not at its root, so "
-            "no primer has created it, and every step was played from zeros.",
-            "Append get_env_transforms_from_module(policy) to the environment; or store neither.",
+            f"The state {missing} is in the next tensordict of the batch and not at its root, "
+            f"where {name} starts sequences. Without a primer every step is played from zeros.",
+            "Append get_env_transforms_from_module(policy) to the environment, or store the state "
+            "before each step.",
             KeyError,
         )
 

@@ -397,12 +397,13 @@ def test_wired_loss_states_in_one_half_only_raise() -> None:
         setup.loss(batch)
 
 
-@pytest.mark.parametrize("case", [DDPG, DQN], ids=["DDPG", "DQN"])
-def test_wired_loss_of_steps_without_a_primer_raises(case: Any) -> None:
+def test_wired_estimator_of_steps_without_a_primer_raises() -> None:
+    case = BY_NAME["GAE"]
     setup = wired(case)
-    batch = batch_of(case, setup).exclude("actor_h")
-    with pytest.raises(KeyError, match=r"'actor_h'.*no primer.*\[primer-missing\]"):
-        setup.loss(batch)
+    batch = batch_of(case, setup)
+    key = setup.loss._wiring.state_keys[0][0]
+    with pytest.raises(KeyError, match=rf"'{key}'.*Without a primer.*\[primer-missing\]"):
+        setup.loss(batch.exclude(key))
 
 
 def test_wired_loss_transitions_out_of_order_raise() -> None:
