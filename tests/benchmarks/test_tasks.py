@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
+import benchmarks.tasks  # noqa: F401  registers the environments
+
 RIGHT, UP, LEFT, DOWN = range(4)
 
 
