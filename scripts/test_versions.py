@@ -146,7 +146,7 @@ def merge(before: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
     """
     commit = before["commit"]
     if again["commit"] != commit:
-        commit = f"{commit}, {len(before['failures'])} tests again with {again['commit']}"
+        commit = f"{commit}, those that failed ({len(before['failures'])}) with {again['commit']}"
     return {
         **before,
         "commit": commit,

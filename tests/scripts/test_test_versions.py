@@ -130,7 +130,7 @@ def test_main_with_failed_runs_the_failed_tests_and_adds_their_results(monkeypat
     merged = json.loads(results.read_text())["nightly"]
     assert (merged["passed"], merged["failed"], merged["skipped"]) == (4, 1, 2)
     assert merged["failures"] == ["tests/c.py::test_d"] and merged["tests"] == "all"
-    assert merged["commit"] == "abc, 2 tests again with def"
+    assert merged["commit"] == "abc, those that failed (2) with def"
 
 
 def end_pytest_with(monkeypatch, status: int) -> None:
