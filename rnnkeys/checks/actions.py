@@ -17,6 +17,10 @@ _REMEDY = (
     "Store one-hot vectors [*batch, A] or integer indices [*batch] or [*batch, 1], as the "
     "environment's action spec says."
 )
+_TIES = (
+    f"{_REMEDY} TorchRL's QValueModule writes a one for every action of the greatest value: make "
+    "the policy by drqn_policy, which chooses one, or store indices (categorical actions)."
+)
 
 
 def find_action_problems(
@@ -76,16 +80,18 @@ def _find_one_hot_problems(
 ) -> Iterator[Problem]:
     zero_or_one = ((action == 0) | (action == 1)).all(-1)
     wrong = ~zero_or_one | (action.long().sum(-1) != 1)
-    yield from _find_value_problem("action-one-hot", wrong, mask, f"{key!r} is not one-hot")
+    yield from _find_value_problem(
+        "action-one-hot", wrong, mask, f"{key!r} is not one-hot", remedy=_TIES
+    )
 
 
 def _find_value_problem(
-    check: str, wrong: Tensor, mask: Tensor | None, message: str
+    check: str, wrong: Tensor, mask: Tensor | None, message: str, remedy: str = _REMEDY
 ) -> Iterator[Problem]:
     wrong = wrong if mask is None else wrong & mask
     if wrong.any():
         number, first = int(wrong.sum()), wrong.nonzero()[0].tolist()
-        yield Problem(check, f"The entry {message} at {number} steps, first at {first}.", _REMEDY)
+        yield Problem(check, f"The entry {message} at {number} steps, first at {first}.", remedy)
 
 
 def find_action_mask_problems(
