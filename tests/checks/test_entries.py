@@ -147,3 +147,11 @@ def test_find_finite_problems_counts_valid_steps(value: float) -> None:
     assert "at 1 of 8 valid steps, first at [1, 2]" in problem.message
     mask[1, 2] = False
     assert names(find_finite_problems(batch, ["observation"], mask)) == []
+
+
+def test_find_step_problems_of_another_type_names_the_reader_and_the_type() -> None:
+    wrong: Any = {"is_init": torch.zeros(2, 1)}
+    [problem] = find_step_problems(wrong, "DQNLoss")
+    assert (
+        problem.error is TypeError and "DQNLoss expects a TensorDict. Got dict" in problem.message
+    )

@@ -220,3 +220,8 @@ def test_burn_in_of_a_batch_leaves_a_sequence_without_problems(layout):
     learned = BurnIn(module, 2)(data)
     assert not [*find_sequence_problems(learned, ["is_init"], [("recurrent_state", "is_init")])]
     assert torch.equal(learned["is_init"], data["is_init"][:, 2:])
+
+
+def test_burn_in_without_networks_raises():
+    with pytest.raises(ValueError, match="networks must name at least one network"):
+        BurnIn([], 2)

@@ -160,3 +160,11 @@ def test_refresh_buffer_empty_raises():
     )
     with pytest.raises((KeyError, RuntimeError), match=r"buffer|storage"):
         RefreshStates(module).refresh_buffer(buffer)
+
+
+def test_refresh_of_a_batch_without_flags_after_done_keeps_its_flags():
+    policy = make_policy("gru")
+    data: Any = collect_episodes(policy, [[3, 5]])
+    data["is_init"][:, 1:] = False
+    refreshed = RefreshStates(policy)(data)
+    assert torch.equal(refreshed["is_init"], data["is_init"])
