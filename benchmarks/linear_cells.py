@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from rnnkeys import recurrent_module, set_recurrent_mode
+from rnnkeys.backends import keep_freed_memory
 
 from .memory import running_peak
 
@@ -230,6 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT, help="file of the table")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    keep_freed_memory()  # without, the time of any call depends on what ran before
     measured: dict[Shape, Seconds] = {}
     for shape in SHAPES:
         measured[shape] = time_calls(make_calls(shape), options.repeats)
@@ -244,7 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"`python -m benchmarks.linear_cells --repeats {options.repeats}`: torch "
         f"{torch.__version__}, {platform.machine()}, float32, CPU time of one thread, forward and "
         "backward through the module with the state after every step written, plain layers "
-        '(`block="plain"`). Medians of ratios of interleaved calls; smaller is faster.',
+        '(`block="plain"`), in a process that keeps the memory that it frees. Medians of ratios of '
+        "interleaved calls; smaller is faster.",
         "",
         *describe_goals(measured, growth, steps),
         *describe_sequences(measured),
