@@ -76,7 +76,17 @@ lstm_cell: Callable[..., Any] = _VF.lstm_cell
 gru_cell: Callable[..., Any] = _VF.gru_cell
 lstm_layers: Callable[..., Any] = _VF.lstm
 _onednn_rnn_layer: Callable[..., Any] = vars(torch)["mkldnn_rnn_layer"]
-_ONEDNN_LSTM = 2
+# Of both passes: one LSTM layer, which runs forward in time and keeps what the backward pass reads.
+_ONEDNN_LSTM: dict[str, Any] = {
+    "mode": 2,
+    "num_layers": 1,
+    "has_biases": True,
+    "bidirectional": False,
+    "reverse": False,
+    "batch_first": False,
+    "batch_sizes": [],
+    "train": True,
+}
 
 
 def onednn_lstm_layer(
@@ -93,18 +103,7 @@ def onednn_lstm_layer(
     Returns:
         Outputs ``[T, B, H]``, the last ``h`` and ``c``, and the workspace of the backward pass.
     """
-    return _onednn_rnn_layer(
-        *(x, *parameters, h, c),
-        reverse=False,
-        batch_sizes=[],
-        mode=_ONEDNN_LSTM,
-        hidden_size=h.shape[1],
-        num_layers=1,
-        has_biases=True,
-        bidirectional=False,
-        batch_first=False,
-        train=True,
-    )
+    return _onednn_rnn_layer(x, *parameters, h, c, hidden_size=h.shape[1], **_ONEDNN_LSTM)
 
 
 def onednn_lstm_layer_backward(
@@ -129,16 +128,9 @@ def onednn_lstm_layer_backward(
     y, h, c, workspace = result
     d_x, d_w_ih, d_w_hh, d_b, _, d_h, d_c = torch.ops.aten.mkldnn_rnn_layer_backward(
         *(x, *parameters, *start, y, h, c, *grads),
-        reverse=False,
-        mode=_ONEDNN_LSTM,
         hidden_size=y.shape[2],
-        num_layers=1,
-        has_biases=True,
-        train=True,
-        bidirectional=False,
-        batch_sizes=[],
-        batch_first=False,
         workspace=workspace,
+        **_ONEDNN_LSTM,
     )
     return (d_x, d_w_ih, d_w_hh, d_b), (d_h, d_c)
 

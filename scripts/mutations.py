@@ -90,7 +90,7 @@ def list_mutations(root: Path, path: str) -> list[Mutation]:
     for slot, (function, statement, node, new, *_) in enumerate(_slots(tree)):
         texts = (function, _shorten(node), _shorten(new))
         repeat = seen[texts] = seen.get(texts, -1) + 1
-        last = getattr(node if statement is node else statement, "end_lineno", node.lineno)
+        last = getattr(statement, "end_lineno", node.lineno)
         _, offset = places[node.lineno]
         lines = (node.lineno, last, offset)
         found.append(Mutation(path, function, *lines, *texts[1:], repeat, slot))
