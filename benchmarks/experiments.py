@@ -24,6 +24,7 @@ class Experiment:
         seeds: seeds of each variant.
         few: seeds of single variants whose runs take too long for all seeds.
         published: results of others on the same task: a name with its source, and the result.
+        references: what to compare values with, such as random actions, and their values.
         milestones: frames at which the summary shows ``y`` of the learning curve, above the returns
             of the fresh episodes.
         success: the return above which an episode is a success. The summary then shows the share of
@@ -43,10 +44,21 @@ class Experiment:
     seeds: Sequence[int] = range(5)
     few: Mapping[str, Sequence[int]] = field(default_factory=dict)
     published: Mapping[str, str] = field(default_factory=dict)
+    references: Mapping[str, float] = field(default_factory=dict)
     milestones: Sequence[int] = ()
     success: float | None = None
     without: Mapping[str, str] = field(default_factory=dict)
     scale: tuple[float, float] | None = None
+
+    def seeds_of(self, variant: str) -> Sequence[int]:
+        """Return the seeds of a variant.
+
+        Examples:
+            >>> one = Experiment("r2d2", "", "", {"GRU": (), "LSTM": ()}, few={"LSTM": [0]})
+            >>> one.seeds_of("GRU"), one.seeds_of("LSTM")
+            (range(0, 5), [0])
+        """
+        return self.few.get(variant, self.seeds)
 
     def program(self, variant: str) -> list[str]:
         """Return the words that run a variant, after ``python`` and without its seed.

@@ -21,19 +21,23 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
 import torchrl
+from PIL import Image
 
 import rnnkeys
 from benchmarks.ablations import ABLATIONS
 from benchmarks.experiments import EXPERIMENTS, EXTRAS, Experiment
+from benchmarks.popgym_tasks import POPGYM
 from benchmarks.published import PUBLISHED
 from benchmarks.summary import score, summarize, write_overview
 
@@ -42,10 +46,10 @@ from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen before
 
 SUITES = {
     "learn": EXPERIMENTS,
-    "results": PUBLISHED | ABLATIONS,
+    "results": PUBLISHED | POPGYM | ABLATIONS,
     "extras": EXTRAS,
 }
-ALL = EXPERIMENTS | PUBLISHED | ABLATIONS | EXTRAS
+ALL = EXPERIMENTS | PUBLISHED | POPGYM | ABLATIONS | EXTRAS
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -182,6 +186,7 @@ def write_markdown(name: str, runs: list[Run], path: Path) -> None:
         "|" + "---|" * len(rows[0]),
         *("| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows),
         "",
+        *list_missing(experiment, runs),
         f"![learning curves]({path.with_suffix('.png').name})",
         "",
         f"{describe_machine()}, one thread per run. Runs are of commit "
@@ -189,6 +194,17 @@ def write_markdown(name: str, runs: list[Run], path: Path) -> None:
         "",
     ]
     path.write_text("\n".join(lines))
+
+
+def list_missing(experiment: Experiment, runs: Sequence[Run]) -> list[str]:
+    """Return a line that names the seeds of the experiment without a run, if there are any."""
+    done = {(run.variant, run.seed) for run in runs}
+    missing = {
+        variant: [str(seed) for seed in experiment.seeds_of(variant) if (variant, seed) not in done]
+        for variant in experiment.variants
+    }
+    each = [f"{variant}: {', '.join(seeds)}" for variant, seeds in missing.items() if seeds]
+    return [f"Seeds that have not run yet: {'; '.join(each)}.", ""] if each else []
 
 
 def command(experiment: Experiment, variant: str) -> str:
@@ -220,8 +236,11 @@ def draw(runs: list[Run], path: Path) -> None:
     axes[0, 0].set_title(experiment.title)
     axes[0, 0].legend(loc="best", fontsize="small")
     axes[-1, 0].set_xlabel(experiment.x)
-    fig.savefig(path, dpi=120)
+    pixels = BytesIO()
+    fig.savefig(pixels, dpi=120)
     plt.close(fig)
+    # A picture of few colors takes a third of the space with a palette.
+    Image.open(pixels).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def draw_curves(ax: Any, runs: list[Run], column: str) -> None:
@@ -248,7 +267,7 @@ def find_wanted(name: str, options: argparse.Namespace) -> list[tuple[str, int]]
         (variant, seed)
         for variant in options.variants or experiment.variants
         if variant in experiment.variants
-        for seed in options.seeds or experiment.few.get(variant, experiment.seeds)
+        for seed in options.seeds or experiment.seeds_of(variant)
     ]
     if not options.recorded:
         return wanted

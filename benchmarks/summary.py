@@ -141,6 +141,10 @@ def summarize(experiment: Experiment, runs: Sequence[Any]) -> str:
         values = [score(experiment, run.result["test_returns"]) for run in group]
         rows.append([variant, "fresh episodes", *_cell(values), *costs])
     rows += [
+        [name, "reference", f"{value:.2f}", "", "", "", ""]
+        for name, value in experiment.references.items()
+    ]
+    rows += [
         [source, "published", value, "", "", "", ""]
         for source, value in experiment.published.items()
     ]
@@ -255,6 +259,8 @@ def write_overview(experiments: Mapping[str, Experiment], folder: Path) -> None:
         title, mark = f"[{experiment.title}]({name}.md)", needs_recurrence(values)
         for variant, each in values.items():
             rows.append([title, variant, *_cell(each), mark, f"`{name}`"])
+        for reference, value in experiment.references.items():
+            rows.append([title, f"reference: {reference}", f"{value:.2f}", "", mark, f"`{name}`"])
         for source, value in experiment.published.items():
             rows.append([title, f"published: {source}", value, "", mark, f"`{name}`"])
     header = [

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import learn
 from benchmarks.experiments import Experiment
+from benchmarks.popgym_tasks import GAMES, measure_random
 from benchmarks.summary import stratified_interval, summarize, write_overview
 
 VARIANTS = [(name, variant) for name, one in learn.ALL.items() for variant in one.variants]
@@ -42,10 +43,11 @@ def make_experiment(**options: Any) -> Experiment:
 
 def test_summarize_shows_the_mean_over_seeds_each_seed_and_the_published_number() -> None:
     runs = [make_run("LSTM", seed, [40.0 * seed, 20.0]) for seed in range(3)]
-    text = summarize(make_experiment(published={"others": "31"}), runs)
-    row, published = text.splitlines()[2:]
+    one = make_experiment(published={"others": "31"}, references={"random": 1.0})
+    row, reference, published = summarize(one, runs).splitlines()[2:]
     assert row.startswith("| LSTM | fresh episodes | 30.0 [")
     assert row.endswith("| 10.0, 30.0, 50.0 | 20 | 1.0 | 0.5 |")
+    assert reference == "| random | reference | 1.00 |  |  |  |  |"
     assert published == "| others | published | 31 |  |  |  |  |"
 
 
@@ -84,10 +86,13 @@ def test_write_overview_shows_published_numbers_and_what_the_feed_forward_networ
         rows += [("feed-forward", seed, value) for seed, value in enumerate(baseline)]
         with (tmp_path / f"{name}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("variant", "seed", "fresh episodes: mean"), *rows])
-    one = make_experiment(published={"others": "31"}, scale=(0.0, 100.0))
+    one = make_experiment(
+        published={"others": "31"}, references={"random": 1.0}, scale=(0.0, 100.0)
+    )
     write_overview(dict.fromkeys(tables, one), tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "| [Title](hard.md) | published: others | 31 |  | yes | `hard` |" in text
+    assert "| [Title](hard.md) | reference: random | 1.00 |  | yes | `hard` |" in text
     assert "| [Title](easy.md) | published: others | 31 |  | no | `easy` |" in text
     # Of 50, 100, 50, 100 and of 0, 50, 50, 100, without the lowest and the highest value.
     assert "| recurrent | 0.75 [" in text
@@ -96,3 +101,16 @@ def test_write_overview_shows_published_numbers_and_what_the_feed_forward_networ
 
 def test_stratified_interval_draws_the_seeds_of_each_task_by_itself() -> None:
     assert stratified_interval([[0.0], [0.0], [1.0], [1.0]]) == (0.5, 0.5)
+
+
+def test_list_missing_names_the_seeds_without_a_run() -> None:
+    one = make_experiment(seeds=range(3))
+    runs = [make_run("LSTM", seed, [0.0]) for seed in (0, 2)]
+    assert learn.list_missing(one, runs)[0] == "Seeds that have not run yet: LSTM: 1."
+    assert learn.list_missing(one, [*runs, make_run("LSTM", 1, [0.0])]) == []
+
+
+@pytest.mark.parametrize("game", ["BattleshipEasy", "PositionOnlyCartPoleEasy"])
+def test_measure_random_agrees_with_the_reference_that_the_table_shows(game: str) -> None:
+    (one,) = (one for one in GAMES.values() if one.name == game)
+    assert measure_random(game, 300) == pytest.approx(one.random, abs=0.02)
