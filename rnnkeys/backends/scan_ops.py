@@ -144,19 +144,19 @@ def _unfold(x: Tensor, size: int) -> Tensor:
 
 def _map_scan(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
     *tensors, paired = args
-    a = _decay_per_row(args[0], dims[0], args[1], dims[1])
     size = info.batch_size
+    a = _decay_per_row(args[0], dims[0], args[1], dims[1], size)
     rest = (_fold(x, dim, size) for x, dim in zip(tensors[1:], dims[1:4], strict=True))
     return _unfold(scan(_fold(a, 0, size), *rest, paired), size), 1
 
 
-def _decay_per_row(a: Tensor, dim: int | None, b: Tensor, b_dim: int | None) -> Tensor:
+def _decay_per_row(a: Tensor, dim: int | None, b: Tensor, b_dim: int | None, size: int) -> Tensor:
     """Return decays ``[size, T, N, F]``, those of ``[F]`` repeated."""
     like = b.movedim(b_dim, 0) if b_dim is not None else b[None]
     a = a.movedim(dim, 0) if dim is not None else a[None]
     if a.ndim == 2:
         a = a[:, None, None]
-    return a.expand(max(len(a), len(like)), *like.shape[1:])
+    return a.expand(size, *like.shape[1:])
 
 
 def _map_scan_backward(
@@ -165,7 +165,7 @@ def _map_scan_backward(
     grad, a, h, start, reset, wants_start, paired = args
     size = info.batch_size
     is_constant = a.ndim - (dims[1] is not None) == 1
-    decays = _decay_per_row(a, dims[1], h, dims[2]).expand(size, -1, -1, -1)
+    decays = _decay_per_row(a, dims[1], h, dims[2], size)
     kept = zip((h, start, reset), dims[2:5], strict=True)
     folded = (_fold(x, dim, size) for x, dim in kept)
     folded_grad, folded_decays = _fold(grad, dims[0], size), _fold(decays, 0, size)
@@ -223,7 +223,7 @@ def linear_scan(
 
     Raises:
         ValueError: if a shape does not fit.
-        TypeError: if dtypes differ, or ``is_init`` is not bool.
+        TypeError: if dtypes differ or are integers, or if ``is_init`` is not bool.
 
     Examples:
         >>> ones = torch.ones(1, 4, 1)
@@ -278,6 +278,9 @@ def _check_types(**given: Any) -> None:
         is_missing = value is None and name in ("initial", "is_init")
         if not is_missing and not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor. Got a {type(value).__name__}.")
+    dtype = given["b"].dtype
+    if not (dtype.is_floating_point or dtype.is_complex):
+        raise TypeError(f"b must be floating or complex. Got {dtype}: convert it with .float().")
 
 
 def _check_shapes(a: Tensor, b: Tensor, initial: Tensor | None) -> None:

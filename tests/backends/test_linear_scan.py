@@ -119,6 +119,19 @@ def test_linear_scan_maps_over_decays(constant: bool):
         assert_equal(torch.vmap(function, (0, None))(a, b), expected, torch.float64)
 
 
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("mapped", [0, 1])
+def test_linear_scan_maps_over_initial_states_or_flags_alone(mapped: int, constant: bool):
+    a = torch.rand((4,) if constant else (2, 40, 4), dtype=torch.float64)
+    b = torch.randn(2, 40, 4, dtype=torch.float64)
+    given = [torch.randn(5, 2, 4, dtype=torch.float64), torch.rand(5, 2, 40) < 0.1]
+    given[1 - mapped] = given[1 - mapped][0]
+    dims = (None, None, *((0, None) if mapped == 0 else (None, 0)))
+    single = [(one, given[1]) if mapped == 0 else (given[0], one) for one in given[mapped]]
+    expected = torch.stack([linear_scan(a, b, *one) for one in single])
+    assert_equal(torch.vmap(linear_scan, dims)(a, b, *given), expected, torch.float64)
+
+
 def test_linear_scan_under_vmap_has_gradients():
     a = torch.rand(5, 2, 40, 4, dtype=torch.float64, requires_grad=True)
     constant = torch.rand(5, 4, dtype=torch.float64, requires_grad=True)
@@ -217,6 +230,7 @@ def test_linear_scan_starts_from_initial_states():
         ({"is_init": torch.zeros(2, 3)}, TypeError, r"is_init must be bool.*\.bool\(\)"),
         ({"is_init": torch.zeros(3, 2).bool()}, ValueError, r"is_init must have the shape"),
         ({"b": [1.0]}, TypeError, r"b must be a tensor. Got a list"),
+        ({"b": torch.zeros(2, 3, 4).bool()}, TypeError, r"b must be floating or complex.*bool"),
         ({"is_init": [True]}, TypeError, r"is_init must be a tensor. Got a list"),
     ],
 )
