@@ -9,6 +9,7 @@ import csv
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -134,7 +135,9 @@ def catch_signals() -> Iterator[threading.Event]:
     """Let Ctrl-C and SIGTERM end a loop after its current round.
 
     Inside the context the first of these signals sets the event that the context returns. A second
-    one ends the program at once. Only the main thread of a program can use this.
+    one ends the program at once, also after the context, while a stopped program saves its state:
+    only at an interactive prompt, such as a notebook's, does Python's handler of a signal that came
+    return. Only the main thread of a program can use this.
 
     Examples:
         >>> with catch_signals() as stop:
@@ -153,7 +156,9 @@ def catch_signals() -> Iterator[threading.Event]:
         yield stop
     finally:
         for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+            # Python's handler of Ctrl-C raises in the midst of a save, with a traceback.
+            if signal.getsignal(number) is handle or hasattr(sys, "ps1"):
+                signal.signal(number, handler)
 
 
 def save_checkpoint(folder: str | Path, state: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import signal
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,14 +90,45 @@ def test_check_ranges_with_a_bad_value_raises(changes: dict[str, Any], message: 
         runs.check_ranges(Args("runs", **changes), gamma=(0, 1))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_catch_signals_sets_the_event_once_and_restores_handlers(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
+STOPS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+
+@pytest.fixture
+def _handlers() -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@STOPS
+@pytest.mark.usefixtures("_handlers")
+def test_catch_signals_sets_the_event_and_a_second_signal_ends_the_program(
+    number: signal.Signals,
+) -> None:
+    [other] = {signal.SIGINT, signal.SIGTERM} - {number}
+    before = signal.getsignal(other)
     with runs.catch_signals() as stop:
         assert not stop.is_set()
         signal.raise_signal(number)
         assert stop.is_set()
-        assert signal.getsignal(number) == signal.SIG_DFL  # the second one ends the program
+        assert signal.getsignal(number) == signal.SIG_DFL
+    assert signal.getsignal(number) == signal.SIG_DFL  # also while the program saves
+    assert signal.getsignal(other) == before
+
+
+@STOPS
+def test_catch_signals_without_a_signal_or_at_a_prompt_restores_handlers(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(number)
+    with runs.catch_signals():
+        assert signal.getsignal(number) != before
+    assert signal.getsignal(number) == before
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    with runs.catch_signals():
+        signal.raise_signal(number)
     assert signal.getsignal(number) == before
 
 

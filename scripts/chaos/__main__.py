@@ -17,12 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from .program import ARGUMENTS, Program, load_tutorial
+from .program import ARGUMENTS, NEEDS, Program, load_tutorial
 from .scenarios import Scenario, disturb, list_actor_scenarios, list_scenarios
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "chaos.md"
@@ -100,6 +101,9 @@ def main() -> None:
     base = Path(tempfile.mkdtemp(prefix="c-"))  # paths of Ray's sockets have to be short
     base.chmod(0o755)
     for number, name in enumerate(options.tutorials):
+        if name in NEEDS and find_spec(NEEDS[name]) is None:
+            print(f"{name}  skipped: it needs {NEEDS[name]} (pip install 'rnnkeys[marl]')")
+            continue
         for outcome in run_tutorial(name, base / str(number), options):
             outcomes.append(outcome)
             print(*outcome[:2], outcome.problem or "ok", sep="  ", flush=True)

@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.util import module_from_spec, spec_from_file_location
@@ -48,6 +49,9 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "recurrent_mappo": (*_SMALL, *_FRAMES, "--steps", "16", "--sequences", "1", "--epochs", "1"),
 }
 """Arguments of a run of about a second."""
+
+NEEDS = {"recurrent_mappo": "vmas"}
+"""Packages of tutorials that the tests' environment lacks."""
 
 
 def load_tutorial(name: str) -> ModuleType:
@@ -109,7 +113,12 @@ class Program:
             script = str(FOLDER / f"{self.name}.py")
             os.execv(sys.executable, [sys.executable, script, *argv])
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        load_tutorial(self.name).main(argv)
+        try:
+            load_tutorial(self.name).main(argv)
+        except KeyboardInterrupt:  # ends an interpreter by the signal, but this process with 1
+            traceback.print_exc()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
 
     def restart(self, **options: Any) -> Any:
         """Continue the run from its checkpoint, or start it again where there is none."""
