@@ -7,7 +7,7 @@ ones first, until one fails. No file changes. Which tests run which lines is mea
 Changes are drawn by a fixed seed, as many from each folder. Results are lines of JSON in .cache;
 a second call continues the first.
 
-    python -m scripts.mutants                              # 60 of each folder
+    python -m scripts.mutants                              # 60 of each folder, and 10 in arguments
     python -m scripts.mutants --only cells backends --count 100
     python -m scripts.mutants --again survived --seconds 60
     python -m scripts.mutants --only cells --tests tests/cells rnnkeys/cells
@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from scripts.mutations import Mutation, compile_mutation, find_places, list_mutations
+from scripts.mutations import Mutation, compile_mutation, find_places, list_mutations, parse_file
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "mutants"
@@ -249,7 +249,7 @@ def cover(items: Sequence[pytest.Item], session: pytest.Session) -> int:
     lines: dict[str, dict[str, list[str]]] = {}
     for file in data.measured_files():
         path = os.path.relpath(file, ROOT)
-        places = find_places(ROOT, path)
+        places = find_places(parse_file(ROOT, path))
         lines[path] = {
             "{}+{}".format(*places[line]): [name for name in names if name]
             for line, names in data.contexts_by_lineno(file).items()
@@ -290,7 +290,8 @@ def draw_mutations(options: argparse.Namespace) -> list[Mutation]:
         found = [m for path in _list_files([folder]) for m in list_mutations(ROOT, path)]
         found = sorted(found, key=lambda mutation: mutation.rank(options.seed))
         found = [mutation for mutation in found if options.match in mutation.name]
-        sample += enumerate(found[: options.count])
+        for is_inside, count in ((False, options.count), (True, options.inside)):
+            sample += enumerate([m for m in found if m.is_inside == is_inside][:count])
     return [mutation for _, mutation in sorted(sample, key=lambda pair: pair[0])]
 
 
@@ -339,6 +340,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Return the options of a command line; None stands for that of the program."""
     parser = argparse.ArgumentParser(description="Run the tests on mutants.", allow_abbrev=False)
     parser.add_argument("--count", type=int, default=60, help="mutants of each folder")
+    parser.add_argument("--inside", type=int, default=10, help="and inside arguments")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--only", nargs="*", default=FOLDERS, choices=FOLDERS, help="folders")
     parser.add_argument("--match", default="", metavar="TEXT", help="mutants with it in their name")

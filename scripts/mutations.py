@@ -1,8 +1,7 @@
 """Small changes of the package's functions, one at a time, as a mistake would make them.
 
 A mutation changes one expression or statement in the body of a function: a comparison, an
-operator, a constant, a condition, a keyword or a statement. Text of errors is left alone, and so is
-what stands inside the positional arguments of a call, which are exchanged only.
+operator, a constant, a condition, a keyword or a statement. Text of errors is left alone.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ OTHER: dict[type, type] = {
 }
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 # Types, texts, and what runs when the function is defined.
-SKIPPED_NODES = (ast.JoinedStr, ast.Raise, ast.AnnAssign)
-SKIPPED_FIELDS = {"annotation", "returns", "decorator_list", "args"}
+SKIPPED_NODES = (ast.JoinedStr, ast.Raise, ast.AnnAssign, ast.arguments)
+SKIPPED_FIELDS = {"annotation", "returns", "decorator_list"}
 # Two arguments of these may be exchanged.
 SYMMETRIC = {"min", "max", "minimum", "maximum", "transpose", "equal"}
 
@@ -59,6 +58,7 @@ class Mutation(NamedTuple):
         after: what replaces it.
         repeat: how many equal changes the function has above this one.
         slot: position among the changes of the file.
+        is_inside: whether it is inside a positional argument of a call.
     """
 
     path: str
@@ -70,34 +70,51 @@ class Mutation(NamedTuple):
     after: str
     repeat: int
     slot: int
+    is_inside: bool
 
     @property
     def name(self) -> str:
         """The change without its line, which moves when the file is edited above it."""
         repeat = f" #{self.repeat + 1}" if self.repeat else ""
-        return f"{self.path}:{self.function}: {self.before} -> {self.after}{repeat}"
+        inside = " in an argument" if self.is_inside else ""
+        return f"{self.path}:{self.function}: {self.before} -> {self.after}{inside}{repeat}"
 
     def rank(self, seed: int) -> str:
         """Return a random but fixed rank: other changes of the code do not move it."""
         return hashlib.sha256(f"{seed} {self.name}".encode()).hexdigest()
 
 
+class _Slot(NamedTuple):
+    """A node that may change, what replaces it, and its place in its parent."""
+
+    function: str
+    statement: ast.stmt | None
+    node: Any
+    new: ast.AST
+    parent: ast.AST
+    field: str
+    position: int | None
+    is_inside: bool
+
+
 def list_mutations(root: Path, path: str) -> list[Mutation]:
     """Return all mutations of a file, in the order of its source."""
-    seen: dict[tuple[str, str, str], int] = {}
+    seen: dict[tuple[str, str, str, bool], int] = {}
     found = []
-    tree, places = _parse(root, path), find_places(root, path)
-    for slot, (function, statement, node, new, *_) in enumerate(_slots(tree)):
-        texts = (function, _shorten(node), _shorten(new))
-        repeat = seen[texts] = seen.get(texts, -1) + 1
-        last = getattr(statement, "end_lineno", node.lineno)
-        _, offset = places[node.lineno]
-        lines = (node.lineno, last, offset)
-        found.append(Mutation(path, function, *lines, *texts[1:], repeat, slot))
+    tree = parse_file(root, path)
+    places = find_places(tree)
+    for number, slot in enumerate(_find_slots(tree)):
+        before, after = _shorten(slot.node), _shorten(slot.new)
+        same = (slot.function, before, after, slot.is_inside)
+        repeat = seen[same] = seen.get(same, -1) + 1
+        line = slot.node.lineno
+        last = getattr(slot.statement, "end_lineno", line)
+        where = (path, slot.function, line, last, places[line][1])
+        found.append(Mutation(*where, before, after, repeat, number, slot.is_inside))
     return found
 
 
-def find_places(root: Path, path: str) -> dict[int, tuple[str, int]]:
+def find_places(tree: ast.Module) -> dict[int, tuple[str, int]]:
     """Return for each line in a function its qualified name, and the offset from its first line."""
     places: dict[int, tuple[str, int]] = {}
 
@@ -111,25 +128,26 @@ def find_places(root: Path, path: str) -> dict[int, tuple[str, int]]:
                 places.update((line, (name, line - node.lineno)) for line in lines)
             visit(node, name)
 
-    visit(_parse(root, path), "")
+    visit(tree, "")
     return places
 
 
-def _parse(root: Path, path: str) -> ast.Module:
+def parse_file(root: Path, path: str) -> ast.Module:
+    """Return the syntax tree of a file."""
     return ast.parse((root / path).read_text(encoding="utf-8"))
 
 
 def compile_mutation(root: Path, mutation: Mutation) -> dict[CodeType, CodeType]:
     """Return the code that a mutation changes, the old and the new code of each function."""
-    source, file = (root / mutation.path).read_text(encoding="utf-8"), str(root / mutation.path)
-    tree = ast.parse(source)
-    *_, new, parent, field, position = list(_slots(tree))[mutation.slot]
-    if position is None:
-        setattr(parent, field, new)
+    tree, file = parse_file(root, mutation.path), str(root / mutation.path)
+    old = compile(tree, file, "exec", dont_inherit=True)
+    slot = list(_find_slots(tree))[mutation.slot]
+    if slot.position is None:
+        setattr(slot.parent, slot.field, slot.new)
     else:
-        getattr(parent, field)[position] = new
+        getattr(slot.parent, slot.field)[slot.position] = slot.new
     changed = compile(ast.fix_missing_locations(tree), file, "exec", dont_inherit=True)
-    return dict(_pairs(compile(source, file, "exec", dont_inherit=True), changed))
+    return dict(_pairs(old, changed))
 
 
 def _pairs(old: CodeType, new: CodeType) -> Iterator[tuple[CodeType, CodeType]]:
@@ -141,15 +159,13 @@ def _pairs(old: CodeType, new: CodeType) -> Iterator[tuple[CodeType, CodeType]]:
             yield from _pairs(code, inner[code.co_name, code.co_firstlineno])
 
 
-def _slots(tree: ast.AST) -> Iterator[tuple[str, ast.stmt, Any, Any, ast.AST, str, int | None]]:
-    """Yield function, statement, node, its mutation, and the node's place in its parent."""
-
-    def visit(parent: ast.AST, function: str, statement: Any) -> Iterator[Any]:
+def _find_slots(tree: ast.Module) -> Iterator[_Slot]:
+    def visit(parent: ast.AST, function: str, statement: Any, is_inside: bool) -> Iterator[_Slot]:
         for field, position, node in _children(parent):
             if field in SKIPPED_FIELDS or getattr(node, "arg", None) == "strict":
                 continue
             if isinstance(node, (ast.ClassDef, *FUNCTIONS)):
-                yield from visit(node, f"{function}.{node.name}".lstrip("."), None)
+                yield from visit(node, f"{function}.{node.name}".lstrip("."), None, False)
                 continue
             here = node if isinstance(node, ast.stmt) else statement
             is_body = isinstance(parent, ast.Module) or (
@@ -157,12 +173,13 @@ def _slots(tree: ast.AST) -> Iterator[tuple[str, ast.stmt, Any, Any, ast.AST, st
             )
             if is_body:
                 continue
+            inside = is_inside or (isinstance(parent, ast.Call) and field == "args")
             for new in _mutate(node, parent, field):
-                yield function, here, node, new, parent, field, position
+                yield _Slot(function, here, node, new, parent, field, position, inside)
             if not isinstance(node, SKIPPED_NODES):
-                yield from visit(node, function, here)
+                yield from visit(node, function, here, inside)
 
-    yield from visit(tree, "", None)
+    yield from visit(tree, "", None, False)
 
 
 def _children(parent: ast.AST) -> Iterator[tuple[str, int | None, ast.AST]]:
