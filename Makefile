@@ -39,12 +39,12 @@ export XDG_CACHE_HOME := $(CACHE)/xdg
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help check-python env test test-gpu test-versions chaos mutants lint typecheck docs pytest fuzz faults demo learn results bench \
+.PHONY: help check-python env test test-gpu test-versions chaos mutants seeds lint typecheck docs pytest fuzz faults demo learn results bench \
 	bench-quick bench-gpu targets format dist clean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
-	@echo 'others: env lint typecheck pytest fuzz faults mutants chaos learn results bench bench-quick bench-gpu targets format dist clean'
+	@echo 'others: env lint typecheck pytest fuzz faults mutants seeds chaos learn results bench bench-quick bench-gpu targets format dist clean'
 
 # Before anything is deleted: one clear line where PYTHON cannot build the environment.
 TOO_OLD = $(filter 2.% 3.0.% 3.1.% 3.2.% 3.3.% 3.4.% 3.5.% 3.6.% 3.7.% 3.8.% 3.9.%,$(PYTHON_VERSION))
@@ -116,6 +116,10 @@ test-versions: | check-python
 mutants: $(DEV_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.mutants --jobs $(JOBS) $(ARGS)
 	$(BIN)/python -m scripts.mutants_table
+
+# The tests in random order under 20 seeds: minutes for each. It continues where the last call stopped.
+seeds: $(DEV_READY)
+	$(BIN)/python -m scripts.seeds --jobs $(JOBS) $(ARGS)
 
 # Runs of the tutorials that are killed, stopped and starved: half an hour.
 chaos: $(DEV_READY)

@@ -1,0 +1,28 @@
+"""The table of the tests under other seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scripts import seeds
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.test_a" name="test_one[a b]"><failure/></testcase>
+<testcase classname="tests.test_a" name="test_two"><skipped/></testcase>
+<testcase classname="tests.test_a" name="test_three"/>
+<testcase classname="" name="tests.test_b"><error/></testcase>
+</testsuite></testsuites>
+"""
+
+
+def test_read_report_counts_skipped_tests_as_neither_passed_nor_failed(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    report.write_text(REPORT)
+    assert seeds.read_report(report) == (1, ["tests.test_a::test_one[a_b]", "::tests.test_b"])
+
+
+def test_read_table_returns_what_was_written(tmp_path: Path) -> None:
+    rows: seeds.Rows = {(11, "tests/cells"): (268, []), (2, "tests/test_*.py"): (1, ["a", "b"])}
+    seeds.write_table(rows, tmp_path / "table.md")
+    assert seeds.read_table(tmp_path / "table.md") == rows
+    assert seeds.read_table(tmp_path / "absent.md") == {}
