@@ -314,7 +314,7 @@ class StatefulPolicy:
         if mask.shape[:1] != (number,) or tuple(mask.shape[1:]) not in shapes:
             raise ValueError(
                 f"agents must be bool [n, *agents] with n={number} and agents {sorted(shapes)}, "
-                f"which the first call shows. Got {mask.dtype} {list(mask.shape)}."
+                f"which the first call shows. Got {list(mask.shape)}."
             )
         return mask
 

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from ..keys import join_key, next_key
 from ..modules.network import RecurrentLayer, RecurrentNetwork
-from ..sequences import find_segment_starts, shift_states
+from ..sequences import find_segment_starts, set_segment_starts
 from ..sequences.segment_starts import reduce_agents
 from .runs import Staleness, compute_ages, evaluating, run_sequences, staleness_by_step
 
@@ -105,14 +105,10 @@ def find_entering_states(network: RecurrentNetwork, data: TensorDictBase) -> dic
     states = {key: data.get(key, None) for key in network.state_keys}
     if all(state is not None for state in states.values()):
         return states
+    flagged = set_segment_starts(data, network.init_keys)
     with evaluating(network.network):
-        whole = run_sequences(network, data)
-    for key, init_key in network.pairs:
-        if states[key] is None:
-            after = whole.get(next_key(key))
-            starts = find_segment_starts(data, init_key)
-            states[key] = shift_states(after, torch.zeros_like(after), starts, 0)
-    return states
+        computed = network.recompute_states(flagged)
+    return {key: computed.get(key) if one is None else one for key, one in states.items()}
 
 
 def _finish(panel: Axes, starts: Tensor) -> None:

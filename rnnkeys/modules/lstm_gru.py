@@ -15,6 +15,12 @@ from .recurrent import RecurrentModule
 
 _Module = TypeVar("_Module", bound="_TorchModule")
 
+# Arguments of the layers; the others are those of RecurrentModule.
+_SIZES = (
+    *("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "proj_size"),
+    *("bidirectional", "device", "dtype"),
+)
+
 
 class _TorchModule(RecurrentModule):
     """A recurrent module whose parameters are in an ``nn.LSTM`` or ``nn.GRU``, or a subclass.
@@ -27,15 +33,11 @@ class _TorchModule(RecurrentModule):
     native_class: ClassVar[type[nn.RNNBase]]
     python_class: ClassVar[type[nn.RNNBase]]
 
-    def __init__(self, given: nn.RNNBase | None, sizes: dict[str, Any], **arguments: Any) -> None:
-        python_based = sizes.pop("python_based")
-        layers = make_layers(
-            self.layers_name,
-            given,
-            self.python_class if python_based else None,
-            self.native_class,
-            **sizes,
-        )
+    def __init__(self, **arguments: Any) -> None:
+        given = arguments.pop(self.layers_name)
+        sizes = {name: arguments.pop(name) for name in _SIZES if name in arguments}
+        python_class = self.python_class if arguments.pop("python_based") else None
+        layers = make_layers(self.layers_name, given, python_class, self.native_class, **sizes)
         super().__init__(layers, **arguments)
 
     def _check_layers(self, layers: Any) -> None:
@@ -147,35 +149,7 @@ class LSTMModule(_TorchModule):
         state_grad: bool = False,
         state_key: NestedKey | None = None,
     ) -> None:
-        sizes = {
-            "input_size": input_size,
-            "hidden_size": hidden_size,
-            "num_layers": num_layers,
-            "bias": bias,
-            "batch_first": batch_first,
-            "dropout": dropout,
-            "proj_size": proj_size,
-            "bidirectional": bidirectional,
-            "python_based": python_based,
-            "device": device,
-            "dtype": dtype,
-        }
-        super().__init__(
-            lstm,
-            sizes,
-            in_key=in_key,
-            in_keys=in_keys,
-            out_key=out_key,
-            out_keys=out_keys,
-            init_key=init_key,
-            default_recurrent_mode=default_recurrent_mode,
-            recurrent_backend=recurrent_backend,
-            recurrent_compute_dtype=recurrent_compute_dtype,
-            recurrent_recompute=recurrent_recompute,
-            recurrent_matmul_precision=recurrent_matmul_precision,
-            state_grad=state_grad,
-            state_key=state_key,
-        )
+        super().__init__(**_read_arguments(locals()))
 
 
 class GRUModule(_TorchModule):
@@ -245,31 +219,9 @@ class GRUModule(_TorchModule):
         state_grad: bool = False,
         state_key: NestedKey | None = None,
     ) -> None:
-        sizes = {
-            "input_size": input_size,
-            "hidden_size": hidden_size,
-            "num_layers": num_layers,
-            "bias": bias,
-            "batch_first": batch_first,
-            "dropout": dropout,
-            "bidirectional": bidirectional,
-            "python_based": python_based,
-            "device": device,
-            "dtype": dtype,
-        }
-        super().__init__(
-            gru,
-            sizes,
-            in_key=in_key,
-            in_keys=in_keys,
-            out_key=out_key,
-            out_keys=out_keys,
-            init_key=init_key,
-            default_recurrent_mode=default_recurrent_mode,
-            recurrent_backend=recurrent_backend,
-            recurrent_compute_dtype=recurrent_compute_dtype,
-            recurrent_recompute=recurrent_recompute,
-            recurrent_matmul_precision=recurrent_matmul_precision,
-            state_grad=state_grad,
-            state_key=state_key,
-        )
+        super().__init__(**_read_arguments(locals()))
+
+
+def _read_arguments(scope: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a constructor by name, from its ``locals()``."""
+    return {name: value for name, value in scope.items() if name not in ("self", "__class__")}

@@ -305,7 +305,7 @@ def test_agents_that_end_are_restarted_apart_from_others(way):
         player.episode_over(torch.zeros(2, 5, 1))
     out = player(second)
     assert_equal(out, torch.where(over[..., None], fresh, goes_on), torch.float32)
-    with pytest.raises(ValueError, match=r"agents \[\(5,\)\].*Got torch.bool \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"agents \[\(5,\)\].*Got \[2, 4\]"):
         player.reset(agents=torch.zeros(2, 4, dtype=torch.bool))
 
 
