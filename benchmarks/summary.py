@@ -22,8 +22,10 @@ run again since. Values are mean returns of episodes that were
 not seen before, or shares of successes where the page says so; intervals are percentile bootstrap
 intervals of the mean over seeds. The column *needs recurrence* compares the best recurrent network
 of an experiment with the feed-forward one: *yes* if the whole interval of the feed-forward network
-is below the mean of the recurrent one, *no* if it is not, and nothing where none was run. What
-others published is on the same task, but not always with the same settings or number of seeds.
+is below the mean of the recurrent one, *no* if it is not, and nothing where none was run: a task
+with *no* tests no memory. Rows named *reference* are returns of random actions, or the best
+possible ones. What others published is on the same task, but not always with the same settings or
+number of seeds.
 
 {table}
 
