@@ -19,7 +19,10 @@ ABLATIONS = {
     "targets_dqn": Experiment(
         script="recurrent_dqn",
         title="DQN with right and with wrong targets",
-        text=f"CartPole. {HIDDEN} {TARGETS} {CURVES} {BEST}",
+        text=(
+            f"CartPole. {HIDDEN} {TARGETS} Right targets do not learn better on this task. "
+            f"{CURVES} {BEST}"
+        ),
         variants={WIRED: (), PLAIN: ()},
         without={PLAIN: "recurrent_loss"},
         milestones=(25_000, 50_000, 75_000, 100_000),
