@@ -29,6 +29,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
@@ -117,11 +118,18 @@ class Campaign:
         return True
 
     def _measure_coverage(self, session: pytest.Session) -> Coverage:
-        known, jobs = read_coverage().seconds, self.options.jobs
-        items = [item for item in _thin_out(self.items) if item.nodeid not in known]
-        parts = [items[i::jobs] for i in range(jobs)]
-        for child in [_fork(lambda part=part: cover(part, session)) for part in parts]:
-            os.waitpid(child, 0)
+        known = read_coverage().seconds
+        files: dict[Path, list[pytest.Item]] = defaultdict(list)
+        for item in _thin_out(self.items):
+            if item.nodeid not in known:
+                files[item.path].append(item)
+        running: set[int] = set()
+        for items in files.values():
+            if len(running) == self.options.jobs:
+                running.remove(os.wait()[0])
+            running.add(_fork(lambda items=items: cover(items, session)))
+        while running:
+            running.remove(os.wait()[0])
         return read_coverage()
 
     def _run_all(
@@ -181,7 +189,8 @@ class _Task(NamedTuple):
         except (LookupError, ValueError) as error:
             self.note.write_text(repr(error), encoding="utf-8")
             return 42
-        for item, following in zip(self.items, [*self.items[1:], None], strict=True):
+        for item, following in pairwise([*self.items, None]):
+            assert item is not None
             # The note stays if the process ends here: by the alarm or by a crash.
             self.note.write_text(item.nodeid, encoding="utf-8")
             # In seconds of computation, which other programs do not change; a deadlock has none.
@@ -237,7 +246,8 @@ def cover(items: Sequence[pytest.Item], session: pytest.Session) -> int:
     )
     measure.start()
     seconds, failed = {}, 0
-    for item, following in zip(items, [*items[1:], None], strict=True):
+    for item, following in pairwise([*items, None]):
+        assert item is not None
         measure.switch_context(item.nodeid)
         began = time.perf_counter()
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
