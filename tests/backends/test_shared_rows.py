@@ -55,6 +55,12 @@ def _run(problem: Problem) -> problems.Run:
     return problems.run(problem, NATIVE, *problem.cotangents(False))
 
 
+def test_can_run_asks_for_the_place_of_rows_with_a_padding_entry(monkeypatch):
+    monkeypatch.setattr(onednn, "is_place_known", lambda *sizes: sizes == (4, 7))
+    assert shared_rows.can_run(torch.zeros(5, 3), 7)
+    assert not shared_rows.can_run(torch.zeros(5, 6), 4)
+
+
 @pytest.mark.parametrize("pieces", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("flags", ["two in a row", "at the last step", "random"])

@@ -127,6 +127,24 @@ def test_find_mask_problems_of_a_wrong_mask_yields_its_name(
     assert (problem.check, problem.error) == (check, error)
 
 
+@pytest.mark.parametrize(
+    ("split", "checks"),
+    [
+        (torch.ones(2, 5, dtype=torch.bool), ["mask-key"]),
+        (torch.ones(2, 5), []),
+        (torch.ones(2, 5, 3, dtype=torch.bool), []),
+    ],
+)
+def test_find_mask_problems_of_split_trajectories_names_the_other_key(
+    split: torch.Tensor, checks: list[str]
+) -> None:
+    batch = make_batch()
+    batch["mask"] = split
+    assert names(find_mask_problems(batch, "DQNLoss")) == []
+    batch["traj_ids"] = torch.zeros(2, 5, dtype=torch.int64)
+    assert names(find_mask_problems(batch, "DQNLoss")) == checks
+
+
 def test_find_empty_mask_problems_needs_one_valid_step() -> None:
     mask = torch.zeros(2, 5, dtype=torch.bool)
     assert names(find_empty_mask_problems(mask, "DQNLoss")) == ["mask-empty"]

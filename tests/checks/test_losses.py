@@ -11,17 +11,21 @@ from tensordict.nn import TensorDictModule
 from torchrl.objectives.value import GAE
 
 from rnnkeys import GRUModule
-from rnnkeys.checks.losses import find_batch_problems
+from rnnkeys.checks.losses import find_batch_problems, find_start_problems
 from rnnkeys.modules.network import RecurrentNetwork
 from tests.support.recurrent import chain
 
 
+@pytest.mark.parametrize("option", ["num_chunks", "value_chunk_size"])
 @pytest.mark.parametrize(("dim", "is_time"), [(-1, True), (1, True), (0, False), (-2, False)])
-def test_find_batch_problems_of_chunks_along_time_yields_one(dim: int, is_time: bool) -> None:
+def test_find_batch_problems_of_chunks_along_time_yields_one(
+    dim: int, is_time: bool, option: str
+) -> None:
     critic = TensorDictModule(
         torch.nn.Linear(3, 1), in_keys=["observation"], out_keys=["state_value"]
     )
-    gae = GAE(gamma=0.9, lmbda=0.9, value_network=critic, num_chunks=2, value_chunk_dim=dim)
+    chunks: dict[str, Any] = {option: 2, "value_chunk_dim": dim}
+    gae = GAE(gamma=0.9, lmbda=0.9, value_network=critic, **chunks)
     flags = torch.zeros(4, 6, 1, dtype=torch.bool)
     after = {"done": flags, "terminated": flags, "reward": torch.ones(4, 6, 1)}
     batch = TensorDict({"observation": torch.ones(4, 6, 3), "next": after}, [4, 6])
@@ -52,3 +56,20 @@ def test_find_batch_problems_without_next_states_accepts_values_that_are_stored(
         batch["next", "state_value"] = torch.ones(4, 6, 1)
     problems = find_batch_problems(gae, batch, RecurrentNetwork(gae).layers)
     assert [problem.check for problem in problems] == checks
+
+
+def test_find_start_problems_needs_flags_and_steps_to_read() -> None:
+    layer = RecurrentNetwork(GRUModule(3, 5, in_key="observation", out_key="embed")).layers[0]
+    flags = torch.tensor([[True, False], [False, True]]).unsqueeze(-1)
+    batch = TensorDict({"is_init": flags}, [2, 2])
+    [problem] = find_start_problems(batch, layer, "A loss")
+    assert problem.check == "state-missing" and problem.error is KeyError
+    stored = {layer.state_keys[0]: torch.zeros(2, 2, 1, 5)}
+    for right in (
+        batch[:1],
+        batch[:0],
+        batch[0, 0],
+        batch.exclude("is_init"),
+        batch.clone().update(stored),
+    ):
+        assert not list(find_start_problems(right, layer, "A loss"))

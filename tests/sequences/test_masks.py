@@ -34,6 +34,13 @@ def test_zero_masked_without_padding_returns_the_batch_itself():
     assert zero_masked(batch, torch.ones(3, dtype=torch.bool)) is batch
 
 
+def test_sequence_mask_is_on_the_device_of_the_lengths():
+    lengths = torch.tensor([1, 3])
+    with torch.device("meta"):  # where new tensors are, unless a device is named
+        mask = sequence_mask(lengths, 4)
+    assert mask.sum(-1).tolist() == [1, 3]
+
+
 def test_sequence_mask_is_true_before_each_length():
     lengths = torch.tensor([[0, 2], [3, 1]])
     mask = sequence_mask(lengths, 4)
