@@ -65,11 +65,6 @@ def test_find_start_problems_needs_flags_and_steps_to_read() -> None:
     [problem] = find_start_problems(batch, layer, "A loss")
     assert problem.check == "state-missing" and problem.error is KeyError
     stored = {layer.state_keys[0]: torch.zeros(2, 2, 1, 5)}
-    for right in (
-        batch[:1],
-        batch[:0],
-        batch[0, 0],
-        batch.exclude("is_init"),
-        batch.clone().update(stored),
-    ):
+    rights: list[Any] = [batch[:1], batch[:0], batch[0, 0], batch.exclude("is_init")]
+    for right in (*rights, batch.clone().update(stored)):
         assert not list(find_start_problems(right, layer, "A loss"))
