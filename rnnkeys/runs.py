@@ -85,6 +85,8 @@ def read_args(
         (32, {})
     """
     args: Any = tyro.cli(kind, args=argv, description=description)
+    if args.overwrite and args.resume is not None:
+        raise RunError("--resume continues a run, --overwrite deletes it: choose one of them")
     if args.overwrite:
         return args, {}
     if args.resume is None:

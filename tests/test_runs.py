@@ -61,6 +61,8 @@ def test_read_args_of_another_run_raises(tmp_path: Path) -> None:
         read("--resume", path, "--output", "elsewhere")
     with pytest.raises(runs.RunError, match="contains a run. Continue it with --resume"):
         read("--output", str(tmp_path))
+    with pytest.raises(runs.RunError, match="--resume continues .* choose one"):
+        read("--resume", path, "--output", str(tmp_path), "--overwrite")
     assert read("--output", str(tmp_path), "--overwrite")[1] == {}
 
 
