@@ -16,7 +16,7 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -60,6 +60,7 @@ class Args:
     normalize_reward: bool = False  # divide rewards by the deviation of discounted returns
     reward_scale: float = 0.1  # factor on rewards: keeps values small
     cell: CellName = "lstm"
+    cell_options: dict[str, float | str] = field(default_factory=dict)  # name value, as block plain
     critic: Literal["recurrent", "shared", "feed_forward"] = "recurrent"  # shared: actor's layer
     hidden_size: int = 64  # size of each recurrent layer
     num_layers: int = 1  # recurrent layers on top of each other
@@ -86,6 +87,7 @@ class Args:
     clip: float = 0.2  # range of the ratio
     clip_schedule: Literal["linear", "constant"] = "linear"
     clip_value: float | None = None  # range of a value's change
+    normalize_advantage: bool = True  # over each minibatch, to mean 0 and deviation 1
     target_kl: float | None = None  # end a rollout's updates at 1.5 times this divergence
     entropy: float = 0.0  # weight of the entropy bonus
     critic_coeff: float = 0.5  # weight of the critic's loss
@@ -108,7 +110,7 @@ VELOCITIES: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {
     "MountainCarContinuous-v0": ((1,), (0.6,)),
 }
 FIXED = ("env", "observation", "hide")  # --resume keeps them, and
-FIXED += ("cell", "critic", "hidden_size", "num_layers", "net_arch")
+FIXED += ("cell", "cell_options", "critic", "hidden_size", "num_layers", "net_arch")
 LIMITS: dict[str, tuple[float, float]] = {"sde_sample_freq": (0, math.inf), "log_std_init": (-9, 9)}
 LIMITS |= {"gamma": (0, 1), "lmbda": (0, 1), "noise_correlation": (0, 1)}
 EVAL_SEED = 100_000_000  # of the episodes of the learning curve
@@ -185,15 +187,21 @@ class Agent(nn.Module):
         if len(self.shape) == 3:
             encoder = [ImageEncoder(self.shape, self.args.ortho_init)]
             size = encoder[0].num_features
-        recurrent = recurrent_module(
-            cell,
-            size,
-            self.args.hidden_size,
-            self.args.num_layers,
-            in_key=f"{name}_input" if encoder else "observation",
-            out_key=name,
-            state_key=f"{name}_state",
-        )
+        options: Any = self.args.cell_options if cell == self.args.cell else {}
+        try:
+            recurrent = recurrent_module(
+                cell,
+                size,
+                self.args.hidden_size,
+                self.args.num_layers,
+                in_key=f"{name}_input" if encoder else "observation",
+                out_key=name,
+                state_key=f"{name}_state",
+                **options,
+            )
+        except (TypeError, ValueError) as error:
+            words = f"--cell is {cell}, --cell_options is {options}"
+            raise runs.RunError(f"{words}: {error}") from error
         first = [Layers(one, ["observation"], [f"{name}_input"]) for one in encoder]
         return [*first, recurrent]
 
@@ -259,7 +267,7 @@ class Trainer:
             epochs=args.epochs,
             networks=agent.collector,
             refresh=args.refresh,
-            normalize_advantage=True,
+            normalize_advantage=args.normalize_advantage,
         )
         self.optimizer = torch.optim.Adam(self.loss.parameters(), eps=1e-5, fused=True)
         self.return_norm = RunningNorm()
