@@ -71,6 +71,10 @@ class R2D2Loss(LossModule):
             start in their window, since their state is not stale. Otherwise the first ``K`` steps
             of every episode are never learned from.
         n_steps: ``n``, at least 1.
+        greedy_returns: whether the sum also stops before a step whose action is not the one with
+            the largest value in the online network, so that exploration does not count against the
+            steps before it: the traces of C. J. C. H. Watkins, "Learning from Delayed Rewards",
+            1989. R2D2 sums over such steps.
         gamma: discount, from 0 to 1.
         eps: of the rescaling ``h`` (:func:`rnnkeys.objectives.value_rescale`); None for no
             rescaling.
@@ -128,6 +132,7 @@ class R2D2Loss(LossModule):
         burn_in: int = 40,
         learn_starts: bool = False,
         n_steps: int = 5,
+        greedy_returns: bool = False,
         gamma: float = 0.997,
         eps: float | None = 1e-3,
         eta: float = 0.9,
@@ -140,6 +145,7 @@ class R2D2Loss(LossModule):
         super().__init__()
         self.burn_in = as_int("burn_in", burn_in, minimum=0)
         self.n_steps = as_int("n_steps", n_steps)
+        self.greedy_returns = greedy_returns
         self.gamma, self.eta = as_float("gamma", gamma), as_float("eta", eta)
         if double_dqn and not delay_value:
             raise ValueError(
@@ -318,7 +324,11 @@ class R2D2Loss(LossModule):
         terminated = _as_rows(learned, next_key(self.tensor_keys.terminated))
         value = torch.where(terminated, 0.0, value)
         rewards = _as_rows(learned, next_key(self.tensor_keys.reward)).to(value.dtype)
-        returns = n_step_returns(rewards, value, ends, self.gamma, self.n_steps)
+        explores = None
+        if self.greedy_returns:
+            chosen = _select_actions(online.q, learned.get(self.tensor_keys.action))
+            explores = chosen < online.q.amax(-1)
+        returns = n_step_returns(rewards, value, ends, self.gamma, self.n_steps, explores)
         return returns if self.eps is None else value_rescale(returns, self.eps)
 
     def _compute_priorities(

@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "no double Q": {"double_dqn": False},
     "starts in the burn-in": {"learn_starts": True},
     "one step": {"n_steps": 1, "burn_in": 0, "eps": None},
+    "greedy returns": {"n_steps": 5, "greedy_returns": True},
 }
 
 

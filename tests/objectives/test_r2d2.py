@@ -52,6 +52,8 @@ CASES: dict[str, dict[str, Any]] = {
     "one step left": {"burn_in": T - 1},
     "no discount": {"gamma": 1.0},
     "starts in the burn-in": {"learn_starts": True},
+    "greedy returns": {"n_steps": 40, "greedy_returns": True},
+    "greedy returns, starts": {"n_steps": 2, "greedy_returns": True, "learn_starts": True},
     "one step left, starts": {"learn_starts": True, "burn_in": T - 1},
 }
 

@@ -132,6 +132,7 @@ class Window:
 
     def __init__(self, network: Network, data: dict[str, np.ndarray], b: int) -> None:
         self.network = network
+        self.best = np.zeros(T, dtype=int)  # allowed action with the largest value
         self.state = np.zeros((T, H))
         h = data["state"][b, 0]
         for t in range(T):
@@ -139,6 +140,7 @@ class Window:
                 h = data["state"][b, t]
             h = self.step(h, data["observation"][b, t])
             self.state[t] = h
+            self.best[t] = np.where(data["allowed"][b, t], self.values(h), -np.inf).argmax()
         self.after = data["after"][b]
 
     def step(self, h: np.ndarray, observation: np.ndarray) -> np.ndarray:
@@ -167,9 +169,12 @@ def expect(
     double_dqn: bool = True,
     weighted: bool = True,
     learn_starts: bool = False,
+    greedy_returns: bool = False,
 ) -> tuple[float, np.ndarray, np.ndarray]:
     """Return the loss, priorities ``[B]``, and TD errors ``[B, T]`` (NaN where there is none)."""
+    everything = torch.ones(B, T, A, dtype=torch.bool)
     data = {
+        "allowed": windows.get("action_mask", everything).numpy(),
         "observation": windows["observation"].numpy(),
         "after": windows["next", "observation"].numpy(),
         "state": windows["recurrent_state"][:, :, 0].numpy(),
@@ -179,7 +184,7 @@ def expect(
     reward = windows["next", "reward"][..., 0].numpy()
     action = windows["action"]
     action = (action.argmax(-1) if action.ndim == 3 else action).numpy()
-    allowed = windows.get(("next", "action_mask"), torch.ones(B, T, A).bool()).numpy()
+    allowed = windows.get(("next", "action_mask"), everything).numpy()
     mask = windows.get(MASK, torch.ones(B, T, dtype=torch.bool)).numpy()
     errors = np.full((B, T), np.nan)
     for b in range(B):
@@ -195,7 +200,8 @@ def expect(
                 last = t + k
                 total += gamma**k * reward[b, last]
                 alone = last + 1 == T or data["init"][b, last + 1] or not mask[b, last + 1]
-                if done[b, last] or alone:
+                over = done[b, last] or alone
+                if over or (greedy_returns and action[b, last + 1] != ours.best[last + 1]):
                     break
             if not terminated[b, last]:
                 values = theirs.values_after(last)
