@@ -80,6 +80,7 @@ class Args:
     eta: float = 0.9  # share of the largest error in the priority of a window
     gamma: float = 0.99  # discount
     n_steps: int = 5  # rewards in a target, before the target network's value
+    greedy_returns: bool = False  # stop the sum of rewards before a random action
     rescale: float = 1e-3  # epsilon of the value rescaling; 0 does without
     reward_scale: float = 0.1  # factor of the rewards in the replay buffer
     learning_rate: float = 1e-3  # Adam's, in the beginning
@@ -90,6 +91,7 @@ class Args:
     exploration: Literal["ladder", "linear", "exponential"] = "ladder"  # rates of random actions
     epsilon: float = 0.4  # ladder: first of the environments' rates; others: last rate
     epsilon_start: float = 1.0  # rate of all environments in the beginning
+    first_visits: float = 0.0  # N0: N0 / (N0 + visits) of an observation is its least rate
     epsilon_frames: int = 15_000  # frames over which rates fall; exponential: to 37 %
     eval_every: int = 2_500  # frames between two evaluations
     eval_episodes: int = 20  # episodes in an evaluation
@@ -113,7 +115,7 @@ def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any]]:
     args, checkpoint = runs.read_args(Args, argv, fixed=FIXED, description=__doc__)
     limits: dict[str, tuple[float, float]] = {name: (0, 1) for name in SHARES}
     limits |= {"burn_in": (0, args.window_len - 1), "period": (1, args.window_len)}
-    limits |= {"target_period": (0, math.inf)}
+    limits |= {"target_period": (0, math.inf), "first_visits": (0, math.inf)}
     runs.check_ranges(args, **limits)
     if args.actors == "local" and args.num_actors > 1:
         raise runs.RunError(f"--num_actors is {args.num_actors}: --actors local expects 1")
@@ -164,7 +166,9 @@ def make_explorer(args: Args, policy: Any, floor: Tensor, actor: int) -> TensorD
         rates = collectors.epsilon_ladder(args.num_envs, args.epsilon)
     own = rates[actor * args.envs_per_actor :][: args.envs_per_actor]
     head = policy[-1]
-    explore = collectors.EpsilonGreedy(head.spec["action"], own, "action", head.action_mask_key)
+    explore = collectors.EpsilonGreedy(
+        head.spec["action"], own, "action", head.action_mask_key, args.first_visits
+    )
     explore.floor = floor
     return TensorDictSequential([policy, explore])
 
@@ -234,6 +238,7 @@ class Learner:
             burn_in=args.burn_in,
             learn_starts=True,  # the burn-in of an episode's first steps needs no other steps
             n_steps=args.n_steps,
+            greedy_returns=args.greedy_returns,
             gamma=args.gamma,
             eps=args.rescale or None,
             eta=args.eta,

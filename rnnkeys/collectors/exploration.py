@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torchrl.data import Categorical, OneHot, TensorSpec
 from torchrl.envs.utils import ExplorationType, exploration_type
 
+from ..checks import as_float
 from ..sequences import append_dims
 
 
@@ -39,11 +42,21 @@ def epsilon_ladder(count: int, base: float = 0.4, exponent: float = 7.0) -> Tens
 
 
 class EpsilonGreedy(TensorDictModuleBase):
-    """Replace actions by random ones, in each environment at a rate of its own.
+    r"""Replace actions by random ones, in each environment at a rate of its own.
 
     As TorchRL's ``EGreedyModule`` it acts where the exploration type is ``RANDOM``. ``floor`` is a
     lower bound of all rates: decrease it from 1 to 0 to start a run with random actions. It is a
     buffer, and reaches actors with the weights; ``epsilons`` are not.
+
+    With ``first_visits`` an observation that was seen ``N`` times has a rate of at least
+
+    .. math:: \epsilon(o) = N_0 / (N_0 + N(o))
+
+    so that a place that is reached at last, and rarely, is explored as much as the way to it. Rates
+    of this kind are "greedy in the limit with infinite exploration": S. Singh, T. Jaakkola, M. L.
+    Littman and C. Szepesvari, "Convergence Results for Single-Step On-Policy Reinforcement-Learning
+    Algorithms", 2000. It is meant for environments with few distinct observations: each of them
+    takes an entry of a dictionary, and a resumed run counts from 0 again.
 
     Args:
         spec: of one environment's action.
@@ -51,6 +64,8 @@ class EpsilonGreedy(TensorDictModuleBase):
         action_key: key of the action.
         action_mask_key: key of the action mask, bool ``[num_envs, A]``; random actions are drawn
             among those where it is True. Where none is, the action stays.
+        first_visits: ``N_0``; 0 for rates that do not depend on the observation.
+        observation_key: key of the observation that is counted, ``[num_envs, ...]``.
 
     Raises:
         ValueError: if there is an ``action_mask_key`` and ``spec`` is not of one discrete action.
@@ -71,6 +86,8 @@ class EpsilonGreedy(TensorDictModuleBase):
         epsilons: Tensor | float,
         action_key: NestedKey = "action",
         action_mask_key: NestedKey | None = None,
+        first_visits: float = 0.0,
+        observation_key: NestedKey = "observation",
     ) -> None:
         super().__init__()
         if action_mask_key is not None and type(spec) not in (OneHot, Categorical):
@@ -79,13 +96,18 @@ class EpsilonGreedy(TensorDictModuleBase):
                 f"Got {spec}."
             )
         out_keys: list[Any] = [action_key]
-        in_keys: list[Any] = [key for key in (action_key, action_mask_key) if key is not None]
+        observed = observation_key if first_visits else None
+        keys = (action_key, action_mask_key, observed)
+        in_keys: list[Any] = [key for key in keys if key is not None]
         self.in_keys = in_keys
         self.out_keys = out_keys
         self.action_key = action_key
         self.action_mask_key = action_mask_key
         self.spec = spec
         self.epsilons = torch.as_tensor(epsilons)
+        self.first_visits = as_float("first_visits", first_visits, maximum=math.inf)
+        self.observation_key = observation_key
+        self._visits: defaultdict[bytes, int] = defaultdict(int)
         self.register_buffer("floor", torch.tensor(0.0))
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -94,6 +116,8 @@ class EpsilonGreedy(TensorDictModuleBase):
             return tensordict
         epsilons = self.epsilons.to(self.floor.device).maximum(self.floor)
         action = tensordict.get(self.action_key)
+        if self.first_visits:
+            epsilons = epsilons.maximum(self._count(tensordict).to(epsilons.device))
         draws = torch.rand(tensordict.shape, device=action.device) < epsilons
         draws = append_dims(draws, action.ndim)
         if self.action_mask_key is None:
@@ -102,6 +126,15 @@ class EpsilonGreedy(TensorDictModuleBase):
             random, exists = _draw_allowed(tensordict.get(self.action_mask_key), action)
             draws = draws & exists
         return tensordict.set(self.action_key, torch.where(draws, random, action))
+
+    def _count(self, tensordict: TensorDictBase) -> Tensor:
+        """Count the observations of this step, and return the rates that follow from the counts."""
+        rates = []
+        for observation in tensordict.get(self.observation_key).unbind(0):
+            key = (observation + 0).cpu().numpy().tobytes()  # makes -0.0 the same as 0.0
+            rates.append(self.first_visits / (self.first_visits + self._visits[key]))
+            self._visits[key] += 1
+        return torch.tensor(rates)
 
 
 def _draw_allowed(allowed: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
