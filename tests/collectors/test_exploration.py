@@ -38,6 +38,36 @@ def test_epsilon_greedy_floor_is_a_lower_bound_of_all_rates() -> None:
     assert torch.stack(rows).argmax(-1).unique().numel() > 30
 
 
+def test_epsilon_greedy_first_visits_explores_each_observation_by_its_own_count() -> None:
+    explore = EpsilonGreedy(OneHot(1000), 0.0, first_visits=3.0)
+    best = nn.functional.one_hot(torch.tensor([7, 7]), 1000)
+    often, zeros = torch.tensor([1.0, 0.0]), torch.tensor([[0.0, 2.0], [-0.0, 2.0]])
+    changed = torch.zeros(2)
+    for _ in range(500):  # both environments see it: 1000 visits
+        data = TensorDict({"action": best, "observation": often.expand(2, 2)}, [2])
+        with set_exploration_type(ExplorationType.RANDOM):
+            changed += (explore(data)["action"] != best).any(-1)
+    # The sum of 3 / (3 + n) up to 1000 is 16.9, its deviation below 4.
+    assert 3 < changed.sum() < 35
+    with set_exploration_type(ExplorationType.RANDOM):
+        new = explore(TensorDict({"action": best, "observation": zeros}, [2]))["action"]
+    assert explore._visits[zeros[0].numpy().tobytes()] == 2  # -0.0 is 0.0
+    assert not torch.equal(new[0], best[0])  # the first visit is random: 999 of 1000
+
+
+def test_epsilon_greedy_first_visits_outside_of_random_exploration_counts_nothing() -> None:
+    explore = EpsilonGreedy(OneHot(10), 0.0, first_visits=3.0)
+    data = TensorDict({"action": torch.zeros(2, 10, dtype=torch.int64), "observation": torch.zeros(2, 1)}, [2])
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        explore(data)
+    assert not explore._visits
+
+
+def test_epsilon_greedy_first_visits_negative_raises() -> None:
+    with pytest.raises(ValueError, match="first_visits must be a number from 0.0 to inf"):
+        EpsilonGreedy(OneHot(10), 0.0, first_visits=-1)
+
+
 def test_epsilon_greedy_outside_of_random_exploration_keeps_actions() -> None:
     explore = EpsilonGreedy(OneHot(1000), 1.0)
     best = nn.functional.one_hot(torch.tensor([7, 7]), 1000)

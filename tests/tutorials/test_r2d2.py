@@ -176,6 +176,13 @@ def test_learner_gives_the_cell_its_options(tmp_path: Path) -> None:
     assert cell.max_radius == 0.95
 
 
+def test_learner_and_explorer_take_greedy_returns_and_first_visits(tmp_path: Path) -> None:
+    one = make_learner(tmp_path, *SHORT, "--greedy-returns", "--first-visits", "5")
+    assert one.loss.greedy_returns
+    explorer = tutorial.make_explorer(one.args, one.policy, one.epsilon_floor, 0)[-1]
+    assert explorer.first_visits == 5
+
+
 def test_make_explorer_gives_each_actor_its_part_of_the_ladder(tmp_path: Path) -> None:
     one = make_learner(tmp_path, *SHORT, "--actors", "process", "--num-actors", "2")
     explorers = [

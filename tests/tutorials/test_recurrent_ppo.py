@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 
+from rnnkeys.cells import LRU
 from tests.support.odd_environments import (
     ACTIONS,
     OBSERVATIONS,
@@ -216,6 +217,14 @@ def test_main_in_a_folder_with_a_run_needs_resume_or_overwrite(
     assert read(tmp_path)[1]["args"]["seed"] == 1
 
 
+def test_trainer_gives_the_cell_its_options_and_minibatches_theirs(make_trainer: Any) -> None:
+    options = ("--cell", "lru", "--cell-options", "block", "plain", "max_radius", "0.95")
+    trainer = make_trainer(*options, "--critic", "feed_forward", "--no-normalize-advantage")
+    cell = trainer.agent.actor[0][0].cell
+    assert isinstance(cell, LRU) and cell.max_radius == 0.95
+    assert not trainer.minibatches.normalize_advantage
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -228,6 +237,7 @@ def test_main_in_a_folder_with_a_run_needs_resume_or_overwrite(
         (["--epochs", "0"], "--epochs is 0: expected at least 1"),
         (["--minibatch-steps", "100"], "expected a multiple of --seq_len, 64"),
         (["--sde"], "the actions of CartPole-v1 are discrete"),
+        (["--cell-options", "speed", "2"], "--cell is lstm, --cell_options is {'speed': 2.0}: "),
         (["--env", "Nowhere-v0"], "environment Nowhere-v0 cannot be made"),
         (["--env", "OddSequence-v0"], "has the observation space Sequence"),
         (["--env", "OddActionText-v0"], "has the action space Text"),
