@@ -57,7 +57,9 @@ def test_epsilon_greedy_first_visits_explores_each_observation_by_its_own_count(
 
 def test_epsilon_greedy_first_visits_outside_of_random_exploration_counts_nothing() -> None:
     explore = EpsilonGreedy(OneHot(10), 0.0, first_visits=3.0)
-    data = TensorDict({"action": torch.zeros(2, 10, dtype=torch.int64), "observation": torch.zeros(2, 1)}, [2])
+    data = TensorDict(
+        {"action": torch.zeros(2, 10, dtype=torch.int64), "observation": torch.zeros(2, 1)}, [2]
+    )
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         explore(data)
     assert not explore._visits
