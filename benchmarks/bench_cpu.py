@@ -20,7 +20,7 @@ import torch
 from rnnkeys.backends import keep_freed_memory
 
 from . import contestants
-from .cases import GATES, Grid, full_grid, quick_grid, short_grid
+from .cases import GATES, Grid, full_grid, quick_grid
 from .machine import cpu_facts, load
 from .memory import measure
 from .pictures_cpu import draw_all
@@ -146,13 +146,7 @@ def _render(folder: Path, figures: str = _FIGURES) -> None:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_cpu", allow_abbrev=False)
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="a small grid; ends in a minute")
-    size.add_argument(
-        "--short",
-        action="store_true",
-        help="a part of the grid; ends in ten minutes; needs --output",
-    )
+    parser.add_argument("--quick", action="store_true", help="a small grid; ends in a minute")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     parser.add_argument("--threads", type=int, default=2, help="of torch (2)")
     parser.add_argument(
@@ -166,10 +160,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FIGURES",
         help=f"measure nothing, write tables and pictures again from a file ({_FIGURES})",
     )
-    arguments = parser.parse_args(argv)
-    if arguments.short and not arguments.output:
-        parser.error("--short must not replace the figures of a whole run: name an --output")
-    return arguments
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -179,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.render:
         _render(folder, arguments.render)
         return
-    grid = quick_grid() if arguments.quick else short_grid() if arguments.short else full_grid()
+    grid = quick_grid() if arguments.quick else full_grid()
     results = Results(cpu_facts(arguments.threads))
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / _UNFINISHED

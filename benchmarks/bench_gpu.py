@@ -107,7 +107,7 @@ def measure(
         out: who takes no part, and why.
     """
     from .cases import make_batch
-    from .gpu_contestants import ALL, Contestant, peak_bytes, seconds, set_library
+    from .gpu_contestants import ALL, make_contestant, peak_bytes, seconds, set_library
     from .gpu_report import Row
 
     set_library(mode)
@@ -120,7 +120,7 @@ def measure(
                 row.skipped[name] = why
                 continue
             try:
-                call = getattr(Contestant(name, case, batch, mode), phase)
+                call = getattr(make_contestant(name, case, batch, mode), phase)
                 call()
                 if device == "cuda" and phase == "both":
                     row.bytes[name] = peak_bytes(call)
@@ -169,8 +169,8 @@ def check(device: str, mode: str) -> dict[str, str]:
         AssertionError: if one of our own computes something else.
     """
     from .cases import Case, Shape, make_batch
-    from .contestants import _compare
-    from .gpu_contestants import ALL, CUDNN, NEEDS_GPU, PLAIN, THEIRS, Contestant, set_library
+    from .contestants import NATIVE, SCAN, compare
+    from .gpu_contestants import ALL, NEEDS_GPU, TORCHRL, make_contestant, set_library
 
     set_library(mode)
     out: dict[str, str] = {name: "needs a GPU" for name in NEEDS_GPU if device == "cpu"}
@@ -178,16 +178,16 @@ def check(device: str, mode: str) -> dict[str, str]:
         shape = Shape(2, 5, 3, 4) if device == "cpu" else Shape(40, 70, 24, 200)
         case = Case(cell, shape, resets)
         batch = make_batch(case, device)
-        expected = Contestant(PLAIN, case, batch, mode).both()
+        expected = make_contestant(SCAN, case, batch, mode).both()
         for name in ALL:
-            if name in out or (resets and name == CUDNN):
+            if name in out or (resets and name == NATIVE):
                 continue
             try:
-                results: dict[str, Any] = {PLAIN: expected}
-                results[name] = Contestant(name, case, batch, mode).both()
-                _compare(results, case, 1e-4 if mode in ("ieee", "tf32x3") else 5e-2)
+                results: dict[str, Any] = {SCAN: expected}
+                results[name] = make_contestant(name, case, batch, mode).both()
+                compare(results, case, 1e-4 if mode in ("ieee", "tf32x3") else 5e-2)
             except Exception as error:
-                if name not in (*THEIRS, CUDNN):
+                if name not in (*TORCHRL, NATIVE):
                     raise
                 out[name] = _first_line(error)
     return out

@@ -34,6 +34,7 @@ from torchrl.collectors import Collector
 
 import rnnkeys
 from benchmarks.learn import find_commit
+from benchmarks.tables import table
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tutorials"))
@@ -206,12 +207,8 @@ def race_environments(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    return [
-        "| " + " | ".join(rows[0]) + " |",
-        "|" + "---|" * len(rows[0]),
-        *("| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows),
-    ]
+def show(rows: list[dict[str, Any]]) -> str:
+    return table(list(rows[0]), [[str(value) for value in row.values()] for row in rows])
 
 
 def write(
@@ -219,34 +216,28 @@ def write(
 ) -> None:
     import sb3_contrib
 
-    lines = [
+    parts = [
         "# Recurrent PPO from end to end",
-        "",
         "Made by `python -m benchmarks.bench_ppo`: CartPole without velocities, "
         f"{STEPS} steps of each environment, two LSTMs of {HIDDEN}, minibatches of {MINIBATCH} "
         f"steps in whole sequences. Medians of {rounds} rounds in which all took turns, in seconds "
         "of CPU on one thread, and of the clock where several processes collect.",
-        "",
-        *table(rows),
-        "",
+        show(rows),
         "The update is faster because all sequences of a minibatch are one call of a kernel; ends "
         "of episodes inside it cost next to nothing. Collection is slower: sb3-contrib hands NumPy "
         "arrays to a plain network, TorchRL carries a TensorDict through environment, transforms "
         "and collector, and more than half of a step's time goes there. Two things that are "
         "ours to choose help: environments of one process in a vector, and more of them, which "
         "share a step.",
-        "",
-        *(table(environments) if environments else []),
-        "",
+        show(environments) if environments else "",
         f"rnnkeys {rnnkeys.__version__} (commit {find_commit()}), "
         f"torchrl {torchrl.__version__}, sb3-contrib "
         f"{sb3_contrib.__version__}, torch {torch.__version__}, Python "
         f"{platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores, which "
         f"{os.getloadavg()[1]:.1f} processes wanted when it ended.",
-        "",
     ]
     path.parent.mkdir(exist_ok=True)
-    path.write_text("\n".join(lines))
+    path.write_text("\n\n".join(part for part in parts if part) + "\n")
 
 
 def main() -> None:

@@ -250,26 +250,6 @@ def full_grid() -> Grid:
     )
 
 
-def short_grid() -> Grid:
-    """Return a part of the full grid that ends in ten minutes; forward and backward only."""
-    shapes = (
-        Shape(16, 64, 64, 128),
-        Shape(64, 128, 64, 128),
-        Shape(8, 256, 64, 256),
-        Shape(32, 512, 64, 128),
-    )
-    return Grid(
-        cases=_product(dict.fromkeys(shapes, (0.0, 0.02, 0.1))),
-        forward=(),
-        growth=_lengthening(4096, (64, 512, 4096), H=128),
-        growth_torchrl=64,
-        memory=_product({Shape(64, 128, 64, 128): (0.0, 0.1)}),
-        memory_growth=(),
-        batches=(1, 8, 32),
-        environments=(1, 8),
-    )
-
-
 def quick_grid() -> Grid:
     """Return a grid that ends in a minute: enough to see that something broke."""
     cases = _product({Shape(16, 64, 64, 128): (0.0, 0.1), Shape(4, 512, 32, 64): (0.1,)})

@@ -10,7 +10,6 @@ few gradient steps, as a share of the velocity's variance.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -24,6 +23,7 @@ from rnnkeys import CellName, recurrent_module, set_recurrent_mode
 
 from .machine import cpu_facts
 from .tables import digits, table
+from .timing import Budget, interleave
 
 INPUTS, HIDDEN = 4, 64
 LINEAR = ("mingru", "minlstm", "lru", "s5", "s6", "ffm")
@@ -54,17 +54,10 @@ def run(module: Any, x: Tensor) -> Tensor:
         return module(make_batch(x, module))["y"]
 
 
-def time_calls(calls: list[Callable[[], Any]], rounds: int, repeats: int) -> list[float]:
+def time_calls(calls: list[Callable[[], Any]], rounds: int, sample: float) -> list[float]:
     """Return the median seconds of each call; all calls take turns in every round."""
-    samples: list[list[float]] = [[] for _ in calls]
-    for number in range(rounds + 1):
-        for call, times in zip(calls, samples, strict=True):
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            if number:  # the first round warms up
-                times.append((time.perf_counter() - start) / repeats)
-    return [median(times) for times in samples]
+    timings = interleave(dict(enumerate(calls)), Budget(0.0, rounds, rounds, sample))
+    return [timings[place].median for place in range(len(calls))]
 
 
 def step_call(module: Any) -> Callable[[], Any]:
@@ -119,8 +112,8 @@ def measure(args: argparse.Namespace) -> list[list[str]]:
     cases = [(cell, "plain") for cell in get_args(CellName)]
     cases += [(cell, "residual") for cell in LINEAR]
     modules = [make(*case) for case in cases]
-    steps = time_calls([step_call(m) for m in modules], args.rounds, 50)
-    trains = time_calls([train_call(m, 8, args.steps) for m in modules], args.rounds, 1)
+    steps = time_calls([step_call(m) for m in modules], args.rounds, 2e-3)
+    trains = time_calls([train_call(m, 8, args.steps) for m in modules], args.rounds, 0.0)
     rows = []
     for case, module, step, train in zip(cases, modules, steps, trains, strict=True):
         error = rounding(module, 8 * args.steps)

@@ -15,7 +15,11 @@ _NO_VARIABLES: Mapping[str, str] = {}
 
 
 def run_module(
-    module: str, *arguments: str, request: Any = None, variables: Mapping[str, str] = _NO_VARIABLES
+    module: str,
+    *arguments: str,
+    request: Any = None,
+    variables: Mapping[str, str] = _NO_VARIABLES,
+    python: str = sys.executable,
 ) -> Any:
     """Run a module of the benchmarks, which reads JSON from stdin and writes JSON to stdout.
 
@@ -24,6 +28,7 @@ def run_module(
         *arguments: arguments of its command line.
         request: value that the module reads.
         variables: environment variables to set in addition.
+        python: interpreter of the process.
 
     Returns:
         The value that the module writes.
@@ -32,7 +37,7 @@ def run_module(
         RuntimeError: if the module fails, with its error output.
     """
     child = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
+        [python, "-m", module, *arguments],
         input=json.dumps(request),
         capture_output=True,
         text=True,

@@ -14,10 +14,10 @@ import rnnkeys
 
 from .cases import GATES, STATES, Batch, Case, Shape, make_batch
 
-AUTO, PAD, SCAN = "auto", "pad", "scan"
-LOOP, PAD_OWN, NO_RESETS = "loop", "pad, own kernel", "auto, no resets"
-STORED = "auto, stored states"
+AUTO, PAD, SCAN, LOOP, TRITON = "auto", "pad", "scan", "loop", "triton"
+PAD_OWN, NO_RESETS, STORED = "pad, own kernel", "auto, no resets", "auto, stored states"
 TORCHRL_PAD, TORCHRL_SCAN = "TorchRL pad", "TorchRL scan"
+TORCHRL_TRITON = "TorchRL triton"
 NATIVE, CUT = "nn", "nn in a loop"
 GEMM = "sgemm"
 
@@ -27,19 +27,14 @@ ALL = (*OURS, *TORCHRL, NATIVE, CUT)
 
 Forward = Callable[[], Tensor]
 
-# Arguments of rnnkeys' modules.
-_ARGUMENTS: dict[str, dict[str, Any]] = {
-    AUTO: {},
-    NO_RESETS: {},
-    STORED: {},
-    PAD: {"recurrent_backend": "pad"},
-    SCAN: {"recurrent_backend": "scan"},
-    LOOP: {"recurrent_backend": "loop"},
-    PAD_OWN: {"recurrent_backend": "pad"},
-}
-_TORCHRL_ARGUMENTS = {
-    TORCHRL_PAD: {"recurrent_backend": "pad"},
-    TORCHRL_SCAN: {"recurrent_backend": "scan"},
+# Library and backend of the contestants that are a recurrent module.
+_MODULES: dict[str, tuple[Any, str]] = {
+    **{name: (rnnkeys, "auto") for name in (AUTO, NO_RESETS, STORED)},
+    **{name: (rnnkeys, name) for name in (PAD, SCAN, LOOP, TRITON)},
+    PAD_OWN: (rnnkeys, "pad"),
+    TORCHRL_PAD: (torchrl.modules, "pad"),
+    TORCHRL_SCAN: (torchrl.modules, "scan"),
+    TORCHRL_TRITON: (torchrl.modules, "triton"),
 }
 
 
@@ -49,16 +44,17 @@ class Contestant:
     Args:
         name: one of the constants of this module.
         case: to run.
-        batch: its data.
+        batch: its data, on the device where the case is to run.
+        **arguments: of the recurrent module, where the contestant is one.
 
     Attributes:
         leaves: tensors that the backward pass computes gradients of: input and parameters.
     """
 
-    def __init__(self, name: str, case: Case, batch: Batch) -> None:
-        layers = make_layers(case)
+    def __init__(self, name: str, case: Case, batch: Batch, **arguments: Any) -> None:
+        layers = make_layers(case).to(batch.x.device)
         self.leaves = [batch.x, *layers.parameters()]
-        self._run = _make_run(name, case, layers, batch)
+        self._run = _make_run(name, case, layers, batch, arguments)
         self._grad = batch.grad
 
     @torch.no_grad()
@@ -67,8 +63,9 @@ class Contestant:
         return self._run()
 
     def both(self) -> tuple[Tensor, ...]:
-        """Run forward and backward; return the gradients of the leaves."""
-        return torch.autograd.grad(self._run(), self.leaves, self._grad)
+        """Run forward and backward; return the outputs and the gradients of the leaves."""
+        y = self._run()
+        return (y, *torch.autograd.grad(y, self.leaves, self._grad))
 
 
 def make_layers(case: Case) -> nn.RNNBase:
@@ -97,17 +94,16 @@ def make_module(library: Any, cell: str, layers: nn.RNNBase, **arguments: Any) -
     )
 
 
-def _make_run(name: str, case: Case, layers: nn.RNNBase, batch: Batch) -> Forward:
+def _make_run(
+    name: str, case: Case, layers: nn.RNNBase, batch: Batch, arguments: dict[str, Any]
+) -> Forward:
     if name == NATIVE:
         return lambda: layers(batch.x, _first_states(batch))[0]
     if name == CUT:
         return lambda: _run_in_loop(layers, batch)
-    recurrent = {"default_recurrent_mode": True}
-    if name in TORCHRL:
-        arguments = _TORCHRL_ARGUMENTS[name] | recurrent
-        module = make_module(torchrl.modules, case.cell, layers, **arguments)
-    else:
-        module = make_module(rnnkeys, case.cell, layers, **_ARGUMENTS[name], **recurrent)
+    library, backend = _MODULES[name]
+    arguments = {"recurrent_backend": backend, "default_recurrent_mode": True, **arguments}
+    module = make_module(library, case.cell, layers, **arguments)
     if name == PAD_OWN:
         # Without the native layers the packed rows run the hand-written operator.
         module = module.make_python_based()  # pyright: ignore[reportCallIssue]
@@ -175,10 +171,10 @@ def check_agreement(names: tuple[str, ...] = ALL, tolerance: float = 1e-4) -> No
                 for name in names
                 if name not in exempt and (c := Contestant(name, case, batch))
             }
-            _compare(results, case, tolerance)
+            compare(results, case, tolerance)
 
 
-def _compare(results: dict[str, tuple[Tensor, ...]], case: Case, tolerance: float) -> None:
+def compare(results: dict[str, tuple[Tensor, ...]], case: Case, tolerance: float) -> None:
     first, *others = results
     for name in others:
         for got, expected in zip(results[name], results[first], strict=True):

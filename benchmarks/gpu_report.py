@@ -8,10 +8,16 @@ from typing import Any
 
 from .cases import Case
 from .gpu_bounds import Rates, least_seconds
-from .gpu_contestants import ALL, CUDNN, OURS, THEIRS, THEIRS_TRITON
+from .gpu_contestants import ALL, NATIVE, TORCHRL, TORCHRL_TRITON, TRITON
+from .tables import table
 from .timing import geomean
 
 LEAST_SPEEDUP, MOST_OF_CUDNN = 1.5, 1.2
+_HEADER = ("cell", "(B, T, I, H)", "resets", "phase", "mode", "bound", *ALL)
+_DRY = (
+    "**A dry run on a CPU, kernels in Triton's interpreter. No figure here means anything of a "
+    "GPU.**"
+)
 
 
 @dataclass
@@ -42,22 +48,22 @@ def ratios(rows: Iterable[Row], of: Callable[[Row], float | None]) -> list[float
 
 def speedup_over_triton(row: Row) -> float | None:
     """How many times faster than TorchRL's Triton backend."""
-    if OURS not in row.seconds or THEIRS_TRITON not in row.seconds:
+    if TRITON not in row.seconds or TORCHRL_TRITON not in row.seconds:
         return None
-    return row.seconds[THEIRS_TRITON] / row.seconds[OURS]
+    return row.seconds[TORCHRL_TRITON] / row.seconds[TRITON]
 
 
 def speedup_over_best(row: Row) -> float | None:
     """How many times faster than TorchRL's fastest backend."""
-    theirs = [row.seconds[name] for name in THEIRS if name in row.seconds]
-    return min(theirs) / row.seconds[OURS] if theirs and OURS in row.seconds else None
+    theirs = [row.seconds[name] for name in TORCHRL if name in row.seconds]
+    return min(theirs) / row.seconds[TRITON] if theirs and TRITON in row.seconds else None
 
 
 def share_of_cudnn(row: Row) -> float | None:
     """How many times slower than cuDNN on the same batch without its resets."""
-    if not row.case.has_resets or OURS not in row.seconds or CUDNN not in row.seconds:
+    if not row.case.has_resets or TRITON not in row.seconds or NATIVE not in row.seconds:
         return None
-    return row.seconds[OURS] / row.seconds[CUDNN]
+    return row.seconds[TRITON] / row.seconds[NATIVE]
 
 
 def goals(rows: list[Row]) -> list[tuple[str, str, bool | None]]:
@@ -88,35 +94,29 @@ def goals(rows: list[Row]) -> list[tuple[str, str, bool | None]]:
 
 def report(rows: list[Row], rates: Rates, machine: dict[str, str], dry: bool) -> str:
     """Write the report in Markdown."""
-    lines = ["# Recurrent layers on a GPU", ""]
-    if dry:
-        lines += [
-            "**A dry run on a CPU, kernels in Triton's interpreter. No figure here means anything "
-            "of a GPU.**",
-            "",
-        ]
-    lines += [f"- {name}: {value}" for name, value in machine.items()]
-    lines += [f"- copy: {rates.bytes / 1e12:.2f} TB/s", ""]
-    lines += ["| goal | measured | reached |", "|---|---|---|"]
     words = {True: "yes", False: "no", None: "open"}
-    shown = [] if dry else rows
-    lines += [f"| {goal} | {found} | {words[ok]} |" for goal, found, ok in goals(shown)]
-    lines += ["", "Milliseconds (peak MB); *bound*: share of it that `triton` reaches.", ""]
-    lines += ["| cell | (B, T, I, H) | resets | phase | mode | bound | " + " | ".join(ALL) + " |"]
-    lines += ["|" + "---|" * (6 + len(ALL))]
-    lines += [_line(row, rates) for row in rows]
+    reached = [(goal, found, words[ok]) for goal, found, ok in goals([] if dry else rows)]
     reasons = {(name, why) for row in rows for name, why in row.skipped.items()}
-    lines += ["", *(f"- {name} did not run: {why}" for name, why in sorted(reasons))]
-    return "\n".join(lines).rstrip() + "\n"
+    parts = [
+        "# Recurrent layers on a GPU",
+        _DRY if dry else "",
+        table(("", ""), [*machine.items(), ("copy", f"{rates.bytes / 1e12:.2f} TB/s")]),
+        table(("goal", "measured", "reached"), reached),
+        "Milliseconds (peak MB); *bound*: share of it that `triton` reaches; `nn` is cuDNN on the "
+        "same batch without its resets.",
+        table(_HEADER, [_columns(row, rates) for row in rows]),
+        "\n".join(f"- {name} did not run: {why}" for name, why in sorted(reasons)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _line(row: Row, rates: Rates) -> str:
+def _columns(row: Row, rates: Rates) -> list[str]:
     bound = least_seconds(row.case, row.phase, row.mode, rates)
-    ours = row.seconds.get(OURS)
+    ours = row.seconds.get(TRITON)
     cells: list[Any] = [row.case.cell, row.case.shape, row.case.resets, row.phase, row.mode]
     cells += [f"{bound / ours:.0%}" if ours else "-"]
     for name in ALL:
         taken = row.seconds.get(name)
         memory = f" ({row.bytes[name] / 1e6:.0f})" if name in row.bytes else ""
         cells.append("-" if taken is None else f"{taken * 1e3:.3g}{memory}")
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return list(map(str, cells))

@@ -11,7 +11,6 @@ medians of ratios, which depend less on the machine than times do.
 from __future__ import annotations
 
 import argparse
-import math
 import platform
 import random
 import statistics
@@ -24,12 +23,13 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from rnnkeys import recurrent_module, set_recurrent_mode
 from rnnkeys.backends import keep_freed_memory
 
-from .memory import running_peak
+from .memory import peak_bytes
+from .tables import table
+from .timing import geomean
 
 Shape = tuple[int, int, int, int]
 Call = Callable[[], object]
@@ -125,17 +125,6 @@ def time_calls(calls: dict[str, Call], repeats: int) -> Seconds:
     return seconds
 
 
-def peak_bytes(call: Call) -> int:
-    """Return the bytes that a call holds at most, by torch's profiler."""
-    call()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    results: Any = profiler.profiler
-    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return running_peak(event.nbytes() for event in events)
-
-
 def ratio(seconds: Seconds, a: str, b: str) -> float:
     """Return the median over rounds of the time of ``a`` over that of ``b``."""
     pairs = zip(seconds[a], seconds[b], strict=True)
@@ -147,12 +136,6 @@ def milliseconds(seconds: Seconds, name: str) -> float:
     return 1e3 * statistics.median(seconds[name])
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return ["", *("| " + " | ".join(line) + " |" for line in lines), ""]
-
-
 def describe_sequences(measured: dict[Shape, Seconds]) -> Iterator[str]:
     """Yield the tables of times and of ratios."""
     names = [*(f"{name} 0.1" for name in CELLS), "mingru 0.0", "nn.GRU", "nn.LSTM", "projections"]
@@ -161,7 +144,7 @@ def describe_sequences(measured: dict[Shape, Seconds]) -> Iterator[str]:
         [describe(shape), *(f"{milliseconds(seconds, name):.1f}" for name in names)]
         for shape, seconds in measured.items()
     ]
-    yield from table(["(B, T), I, H", *names], rows)
+    yield table(["(B, T), I, H", *names], rows)
     yield (
         "Times over those of minGRU. States have H numbers, of LRU and FFM 2 H, of S6 16 H; the "
         "last columns are LRU and FFM with H / 2, whose states have the size of minGRU's:"
@@ -171,7 +154,7 @@ def describe_sequences(measured: dict[Shape, Seconds]) -> Iterator[str]:
         [describe(s), *(f"{ratio(x, name, 'mingru 0.1'):.2f}" for name in names)]
         for s, x in measured.items()
     ]
-    yield from table(["(B, T), I, H", *LINEAR[1:], *(f"{n}, H / 2" for n in HALF)], rows)
+    yield table(["(B, T), I, H", *LINEAR[1:], *(f"{n}, H / 2" for n in HALF)], rows)
 
 
 def describe(shape: Shape) -> str:
@@ -187,7 +170,7 @@ def describe_goals(
     long = [seconds for shape, seconds in measured.items() if shape[1] >= LONG]
 
     def mean(a: str, b: str) -> float:
-        return math.exp(statistics.fmean(math.log(ratio(s, a, b)) for s in long))
+        return geomean(ratio(s, a, b) for s in long)
 
     times = [milliseconds(seconds, "mingru 0.1") for seconds in growth.values()]
     calls = make_calls(SHAPES[2])
@@ -214,14 +197,14 @@ def describe_goals(
         (f"peak memory over `nn.GRU`'s, {describe(SHAPES[2])}", memory, "1 or less"),
     ]
     yield f"minGRU, geometric means over the shapes of {LONG} steps and more:"
-    yield from table(["", "measured", "goal"], [[n, f"{x:.2f}", goal] for n, x, goal in goals])
+    yield table(["", "measured", "goal"], [[n, f"{x:.2f}", goal] for n, x, goal in goals])
     yield "Time of a step at B = 1 without gradient, in microseconds:"
     scale = 1e3 / _CALLS_OF_A_STEP
     rows = [
         [str(size), *(f"{scale * milliseconds(seconds, name):.0f}" for name in CELLS)]
         for size, seconds in steps.items()
     ]
-    yield from table(["I = H", *CELLS], rows)
+    yield table(["I = H", *CELLS], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -240,19 +223,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     few = [{k: v for k, v in make_calls(shape).items() if k in names} for shape in GROWTH]
     growth = {s: time_calls(c, options.repeats) for s, c in zip(GROWTH, few, strict=True)}
     steps = {size: time_calls(make_step_calls(size), 3 * options.repeats) for size in STEP_SIZES}
-    lines = [
+    parts = [
         "# Linear cells",
-        "",
         f"`python -m benchmarks.linear_cells --repeats {options.repeats}`: torch "
         f"{torch.__version__}, {platform.machine()}, float32, CPU time of one thread, forward and "
         "backward through the module with the state after every step written, plain layers "
         '(`block="plain"`), in a process that keeps the memory that it frees. Medians of ratios of '
         "interleaved calls; smaller is faster.",
-        "",
         *describe_goals(measured, growth, steps),
         *describe_sequences(measured),
     ]
-    options.output.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    options.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from .child_process import run_module
+from .tables import table
 
 # Rows, steps, input and hidden size; memax's LRU has one size for both.
 SHAPES = {"lru": [(32, 512, 128, 128), (2, 2048, 128, 128)]}
@@ -110,11 +112,8 @@ def measure_rnnkeys() -> list[float]:
 
 def ask(python: str, who: str) -> list[float]:
     """Measure in a process of its own."""
-    command = [python, "-m", "benchmarks.linear_cells_jax", "--measure", who]
-    project = str(Path(__file__).resolve().parent.parent)
-    environment = {**os.environ, "PYTHONPATH": project, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return json.loads(done.stdout.splitlines()[-1])
+    module, variables = "benchmarks.linear_cells_jax", {"OMP_NUM_THREADS": "1"}
+    return run_module(module, "--measure", who, variables=variables, python=python)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -136,20 +135,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ours, theirs = ([min(times) for times in zip(*turns, strict=True)] for turns in (ours, theirs))
     whose = {"lru": "memax's LRU", "mingru": "minGRU by `jax.lax.associative_scan`"}
     cases = [(name, shape) for name, shapes in SHAPES.items() for shape in shapes]
-    lines = [
+    rows = [
+        (
+            whose[name],
+            ", ".join(map(str, shape)),
+            f"{own:.1f}",
+            f"{other:.1f}",
+            f"{other / own:.2f}",
+        )
+        for (name, shape), own, other in zip(cases, ours, theirs, strict=True)
+    ]
+    parts = [
         "# Linear cells beside JAX",
-        "",
         "`python -m benchmarks.linear_cells_jax`: CPU time of one thread in milliseconds, forward "
         "and backward with resets of .1, compiled in JAX, without compile time; processes "
         "in turns.",
-        "",
-        "| | B, T, I, H | rnnkeys | JAX | JAX / rnnkeys |",
-        "|---|---|---|---|---|",
+        table(("", "B, T, I, H", "rnnkeys", "JAX", "JAX / rnnkeys"), rows),
     ]
-    for (name, shape), own, other in zip(cases, ours, theirs, strict=True):
-        sizes = ", ".join(map(str, shape))
-        lines.append(f"| {whose[name]} | {sizes} | {own:.1f} | {other:.1f} | {other / own:.2f} |")
-    options.output.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    options.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,11 +51,15 @@ def running_peak(changes: Iterable[int]) -> int:
 
 def peak_of(name: str, case: Case) -> int:
     """Return the bytes that a forward and backward pass holds at most, with its results."""
-    contestant = Contestant(name, case, make_batch(case))
+    return peak_bytes(Contestant(name, case, make_batch(case)).both)
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Return the bytes that a call holds at most, by torch's profiler."""
     # Caches and kernels are made once and do not count as memory of a call.
-    contestant.both()
+    call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        contestant.both()
+        call()
     results: Any = profiler.profiler
     events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from .cases import Case
-from .timing import Timing
+if TYPE_CHECKING:  # a table needs neither torch nor NumPy
+    from .cases import Case
+    from .timing import Timing
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -35,6 +37,7 @@ def milliseconds(timing: Timing | None) -> str:
     """Return the median in ms and half the interquartile range; an empty text for None.
 
     Examples:
+        >>> from benchmarks.timing import Timing
         >>> milliseconds(Timing(0.010, 0.009, 0.011, 5))
         '10 ±10%'
     """
@@ -47,7 +50,7 @@ def case_columns(case: Case) -> tuple[str, str]:
     """Return the shape of a case and its resets.
 
     Examples:
-        >>> from benchmarks.cases import Shape
+        >>> from benchmarks.cases import Case, Shape
         >>> case_columns(Case("GRU", Shape(1, 2, 3, 4), 0.0))
         ('(1, 2, 3, 4)', '0')
     """

@@ -110,7 +110,7 @@ def interleave(
         For every name the time of one call.
     """
     contestants = {key: _Contestant(call, budget, clock) for key, call in calls.items()}
-    turns = max(c.rounds for c in contestants.values())
+    turns = max((c.rounds for c in contestants.values()), default=0)
     order, shuffle = list(contestants.values()), random.Random(0).shuffle
     for turn in range(turns):
         shuffle(order)

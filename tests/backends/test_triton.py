@@ -15,7 +15,8 @@ import torch
 
 from benchmarks import bench_gpu, gpu_bounds, gpu_contestants, gpu_report
 from benchmarks.cases import Case, Shape
-from benchmarks.gpu_contestants import ALL, CUDNN, OURS, THEIRS_PAD, THEIRS_SCAN, THEIRS_TRITON
+from benchmarks.contestants import NATIVE, TORCHRL_PAD, TORCHRL_SCAN, TORCHRL_TRITON, TRITON
+from benchmarks.gpu_contestants import ALL
 from benchmarks.time_limits import TimeLimits
 from rnnkeys.backends import triton, why_not
 from rnnkeys.backends.triton.config import FUSED_MULTIPLY_ADD, MAX_HIDDEN, Device, choose_config
@@ -219,8 +220,8 @@ def test_the_benchmark_runs_dry_with_all_contestants(tmp_path):
     rows = json.loads((tmp_path / "gpu.json").read_text())
     assert len(rows) == 2 * 2 * 2
     for row in rows:
-        assert row["seconds"].keys() == set(ALL) - {THEIRS_TRITON}
-        assert row["skipped"] == {THEIRS_TRITON: "needs a GPU"}
+        assert row["seconds"].keys() == set(ALL) - {TORCHRL_TRITON}
+        assert row["skipped"] == {TORCHRL_TRITON: "needs a GPU"}
     text = (tmp_path / "gpu.md").read_text()
     assert "No figure here means anything" in text
     assert text.count("| open |") == 3
@@ -232,37 +233,37 @@ CASE = Case("LSTM", Shape(4, 8, 16, 32), 0.1)
 class Failing:
     """One fails as Triton does, with no error that is a RuntimeError; one computes nonsense."""
 
-    wrong = CUDNN
+    wrong = NATIVE
 
     def __init__(self, name: str, case: Case, batch: Any, mode: str) -> None:
         self.name, self.forward = name, self.both
 
     def both(self) -> tuple[torch.Tensor, ...]:
-        if self.name == THEIRS_TRITON:
+        if self.name == TORCHRL_TRITON:
             raise OSError("out of resource: shared memory\nand more")
         return (torch.ones(1) * (1 + (self.name == self.wrong)),)
 
 
 def test_benchmark_skips_contestants_that_fail_or_are_slow(monkeypatch):
-    monkeypatch.setattr(gpu_contestants, "Contestant", Failing)
+    monkeypatch.setattr(gpu_contestants, "make_contestant", Failing)
     monkeypatch.setattr(gpu_contestants, "NEEDS_GPU", ())
     out = bench_gpu.check("cpu", "ieee")
-    assert out[THEIRS_TRITON] == "out of resource: shared memory"
-    assert out[CUDNN].startswith(f"{CUDNN!r} differs from")
+    assert out[TORCHRL_TRITON] == "out of resource: shared memory"
+    assert out[NATIVE].startswith(f"{NATIVE!r} differs from")
     limits = TimeLimits(call_seconds=1.0)
-    limits.record(THEIRS_SCAN, CASE, 3.0)
-    for row in bench_gpu.measure(CASE, "ieee", "cpu", 0.0, limits, {CUDNN: "differs"}):
+    limits.record(TORCHRL_SCAN, CASE, 3.0)
+    for row in bench_gpu.measure(CASE, "ieee", "cpu", 0.0, limits, {NATIVE: "differs"}):
         assert row.skipped == {
-            THEIRS_TRITON: "out of resource: shared memory",
-            THEIRS_SCAN: "took 3.0 s on LSTM (4, 8, 16, 32)",
-            CUDNN: "differs",
+            TORCHRL_TRITON: "out of resource: shared memory",
+            TORCHRL_SCAN: "took 3.0 s on LSTM (4, 8, 16, 32)",
+            NATIVE: "differs",
         }
         assert row.seconds.keys() == set(ALL) - row.skipped.keys()
 
 
 def test_our_own_wrong_result_stops_the_benchmark(monkeypatch):
-    monkeypatch.setattr(gpu_contestants, "Contestant", Failing)
-    monkeypatch.setattr(Failing, "wrong", OURS)
+    monkeypatch.setattr(gpu_contestants, "make_contestant", Failing)
+    monkeypatch.setattr(Failing, "wrong", TRITON)
     with pytest.raises(AssertionError, match="nothing is timed"):
         bench_gpu.check("cpu", "ieee")
 
@@ -282,10 +283,10 @@ def test_a_quick_benchmark_ends_in_time_and_sees_all_sizes():
 
 
 def test_benchmark_goals_follow_from_the_figures():
-    fast = {OURS: 1.0, THEIRS_TRITON: 2.0, THEIRS_PAD: 1.1, THEIRS_SCAN: 9.0, CUDNN: 0.9}
+    fast = {TRITON: 1.0, TORCHRL_TRITON: 2.0, TORCHRL_PAD: 1.1, TORCHRL_SCAN: 9.0, NATIVE: 0.9}
     row = gpu_report.Row(CASE, "both", "ieee", fast)
     assert [reached for *_, reached in gpu_report.goals([row])] == [True, True, True]
-    slow = gpu_report.Row(CASE, "both", "ieee", fast | {OURS: 1.2, THEIRS_TRITON: 1.5})
+    slow = gpu_report.Row(CASE, "both", "ieee", fast | {TRITON: 1.2, TORCHRL_TRITON: 1.5})
     assert [reached for *_, reached in gpu_report.goals([slow])] == [False, False, False]
     assert [reached for *_, reached in gpu_report.goals([])] == [None, None, None]
 
