@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Elements (rows x gates) of a chunk: enough to amortise calls, few enough for the cache, and
+# Elements (rows x gates) of a chunk: enough to amortize calls, few enough for the cache, and
 # at most a fraction of the batch, so that small batches need no more memory than torch's layers.
 _MOST_ELEMENTS = 1 << 19
 _FEWEST_ELEMENTS = 1 << 17

@@ -111,7 +111,7 @@ def _read_ends_and_starts(rows: TensorDictBase, init_key: NestedKey) -> tuple[Te
     flags = rows.get(init_key, None)
     if done_key is None and flags is None:
         raise KeyError(
-            "Windows need to know where episodes end, and the batch has neither ('next', 'done') "
+            "Windows are cut where episodes end, and the batch has neither ('next', 'done') "
             f"nor the init key {init_key!r}. Append InitTracker() to the environment, or pass "
             "init_key=."
         )
