@@ -48,6 +48,12 @@ def read_result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "result.json").read_text())
 
 
+def read_files(folder: Path) -> tuple[list[dict[str, float]], dict[str, Any], dict[str, Any]]:
+    """Return rows, result and checkpoint of a finished run, which has drawn its picture."""
+    assert (folder / "learning_curve.png").read_bytes().startswith(_PNG_SIGNATURE)
+    return read_rows(folder), read_result(folder), read_checkpoint(folder)
+
+
 def assert_complete(folder: Path, frames: list[int], tested: int = 20) -> None:
     """Assert that a finished run wrote all files, with a row for each entry of ``frames``."""
     rows, result = read_rows(folder), read_result(folder)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -32,6 +33,17 @@ class BrokenEnv(gym.Env):
         observation = np.array([0, broken if self.entry == "observation" else 0, 0], np.float32)
         reward = broken if self.entry == "reward" else 1.0
         return observation, reward, self.steps == 9, False, {}
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that runs the tutorial of a module of tests and returns its folder."""
+
+    def main(*argv: str) -> Path:
+        request.module.tutorial.main([*argv, "--output", str(tmp_path)])
+        return tmp_path
+
+    return main
 
 
 @pytest.fixture

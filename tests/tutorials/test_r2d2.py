@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from rnnkeys.cells import LRU
 from rnnkeys.collectors import ActorsLostError, LocalActors
 from tests.support import odd_environments
 from tests.support.tutorials import (
+    NEEDS_SIGNALS,
     ROOT,
     assert_complete,
     assert_same,
@@ -36,20 +36,10 @@ SMALL = [
     *("--hidden-size", "8", "--eval-episodes", "2", "--eval-every", "128"),
 ]
 SHORT = [*SMALL, "--frames", "384"]
-NO_SIGNALS = pytest.mark.skipif(sys.platform == "win32", reason="no signals between processes")
 
 pytestmark = pytest.mark.usefixtures("signal_handlers")
 tutorial = load_tutorial("r2d2")
 Run = Callable[..., Path]
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    def main(*argv: str) -> Path:
-        tutorial.main([*argv, "--output", str(tmp_path)])
-        return tmp_path
-
-    return main
 
 
 def make_learner(folder: Path, *argv: str) -> Any:
@@ -324,7 +314,7 @@ def test_run_in_a_folder_with_a_run_needs_resume_or_overwrite(run: Run) -> None:
     assert read_result(folder)["args"]["seed"] == 1
 
 
-@NO_SIGNALS
+@NEEDS_SIGNALS
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_script_after_a_signal_saves_the_run(tmp_path: Path, number: signal.Signals) -> None:
     out = interrupt_script(SCRIPT, [*SMALL, "--frames", "10000000"], tmp_path, number)
@@ -334,7 +324,7 @@ def test_script_after_a_signal_saves_the_run(tmp_path: Path, number: signal.Sign
     assert len(read_rows(tmp_path / "out")) == checkpoint["frames"] // 128
 
 
-@NO_SIGNALS
+@NEEDS_SIGNALS
 def test_script_after_kill_leaves_no_temporary_file_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

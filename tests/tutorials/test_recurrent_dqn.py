@@ -38,15 +38,6 @@ tutorial = load_tutorial("recurrent_dqn")
 Run = Callable[..., Path]
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    def main(*argv: str) -> Path:
-        tutorial.main([*argv, "--output", str(tmp_path)])
-        return tmp_path
-
-    return main
-
-
 def count_gradient_steps(checkpoint: dict[str, Any]) -> int:
     return int(checkpoint["optimizer"]["state"][0]["step"])
 

@@ -23,22 +23,13 @@ tutorial = load_tutorial("recurrent_mappo")
 Run = Callable[..., Path]
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    def main(*argv: str) -> Path:
-        tutorial.main([*SHORT, *argv, "--output", str(tmp_path)])
-        return tmp_path
-
-    return main
-
-
 @pytest.mark.parametrize(
     "argv",
     [[], ["--own"], ["--algorithm", "ippo"], ["--algorithm", "ippo", "--own", "--cell", "lstm"]],
     ids=" ".join,
 )
 def test_run_writes_all_files(run: Run, argv: list[str]) -> None:
-    assert_complete(run(*argv), [32, 64], tested=256)
+    assert_complete(run(*SHORT, *argv), [32, 64], tested=256)
 
 
 def make_rollout() -> Any:

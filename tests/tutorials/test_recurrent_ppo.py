@@ -5,15 +5,8 @@ That it learns takes minutes, and is measured by ``make learn``.
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-import os
-import shutil
 import signal
-import subprocess
-import sys
-import time
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -30,10 +23,15 @@ from tests.support.odd_environments import (
     masked_id,
     observation_id,
 )
+from tests.support.tutorials import (
+    NEEDS_SIGNALS,
+    ROOT,
+    interrupt_script,
+    read_checkpoint,
+    read_files,
+)
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tutorials" / "recurrent_ppo.py"
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SMALL = [
     *("--num-envs", "2", "--steps", "16", "--seq-len", "8", "--minibatch-steps", "16"),
     *("--epochs", "2", "--hidden-size", "8", "--net-arch", "8", "--eval-episodes", "2"),
@@ -58,14 +56,6 @@ def make_trainer(ppo: ModuleType, tmp_path: Path) -> Any:
     return make
 
 
-def read(folder: Path) -> tuple[list[dict[str, float]], dict[str, Any], dict[str, Any]]:
-    with (folder / "learning_curve.csv").open(newline="") as file:
-        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    assert (folder / "learning_curve.png").read_bytes().startswith(PNG_SIGNATURE)
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    return rows, json.loads((folder / "result.json").read_text()), checkpoint
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -85,7 +75,7 @@ def read(folder: Path) -> tuple[list[dict[str, float]], dict[str, Any], dict[str
 )
 def test_main_small_budget_writes_all_files(ppo: ModuleType, tmp_path: Path, options: str) -> None:
     ppo.main([*SHORT, *options.split(), "--output", str(tmp_path)])
-    rows, result, checkpoint = read(tmp_path)
+    rows, result, checkpoint = read_files(tmp_path)
     assert rows[-1]["frames"] == result["frames"] == checkpoint["frames"] == 64
     assert all(math.isfinite(row["loss"]) for row in rows)
     assert result["test_return"] == pytest.approx(sum(result["test_returns"]) / 2)
@@ -99,7 +89,7 @@ ODD = [*map(observation_id, OBSERVATIONS), *map(action_id, ACTIONS)]
 def test_main_any_space_trains(ppo: ModuleType, tmp_path: Path, name: str) -> None:
     tiny = ["--frames", "32", "--eval-every", "32", "--epochs", "1", "--minibatch-steps", "32"]
     ppo.main([*SMALL, *tiny, "--env", name, "--output", str(tmp_path)])
-    rows, result, _ = read(tmp_path)
+    rows, result, _ = read_files(tmp_path)
     assert result["test_returns"] == [20, 20] and math.isfinite(rows[0]["loss"])
 
 
@@ -176,9 +166,9 @@ def test_scale_rewards_normalized_divides_by_deviation_of_returns(make_trainer: 
 
 def test_main_resume_continues_the_run(ppo: ModuleType, tmp_path: Path) -> None:
     ppo.main([*SHORT, "--normalize-observation", "--output", str(tmp_path)])
-    rows, _, before = read(tmp_path)
+    rows, _, before = read_files(tmp_path)
     ppo.main(["--resume", str(tmp_path / "checkpoint.pt"), "--frames", "128"])
-    more, result, after = read(tmp_path)
+    more, result, after = read_files(tmp_path)
     assert [row["frames"] for row in more] == [32, 64, 96, 128]
     assert more[:2] == rows
     changed = {"frames": 128, "resume": str(tmp_path / "checkpoint.pt")}
@@ -214,7 +204,7 @@ def test_main_in_a_folder_with_a_run_needs_resume_or_overwrite(
         ppo.main([*SHORT, "--seed", "1", "--output", str(tmp_path)])
     assert "contains a run. Continue it with --resume" in capsys.readouterr().err
     ppo.main([*SHORT, "--seed", "1", "--overwrite", "--output", str(tmp_path)])
-    assert read(tmp_path)[1]["args"]["seed"] == 1
+    assert read_files(tmp_path)[1]["args"]["seed"] == 1
 
 
 def test_trainer_gives_the_cell_its_options_and_minibatches_theirs(make_trainer: Any) -> None:
@@ -284,30 +274,14 @@ def test_learn_loss_not_finite_stops_with_its_name(make_trainer: Any) -> None:
         trainer.train()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM to another process")
+@NEEDS_SIGNALS
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_script_copied_elsewhere_saves_at_a_signal(tmp_path: Path, number: signal.Signals) -> None:
     """The file alone is copied, with another environment, and stopped while it trains."""
-    copy = tmp_path / "my_ppo.py"
-    shutil.copy(SCRIPT, copy)
     argv = [*SMALL, "--env", "FrozenLake-v1", "--frames", "10000000", "--eval-every", "64"]
-    process = subprocess.Popen(
-        [sys.executable, str(copy), *argv, "--output", "out"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    curve = tmp_path / "out" / "learning_curve.csv"
-    deadline = time.monotonic() + 60
-    while not curve.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    out = interrupt_script(SCRIPT, argv, tmp_path, number)
     assert "Continue: --resume out" in out
-    checkpoint = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
+    checkpoint = read_checkpoint(tmp_path / "out")
     assert checkpoint["frames"] > 0 and not (tmp_path / "out" / "result.json").exists()
 
 
@@ -316,11 +290,11 @@ def test_run_of_an_environment_with_action_masks_plays_allowed_actions(
     ppo: ModuleType, tmp_path: Path, name: str
 ) -> None:
     ppo.main([*SHORT, "--env", masked_id("entry", name), "--output", str(tmp_path)])
-    assert read(tmp_path)[1]["frames"] == 64  # the environment raises at any other action
+    assert read_files(tmp_path)[1]["frames"] == 64  # the environment raises at any other action
 
 
 def test_run_of_an_environment_with_several_actions_plays_and_learns(
     ppo: ModuleType, tmp_path: Path
 ) -> None:
     ppo.main([*SHORT, "--env", "OddActionDict-v0", "--output", str(tmp_path)])
-    assert read(tmp_path)[1]["frames"] == 64
+    assert read_files(tmp_path)[1]["frames"] == 64

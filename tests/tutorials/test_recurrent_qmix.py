@@ -35,15 +35,6 @@ tutorial = load_tutorial("recurrent_qmix")
 Run = Callable[..., Path]
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    def main(*argv: str) -> Path:
-        tutorial.main([*argv, "--output", str(tmp_path)])
-        return tmp_path
-
-    return main
-
-
 def make_doors(num_envs: int = 6, **arguments: Any) -> Any:
     env = tutorial.Password(num_envs, **arguments)
     env.set_seed(0)

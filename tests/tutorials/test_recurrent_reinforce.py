@@ -33,15 +33,6 @@ tutorial = load_tutorial("recurrent_reinforce")
 Run = Callable[..., Path]
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    def main(*argv: str) -> Path:
-        tutorial.main([*argv, "--output", str(tmp_path)])
-        return tmp_path
-
-    return main
-
-
 def play_episodes(num_envs: int, **arguments: Any) -> tuple[Any, Any, Tensor]:
     torch.manual_seed(0)
     args = tutorial.Args(hidden_size=8, **arguments)

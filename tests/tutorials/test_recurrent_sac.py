@@ -5,15 +5,8 @@ That it learns takes minutes, and is measured by ``make learn``.
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-import os
-import shutil
 import signal
-import subprocess
-import sys
-import time
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -25,10 +18,15 @@ from tensordict import TensorDictBase
 
 from rnnkeys import set_recurrent_mode
 from tests.support.odd_environments import ACTIONS, action_id
+from tests.support.tutorials import (
+    NEEDS_SIGNALS,
+    ROOT,
+    interrupt_script,
+    read_checkpoint,
+    read_files,
+)
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tutorials" / "recurrent_sac.py"
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SMALL = [
     *("--num-envs", "2", "--batch-frames", "32", "--updates", "1", "--warmup", "64"),
     *("--slices", "4", "--slice-len", "12", "--burn-in", "4", "--capacity", "1000"),
@@ -46,14 +44,6 @@ def sac(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return import_module(SCRIPT.stem)
 
 
-def read(folder: Path) -> tuple[list[dict[str, float]], dict[str, Any], dict[str, Any]]:
-    with (folder / "learning_curve.csv").open(newline="") as file:
-        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    assert (folder / "learning_curve.png").read_bytes().startswith(PNG_SIGNATURE)
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    return rows, json.loads((folder / "result.json").read_text()), checkpoint
-
-
 def gradient_steps(checkpoint: dict[str, Any]) -> int:
     return int(checkpoint["optimizer"]["state"][0]["step"])
 
@@ -64,7 +54,7 @@ def gradient_steps(checkpoint: dict[str, Any]) -> int:
 )
 def test_main_small_budget_writes_all_files(sac: ModuleType, tmp_path: Path, options: str) -> None:
     sac.main([*SHORT, *options.split(), "--output", str(tmp_path)])
-    rows, result, checkpoint = read(tmp_path)
+    rows, result, checkpoint = read_files(tmp_path)
     assert [row["frames"] for row in rows] == [256, 512]
     assert all(math.isfinite(row["loss"]) for row in rows)
     assert result["test_return"] == pytest.approx(sum(result["test_returns"]) / 2)
@@ -76,16 +66,16 @@ def test_main_small_budget_writes_all_files(sac: ModuleType, tmp_path: Path, opt
 def test_main_any_continuous_space_trains(sac: ModuleType, tmp_path: Path, name: str) -> None:
     tiny = ["--frames", "128", "--eval-every", "128"]
     sac.main([*SMALL, *tiny, "--env", name, "--output", str(tmp_path)])
-    rows, result, _ = read(tmp_path)
+    rows, result, _ = read_files(tmp_path)
     assert result["test_returns"] == [20, 20] and math.isfinite(rows[0]["loss"])
 
 
 def test_main_resume_continues_the_run(sac: ModuleType, tmp_path: Path) -> None:
     sac.main([*SHORT, "--output", str(tmp_path)])
-    rows, _, before = read(tmp_path)
+    rows, _, before = read_files(tmp_path)
     path = str(tmp_path / "checkpoint.pt")
     sac.main(["--resume", path, "--frames", "768"])
-    more, _, after = read(tmp_path)
+    more, _, after = read_files(tmp_path)
     assert [row["frames"] for row in more] == [256, 512, 768]
     assert str(more[:2]) == str(rows)  # no episode has ended yet: NaN
     assert after["args"] == {**before["args"], "frames": 768, "resume": path}
@@ -202,10 +192,8 @@ def test_critic_action_changes_no_later_value(learner: Any, batch: TensorDictBas
     assert not changed[:, :5].any() and not changed[:, 6:].any()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM to another process")
+@NEEDS_SIGNALS
 def test_script_copied_elsewhere_saves_at_a_signal(tmp_path: Path) -> None:
-    copy = tmp_path / "my_sac.py"
-    shutil.copy(SCRIPT, copy)
     argv = [
         *SMALL,
         "--env",
@@ -215,20 +203,6 @@ def test_script_copied_elsewhere_saves_at_a_signal(tmp_path: Path) -> None:
         "--eval-every",
         "64",
     ]
-    process = subprocess.Popen(
-        [sys.executable, str(copy), *argv, "--output", "out"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    curve = tmp_path / "out" / "learning_curve.csv"
-    deadline = time.monotonic() + 60
-    while not curve.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    out = interrupt_script(SCRIPT, argv, tmp_path, signal.SIGTERM)
     assert "Continue: --resume out" in out
-    assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["frames"] > 0
+    assert read_checkpoint(tmp_path / "out")["frames"] > 0
