@@ -8,11 +8,20 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
+from torchrl.modules import GRUModule as TorchRLGRUModule
+from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
 from rnnkeys import GRUModule
-from rnnkeys.checks.losses import find_batch_problems, find_start_problems
+from rnnkeys.checks.losses import (
+    find_batch_problems,
+    find_number_keys,
+    find_start_problems,
+    find_written_state_problems,
+    needs_next,
+)
 from rnnkeys.modules.network import RecurrentNetwork
+from tests.support.policy_gradients import make_agent
 from tests.support.recurrent import chain
 
 
@@ -68,3 +77,35 @@ def test_find_start_problems_needs_flags_and_steps_to_read() -> None:
     rights: list[Any] = [batch[:1], batch[:0], batch[0, 0], batch.exclude("is_init")]
     for right in (*rights, batch.clone().update(stored)):
         assert not list(find_start_problems(right, layer, "A loss"))
+
+
+def test_needs_next_of_a_loss_on_collected_data_depends_on_the_advantage() -> None:
+    agent = make_agent()
+    loss = ClipPPOLoss(agent.actor, agent.critic)
+    estimator = GAE(gamma=0.9, lmbda=0.9, value_network=agent.critic)
+    batch = TensorDict({"advantage": torch.zeros(2, 3, 1)}, [2, 3])
+    for computed in (batch, batch.exclude("advantage")):
+        assert needs_next(estimator, computed)
+        assert needs_next(loss, computed) == ("advantage" not in computed)
+    loss.set_keys(advantage="other")
+    assert needs_next(loss, batch)
+
+
+def test_find_number_keys_are_those_that_a_loss_reads() -> None:
+    agent = make_agent()
+    loss = ClipPPOLoss(agent.actor, agent.critic)
+    estimator = GAE(gamma=0.9, lmbda=0.9, value_network=agent.critic)
+    assert find_number_keys(estimator) == [("next", "reward")]
+    assert find_number_keys(loss) == [("next", "reward"), "advantage", "value_target"]
+    loss.set_keys(advantage="other", reward="gain")
+    assert find_number_keys(loss) == [("next", "gain"), "other", "value_target"]
+
+
+def test_find_written_state_problems_of_torchrls_module_names_ours() -> None:
+    sizes: dict[str, Any] = {"in_key": "observation", "out_key": "embed"}
+    [ours] = RecurrentNetwork(GRUModule(3, 5, **sizes)).layers
+    assert not list(find_written_state_problems(ours, "A reader"))
+    [theirs] = RecurrentNetwork(TorchRLGRUModule(3, 5, **sizes)).layers
+    [problem] = find_written_state_problems(theirs, "A reader")
+    assert problem.check == "states-not-written" and "torchrl's GRUModule" in problem.message
+    assert "rnnkeys.GRUModule" in problem.remedy

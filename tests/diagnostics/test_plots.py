@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.colors import to_rgba
 from tensordict import TensorDict
 
 import rnnkeys
@@ -54,6 +55,26 @@ def test_plot_episode_states_without_policy_finds_states() -> None:
     data = cases.collect(DQN, policy, 40, (2,))
     [panel] = plot_episode_states(data, row=1).axes
     torch.testing.assert_close(line(panel, "actor_c"), data["actor_c"][1].flatten(1).norm(dim=-1))
+    labels = [str(one.get_label()) for one in panel.get_lines()]
+    assert {one for one in labels if not one.startswith("_")} == {"actor_h", "actor_c", "start"}
+
+
+def test_plots_put_the_legend_beside_the_panel_and_count_in_whole_steps() -> None:
+    policy, data = rollout()
+    [norms, _, reach] = plot_episode_states(data, policy).axes
+    [stale] = plot_state_staleness(policy, cases.windows(DQN, policy)).axes
+    for panel in (norms, reach, stale):
+        legend: Any = panel.get_legend()
+        corner = legend.get_bbox_to_anchor().transformed(panel.transAxes.inverted())
+        assert (corner.x0, corner.y0) == pytest.approx((1, 1))
+        assert legend.get_texts()[0].get_fontsize() < 10
+    for panel in (reach, stale):
+        assert all(tick == int(tick) for tick in panel.xaxis.get_major_locator().tick_values(0, 2))
+    [starts, *_] = [one for one in norms.get_lines() if one.get_linestyle() == ":"]
+    assert starts.get_color() == "0.6"
+    band: Any = stale.collections[0]
+    expected = to_rgba(stale.get_lines()[0].get_color(), 0.15)
+    assert tuple(band.get_facecolor()[0]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
