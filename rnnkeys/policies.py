@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torchrl.data import Binary, Categorical, MultiOneHot, OneHot, TensorSpec
 from torchrl.modules import MLP, ConvNet, QValueModule
 
-from .cells import FEED_FORWARD_CELL, LAYER_NORM_LSTM_CELL, Cell
+from .cells import FEED_FORWARD_CELL, LAYER_NORM_LSTM_CELL
 from .modules.cell_module import CellModule
 from .modules.lstm_gru import GRUModule, LSTMModule
 from .modules.named_modules import (
@@ -51,13 +52,14 @@ _LINEAR: dict[str, Callable[..., RecurrentModule]] = {
     "s6": S6Module,
     "ffm": FFMModule,
 }
-_OTHERS: dict[str, Callable[..., RecurrentModule]] = {
+_MODULES: dict[str, Callable[..., RecurrentModule]] = {
+    **_LINEAR,
     "lstm": LSTMModule,
     "gru": GRUModule,
     "rnn": RNNModule,
+    "lstm_ln": partial(CellModule, LAYER_NORM_LSTM_CELL),
+    "feed_forward": partial(CellModule, FEED_FORWARD_CELL),
 }
-# Cells without arguments of their own.
-_CELLS: dict[str, Cell] = {cell.name: cell for cell in (LAYER_NORM_LSTM_CELL, FEED_FORWARD_CELL)}
 
 
 def recurrent_module(
@@ -103,16 +105,13 @@ def recurrent_module(
         )
     arguments = {"num_layers": num_layers, "dropout": dropout, **arguments}
     if kind in _LINEAR:
-        block = "residual" if block is None else block
-        return _LINEAR[kind](input_size, hidden_size, block=block, **arguments)
-    if block not in (None, "plain"):
+        arguments["block"] = "residual" if block is None else block
+    elif block not in (None, "plain"):
         raise ValueError(
             f"block must be 'plain', or 'residual' with one of the linear cells {list(_LINEAR)}. "
             f"Got block={block!r} with kind={kind!r}."
         )
-    if kind in _OTHERS:
-        return _OTHERS[kind](input_size, hidden_size, **arguments)
-    return CellModule(_CELLS[kind], input_size, hidden_size, **arguments)
+    return _MODULES[kind](input_size, hidden_size, **arguments)
 
 
 class DuelingHead(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,6 +134,19 @@ def _grad_gated(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return d_p, d_start if wants_start else None, None
 
 
+def _map_rows(op: Callable[..., Any], info: Any, dims: Sequence[int | None], *args: Any) -> Any:
+    """Run an operator under vmap, the mapped dimension folded into the rows ``[T, N, ...]``."""
+    size = info.batch_size
+    folded = [
+        _fold(x, dim, size) if isinstance(x, Tensor) else x
+        for x, dim in zip(args, dims, strict=True)
+    ]
+    out = op(*folded)
+    if isinstance(out, Tensor):
+        return _unfold(out, size), 1
+    return tuple(_unfold(one, size) for one in out), (1,) * len(out)
+
+
 def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
     """Fold a mapped dimension into the rows: ``[T, N, ...]`` to ``[T, size * N, ...]``."""
     moved = x.movedim(dim, 1) if dim is not None else x.unsqueeze(1).expand(-1, size, *x.shape[1:])
@@ -139,15 +154,13 @@ def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def _unfold(x: Tensor, size: int) -> Tensor:
-    return x.unflatten(1, (size, -1))
+    # A gradient that is not wanted is empty.
+    return x.unflatten(1, (size, -1)) if x.ndim > 1 else x.expand(size, 0).T
 
 
 def _map_scan(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-    *tensors, paired = args
-    size = info.batch_size
-    a = _decay_per_row(args[0], dims[0], args[1], dims[1], size)
-    rest = (_fold(x, dim, size) for x, dim in zip(tensors[1:], dims[1:4], strict=True))
-    return _unfold(scan(_fold(a, 0, size), *rest, paired), size), 1
+    a = _decay_per_row(args[0], dims[0], args[1], dims[1], info.batch_size)
+    return _map_rows(scan, info, (0, *dims[1:]), a, *args[1:])
 
 
 def _decay_per_row(a: Tensor, dim: int | None, b: Tensor, b_dim: int | None, size: int) -> Tensor:
@@ -162,33 +175,13 @@ def _decay_per_row(a: Tensor, dim: int | None, b: Tensor, b_dim: int | None, siz
 def _map_scan_backward(
     info: Any, dims: tuple[int | None, ...], *args: Any
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
-    grad, a, h, start, reset, wants_start, paired = args
-    size = info.batch_size
-    is_constant = a.ndim - (dims[1] is not None) == 1
-    decays = _decay_per_row(a, dims[1], h, dims[2], size)
-    kept = zip((h, start, reset), dims[2:5], strict=True)
-    folded = (_fold(x, dim, size) for x, dim in kept)
-    folded_grad, folded_decays = _fold(grad, dims[0], size), _fold(decays, 0, size)
-    d_a, d_b, d_start = scan_backward(folded_grad, folded_decays, *folded, wants_start, paired)
-    d_a, d_b = _unfold(d_a, size), _unfold(d_b, size)
-    d_start = _unfold(d_start, size) if wants_start else d_start.expand(size, 0).T
-    return (d_a.sum((0, 2)) if is_constant else d_a, d_b, d_start), (0 if is_constant else 1, 1, 1)
-
-
-def _map_gated(info: Any, dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
-    folded = (_fold(x, dim, info.batch_size) for x, dim in zip(args, dims, strict=True))
-    return _unfold(gated(*folded), info.batch_size), 1
-
-
-def _map_gated_backward(
-    info: Any, dims: tuple[int | None, ...], *args: Any
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    *tensors, wants_start = args
-    size = info.batch_size
-    folded = (_fold(x, dim, size) for x, dim in zip(tensors, dims[:-1], strict=True))
-    d_p, d_start = gated_backward(*folded, wants_start)
-    d_start = _unfold(d_start, size) if wants_start else d_start.expand(size, 0).T
-    return (_unfold(d_p, size), d_start), (1, 1)
+    grad, a, h, *others = args
+    decays = _decay_per_row(a, dims[1], h, dims[2], info.batch_size)
+    found, where = _map_rows(scan_backward, info, (dims[0], 0, *dims[2:]), grad, decays, h, *others)
+    if a.ndim - (dims[1] is not None) > 1:
+        return found, where
+    d_a, d_b, d_start = found
+    return (d_a.sum((0, 2)), d_b, d_start), (0, 1, 1)
 
 
 scan.register_autograd(_grad_scan, setup_context=_keep_scan)
@@ -197,8 +190,8 @@ for _op in (scan_backward, gated_backward):
     _op.register_autograd(raise_second_derivative, setup_context=lambda ctx, inputs, output: None)
 scan.register_vmap(_map_scan)
 scan_backward.register_vmap(_map_scan_backward)
-gated.register_vmap(_map_gated)
-gated_backward.register_vmap(_map_gated_backward)
+gated.register_vmap(partial(_map_rows, gated))
+gated_backward.register_vmap(partial(_map_rows, gated_backward))
 
 
 def linear_scan(

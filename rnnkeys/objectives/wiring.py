@@ -274,8 +274,6 @@ class Wired:
 
     def _add_zero_states(self, batch: TensorDictBase) -> None:
         """Add zeros for states that are not stored and that the loss selects from the batch."""
-        if all(batch.get(key, None) is not None for key in self._wiring.selected):
-            return
         for layer in self._wiring.layers:
             for key in layer.state_keys:
                 if key in self._wiring.selected and batch.get(key, None) is None:

@@ -1,10 +1,16 @@
-"""The base of transforms that take batches of sequences."""
+"""What transforms of batches of sequences share: their base, and the preparation of a batch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
 from torchrl.envs import Transform
+
+from ..checks import raise_first
+from ..sequences import find_sequence_problems, set_segment_starts
 
 
 class SequenceTransform(Transform):
@@ -40,3 +46,28 @@ class SequenceTransform(Transform):
     def is_in_buffer(self) -> bool:
         """Whether a replay buffer runs the transform: its transforms are in evaluation mode."""
         return self._has_container and not self.training
+
+
+def prepare_sequences(
+    batch: TensorDictBase, pairs: Iterable[tuple[NestedKey, NestedKey]], reader: str
+) -> TensorDictBase:
+    """Check a batch of sequences and flag its segment starts.
+
+    Args:
+        batch: ``[*, T]``; it stays as it is.
+        pairs: ``(state key, init key)`` of the recurrent states that are read.
+        reader: who reads the batch, for error messages.
+
+    Returns:
+        A shallow copy whose flags are those of
+        :func:`rnnkeys.sequences.find_segment_starts`.
+
+    Raises:
+        KeyError: if flags are missing.
+        TypeError: if flags, mask or ``done`` are not bool.
+        ValueError: if a shape is wrong, or if time is not contiguous.
+    """
+    pairs = list(pairs)
+    init_keys = list(dict.fromkeys(key for _, key in pairs))
+    raise_first(find_sequence_problems(batch, init_keys, pairs, reader=reader))
+    return set_segment_starts(batch, init_keys)

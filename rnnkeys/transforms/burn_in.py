@@ -13,8 +13,7 @@ from ..checks import as_int, find_type_problems, raise_first
 from ..keys import next_key
 from ..modules.network import RecurrentNetwork, as_networks
 from ..sequences.segment_starts import expand_flags
-from .base import SequenceTransform
-from .prepare import prepare_sequences
+from .base import SequenceTransform, prepare_sequences
 
 
 class BurnIn(SequenceTransform):

@@ -13,7 +13,7 @@ from torchrl.data import ListStorage, TensorStorage
 from ..checks import as_int
 from ..keys import MASK_KEY, next_key
 from ..modules.network import RecurrentNetwork
-from .prepare import prepare_sequences
+from .base import prepare_sequences
 from .windows import EPISODE_KEY, FIRST_KEY
 
 

@@ -15,8 +15,8 @@ from ..checks import as_int, find_type_problems, raise_first
 from ..keys import MASK_KEY
 from ..modules.network import RecurrentNetwork
 from ..sequences import read_mask
+from .base import prepare_sequences
 from .burn_in import cut_burn_in
-from .prepare import prepare_sequences
 from .refresh import RefreshStates, read_windows
 from .windows import EPISODE_KEY, FIRST_KEY, Windows
 
