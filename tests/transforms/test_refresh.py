@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from tensordict.nn import TensorDictModule
 from torchrl.data import (
     CompressedListStorage,
     LazyMemmapStorage,
@@ -125,6 +126,24 @@ def test_refresh_buffer_of_two_windows_keeps_their_episodes_apart():
     stored = cast(Any, torch.cat([one.cut(row) for one, row in zip(workers, data, strict=True)]))
     RefreshStates(policy).refresh_windows(stored)
     assert_equal(stored["recurrent_state"], expected["recurrent_state"], torch.float32)
+
+
+def test_refresh_windows_in_another_order_refreshes_the_same_ones():
+    policy = make_policy("gru")
+    data: Any = collect_episodes(policy, [[13, 11]])
+    windows = Windows(4, "null").cut(data)
+    disturb(policy)
+    other = cast(Any, torch.cat([windows[1:], windows[:1]]))  # the first one follows the last one
+    moved = RefreshStates(policy).refresh_windows(windows)
+    assert RefreshStates(policy).refresh_windows(other) == moved == len(windows) - 2
+    moved_back = other["recurrent_state"].roll(1, 0)
+    assert_equal(moved_back, windows["recurrent_state"], torch.float32)
+
+
+def test_refresh_of_a_feed_forward_network_raises():
+    network = TensorDictModule(torch.nn.Linear(3, 5), ["observation"], ["embed"])
+    with pytest.raises(ValueError, match="no recurrent module"):
+        RefreshStates(network)
 
 
 def test_refresh_window_stored_twice_follows_itself_nowhere():

@@ -84,7 +84,7 @@ def test_windows_null_steps_are_zero_done_and_masked():
     transform = Windows(4, "null")
     transform(episode(10, done=False))
     rest = transform.flush()
-    assert rest is not None
+    assert rest is not None and transform.flush() is None
     rest = transform.to_sequences(rest)
     assert rest["next", "done"].squeeze(-1).tolist() == [[False, False, True, True]]
     assert rest[MASK].tolist() == [[True, True, False, False]]
@@ -94,6 +94,16 @@ def test_windows_null_steps_are_zero_done_and_masked():
     repeated = Windows(4, "repeat")(episode(6))
     assert repeated["next", "reward"][1].squeeze(-1).tolist() == [5, 6, 6, 6]
     assert repeated[MASK][1].tolist() == [True, True, False, False]
+
+
+def test_windows_null_steps_are_done_for_every_agent():
+    data = episode(3)
+    data["next", "agents", "done"] = data["next", "done"].clone()
+    data["agents", "done"] = data["next", "done"].clone()
+    windows = Windows(4, "null")
+    sequences = windows.to_sequences(windows(data))
+    assert sequences["next", "agents", "done"].flatten().tolist() == [False, False, True, True]
+    assert sequences["agents", "done"].flatten().tolist() == [False, False, True, False]
 
 
 @pytest.mark.parametrize("residual", ["last", "null", "repeat"])
