@@ -231,6 +231,8 @@ class RunningNorm(nn.Module):
     def update(self, values: Tensor) -> None:
         """Update the statistics with values ``[*, *shape]``, between two rollouts."""
         values = values.reshape(-1, *self.mean.shape)
+        if not len(values):
+            return  # of none, such as those that a mask leaves, the mean would be NaN
         share = len(values) / (self.count + len(values))
         delta = values.mean(0) - self.mean
         self.var.lerp_(values.var(0, correction=0) + (1 - share) * delta**2, share)

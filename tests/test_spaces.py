@@ -145,6 +145,14 @@ def test_running_norm_equals_the_moments_of_all_values() -> None:
     torch.testing.assert_close(norm(values), want)
 
 
+def test_running_norm_without_values_keeps_its_moments() -> None:
+    norm = RunningNorm((3,))
+    norm.update(torch.zeros(0, 3))
+    norm.update(torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]))
+    norm.update(torch.zeros(2, 0, 3))
+    assert norm.mean.tolist() == [2, 2, 2] and norm.var.tolist() == [1, 0, 1]
+
+
 def test_running_norm_limits_values() -> None:
     norm = RunningNorm((), limit=2.0)
     norm.update(torch.tensor([-1.0, 1.0]))
