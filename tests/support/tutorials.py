@@ -67,12 +67,19 @@ def assert_complete(folder: Path, frames: list[int], tested: int = 20) -> None:
     assert math.isclose(result["best_evaluation"], best["evaluation"], rel_tol=1e-6)
 
 
-def assert_fails(capsys: pytest.CaptureFixture[str], message: str, call: Callable[[], Any]) -> None:
-    """Assert that a tutorial ends with one line on stderr that matches ``message``."""
+def assert_exits(capsys: pytest.CaptureFixture[str], text: str, call: Callable[[], Any]) -> str:
+    """Assert that a tutorial ends with status 2 and a text on stderr, which is returned."""
     with pytest.raises(SystemExit) as stopped:
         call()
     assert stopped.value.code == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    error = capsys.readouterr().err
+    assert text in error and "Traceback" not in error
+    return error
+
+
+def assert_fails(capsys: pytest.CaptureFixture[str], message: str, call: Callable[[], Any]) -> None:
+    """Assert that a tutorial ends with one line on stderr that matches ``message``."""
+    error = assert_exits(capsys, "error: ", call).splitlines()[-1]
     assert re.search(rf"error: .*{message}", error), error
 
 

@@ -20,6 +20,7 @@ from tests.support.tutorials import (
     NEEDS_SIGNALS,
     ROOT,
     assert_complete,
+    assert_exits,
     assert_same,
     interrupt_script,
     load_tutorial,
@@ -281,9 +282,7 @@ def test_main_with_a_bad_value_raises_and_writes_nothing(
 def test_main_with_an_unknown_option_raises(
     argv: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        tutorial.main(argv)
-    assert argv[-2] in capsys.readouterr().err
+    assert_exits(capsys, argv[-2], lambda: tutorial.main(argv))
 
 
 @pytest.mark.parametrize(

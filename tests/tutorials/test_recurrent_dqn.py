@@ -19,6 +19,7 @@ from tests.support.tutorials import (
     NEEDS_SIGNALS,
     ROOT,
     assert_complete,
+    assert_exits,
     assert_fails,
     assert_same,
     interrupt_script,
@@ -211,9 +212,7 @@ def test_main_with_a_bad_value_raises(
 def test_main_with_an_unknown_option_raises(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        tutorial.main(argv)
-    assert message in capsys.readouterr().err
+    assert_exits(capsys, message, lambda: tutorial.main(argv))
 
 
 @pytest.mark.parametrize("content", [{"weights": 1}, {"args": {"smell": 1}}, None])

@@ -26,6 +26,7 @@ from tests.support.odd_environments import (
 from tests.support.tutorials import (
     NEEDS_SIGNALS,
     ROOT,
+    assert_exits,
     interrupt_script,
     read_checkpoint,
     read_files,
@@ -200,10 +201,9 @@ def test_main_in_a_folder_with_a_run_needs_resume_or_overwrite(
     ppo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ppo.main([*SHORT, "--output", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        ppo.main([*SHORT, "--seed", "1", "--output", str(tmp_path)])
-    assert "contains a run. Continue it with --resume" in capsys.readouterr().err
-    ppo.main([*SHORT, "--seed", "1", "--overwrite", "--output", str(tmp_path)])
+    argv = [*SHORT, "--seed", "1", "--output", str(tmp_path)]
+    assert_exits(capsys, "contains a run. Continue it with --resume", lambda: ppo.main(argv))
+    ppo.main([*argv, "--overwrite"])
     assert read_files(tmp_path)[1]["args"]["seed"] == 1
 
 
@@ -248,21 +248,15 @@ def test_main_bad_option_exits_with_its_name(
     message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit) as exit:
-        ppo.main([*options, "--output", str(tmp_path)])
-    assert exit.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert "Traceback" not in error
+    assert_exits(capsys, message, lambda: ppo.main([*options, "--output", str(tmp_path)]))
 
 
 def test_main_resume_with_another_network_exits(
     ppo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ppo.main([*SHORT, "--output", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        ppo.main(["--resume", str(tmp_path / "checkpoint.pt"), "--cell", "gru"])
-    assert "--cell must be lstm, as in" in capsys.readouterr().err
+    argv = ["--resume", str(tmp_path / "checkpoint.pt"), "--cell", "gru"]
+    assert_exits(capsys, "--cell must be lstm, as in", lambda: ppo.main(argv))
 
 
 def test_learn_loss_not_finite_stops_with_its_name(make_trainer: Any) -> None:

@@ -14,6 +14,7 @@ from tests.support.tutorials import (
     NEEDS_SIGNALS,
     ROOT,
     assert_complete,
+    assert_exits,
     assert_fails,
     assert_same,
     interrupt_script,
@@ -168,9 +169,7 @@ def test_main_with_a_bad_value_raises(
 def test_main_with_an_abbreviated_option_raises(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        run("--agent", "3")
-    assert "--agent" in capsys.readouterr().err
+    assert_exits(capsys, "--agent", lambda: run("--agent", "3"))
 
 
 @pytest.mark.parametrize("key", ["state", "reward"])

@@ -16,6 +16,7 @@ from rnnkeys import get_env_transforms_from_module, set_recurrent_mode
 from tests.support.tutorials import (
     NEEDS_SIGNALS,
     ROOT,
+    assert_exits,
     assert_fails,
     assert_same,
     interrupt_script,
@@ -155,9 +156,7 @@ def test_main_with_a_bad_value_raises(
 def test_main_with_an_abbreviated_option_raises(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        run("--episode", "3")
-    assert "--episode" in capsys.readouterr().err
+    assert_exits(capsys, "--episode", lambda: run("--episode", "3"))
 
 
 def test_run_in_a_folder_with_a_run_needs_resume_or_overwrite(
