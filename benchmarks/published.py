@@ -59,9 +59,9 @@ def make_maze(length: int, frames: int) -> Experiment:
         title=f"R2D2 in the passive T-maze, corridor of {length}",
         text=(
             f"{MAZE_TEXT}, but for the smallest decay of the LRU at the start, an argument that "
-            "others do not have. Linear cells are alone, without the residual block. Fresh episodes "
-            "of different seeds overlap, and three in four of them show the same side: an agent "
-            f"that always turns one way succeeds in .75 or .25 of them. {BEST}"
+            "others do not have. Linear cells are alone, without the residual block. The fresh "
+            "episodes of the seeds overlap, and three in four of them show one side: an agent that "
+            f"always turns the same way succeeds in .75 or .25 of them. {BEST}"
         ),
         variants={name: (*words, *cell) for name, cell in MAZE_CELLS.items()},
         seeds=range(3),
