@@ -71,11 +71,17 @@ class Coverage(NamedTuple):
     lines: dict[str, dict[str, list[str]]]
 
     def tests_of(self, mutation: Mutation) -> list[str]:
-        """Return the tests that run a mutation's statement, in the order to run them in."""
+        """Return the tests that run a mutation's statement, in the order to run them in.
+
+        Where there are none, those of its function: a case that is not measured may run it.
+        """
         lines = self.lines.get(mutation.path, {})
         span = range(mutation.offset, mutation.offset + mutation.last_line - mutation.line + 1)
         places = [f"{mutation.function}+{offset}" for offset in span]
         names = {name for place in places for name in lines.get(place, [])}
+        if not names:
+            every = [place for place in lines if place.startswith(f"{mutation.function}+")]
+            names = {name for place in every for name in lines[place]}
         folder = mutation.path.split("/")[1]
         near = (f"tests/{folder}/", f"rnnkeys/{folder}/")
         return sorted(

@@ -16,6 +16,7 @@ from torchrl.objectives.value import TD0Estimator
 
 from rnnkeys import GRUModule, LSTMModule, drqn_policy, set_recurrent_mode
 from rnnkeys.modules import RecurrentNetwork
+from rnnkeys.modules.network import eval_mode
 
 
 def _chain(*modules: Any) -> TensorDictSequential:
@@ -150,3 +151,14 @@ def test_initial_states_with_example_have_dimensions_of_agents():
     assert states["agents", "h"].shape == (2, 4, 1, 5)
     assert not states["agents", "h"].any()
     assert ("next", "agents", "h") not in example
+
+
+def test_eval_mode_switches_every_module_and_restores_each():
+    network = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout()))
+    network[0].eval()
+    before = [module.training for module in network.modules()]
+    with eval_mode(network):
+        assert not any(module.training for module in network.modules())
+        assert not torch.is_grad_enabled()
+    assert [module.training for module in network.modules()] == before == [True, False, True, True]
+    assert torch.is_grad_enabled()
