@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torchrl.modules
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import TensorDictSequential
 from torch import Tensor, nn
 
 from rnnkeys import GRUModule, LSTMModule, set_recurrent_mode
@@ -106,11 +106,3 @@ def recurrently(module: Any, data: TensorDictBase) -> TensorDictBase:
 def chain(*modules: nn.Module) -> TensorDictSequential:
     """Return modules run one after the other (their constructor's types admit only lists)."""
     return TensorDictSequential(*modules)  # pyright: ignore[reportArgumentType, reportCallIssue]
-
-
-def discrete_policy(module: Any, num_actions: int = 2) -> TensorDictSequential:
-    """Return a greedy policy: the recurrent module, a linear head, the best action."""
-    width = next(m for m in module.modules() if isinstance(m, nn.RNNBase)).hidden_size
-    head = TensorDictModule(nn.Linear(width, num_actions), ["embed"], ["logits"])
-    best = TensorDictModule(lambda logits: logits.argmax(-1), ["logits"], ["action"])
-    return chain(module, head, best)
