@@ -71,19 +71,19 @@ class Run:
         """Return the run's row of the table."""
         test = self.result["test_returns"]
         rest = {
-            name: round(value, 1)
+            name: shorten(value)
             for name, value in self.result.items()
             if isinstance(value, int | float) and name != "test_return"
         }
         return {
             "variant": self.variant,
             "seed": self.seed,
-            "fresh episodes: mean": round(sum(test) / len(test), 1),
-            "min": round(min(test), 1),
-            "max": round(max(test), 1),
+            "fresh episodes: mean": shorten(sum(test) / len(test)),
+            "min": shorten(min(test)),
+            "max": shorten(max(test)),
             **({} if self.experiment.success is None else {"success": self.score()}),
-            f"{self.experiment.y} half way": round(self.half_way(), 1),
-            f"{self.experiment.y} at the end": round(self.curve[-1][self.experiment.y], 1),
+            f"{self.experiment.y} half way": shorten(self.half_way()),
+            f"{self.experiment.y} at the end": shorten(self.curve[-1][self.experiment.y]),
             **rest,
         }
 
@@ -94,6 +94,16 @@ class Run:
     def half_way(self) -> float:
         x, y = self.experiment.x, self.experiment.y
         return next(row[y] for row in self.curve if row[x] >= self.curve[-1][x] / 2)
+
+
+def shorten(value: float) -> float:
+    """Round to one digit after the point, or to three where the value is less than ten.
+
+    Examples:
+        >>> shorten(421.21875), shorten(-0.03255)
+        (421.2, -0.033)
+    """
+    return round(value, 1 if abs(value) >= 10 else 3)
 
 
 def run(variant_and_seed: tuple[str, int], name: str, runs: Path) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import doctest
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import learn
+from benchmarks import experiments, learn, summary
 from benchmarks.experiments import Experiment
 from benchmarks.popgym_tasks import GAMES, measure_random
 from benchmarks.summary import stratified_interval, summarize, write_overview
@@ -114,3 +115,10 @@ def test_list_missing_names_the_seeds_without_a_run() -> None:
 def test_measure_random_agrees_with_the_reference_that_the_table_shows(game: str) -> None:
     (one,) = (one for one in GAMES.values() if one.name == game)
     assert measure_random(game, 300) == pytest.approx(one.random, abs=0.02)
+
+
+@pytest.mark.parametrize("module", [experiments, learn, summary])
+def test_examples_in_docstrings(module: Any) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert not result.failed
