@@ -200,8 +200,9 @@ class _Task(NamedTuple):
             # The note stays if the process ends here: by the alarm or by a crash.
             self.note.write_text(item.nodeid, encoding="utf-8")
             # In seconds of computation, which other programs do not change; a deadlock has none.
-            signal.setitimer(signal.ITIMER_PROF, 10 * self.seconds.get(item.nodeid, 1.0) + 20)
-            signal.alarm(600)
+            seconds = self.seconds.get(item.nodeid, 1.0)
+            signal.setitimer(signal.ITIMER_PROF, 10 * seconds + 20)
+            signal.alarm(int(20 * seconds) + 60)
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             if self.session.testsfailed:
                 return 1

@@ -377,6 +377,11 @@ FAULTS: dict[str, tuple[Callable[[], Wiring], str, str]] = {
         "SliceSampler",
     ),
     "states not stored": (states_not_stored, "state-missing", "actor_h.*with the primer"),
+    "states not stored, loss alone": (
+        lambda: dataclasses.replace(states_not_stored(), policy=None),
+        "state-missing",
+        "actor_h.*with the primer",
+    ),
     "half a state": (half_a_state, "state-missing", "Store .'actor_c'"),
     "no flags in next": (without_flags, "next-is-init", "recurrent_loss"),
     "loss alone": (without_flags_loss_alone, "next-is-init", "recurrent_loss"),

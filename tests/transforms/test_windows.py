@@ -270,6 +270,11 @@ def test_windows_invalid_batch_raises():
         Windows(2)(done)
 
 
+def test_windows_of_a_batch_without_data_raises():
+    with pytest.raises(ValueError, match=r"Windows reads the values .* is on the meta device"):
+        Windows(2)(episode(3).to("meta"))
+
+
 def test_windows_drop_without_a_window_warns_once():
     transform = Windows(8, "drop")
     for _ in range(9):
