@@ -472,6 +472,17 @@ def test_sequences_equal_steps(kind, backend, shape, dtype):
 
 
 @in_both_kinds
+def test_step_of_environments_of_which_one_ends_continues_the_others(kind):
+    """The last dimension of a single step is that of environments, not time."""
+    module = make(kind)
+    step = batch(module, (3,), flag_rate=0.0)
+    expected = outputs(module, module(step.clone()))
+    step["next", "done"] = torch.tensor([[True], [False], [False]])
+    for key, value in outputs(module, module(step)).items():
+        assert torch.equal(value, expected[key]), key
+
+
+@in_both_kinds
 @on_every_backend
 @pytest.mark.parametrize("python_based", [True, False])
 def test_gradients_of_sequences_equal_those_of_steps(kind, backend, python_based):
