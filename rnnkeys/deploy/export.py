@@ -251,4 +251,4 @@ def _write_onnx(
         )
     description = {**description, "opset": written.model.opset_imports[""]}
     written.model.metadata_props["rnnkeys"] = json.dumps(description)
-    written.save(str(path), external_data=False)
+    written.save(str(path))

@@ -148,6 +148,17 @@ def test_actor_that_keeps_dying_is_given_up(actors: ManualActors) -> None:
     assert actor_of(actors.next()) == 0 and len(actors.started) == 4
 
 
+def test_actor_without_restarts_is_given_up_at_once() -> None:
+    with ManualActors(max_restarts=0) as actors:
+        actors.started[1].die()
+        actors.started[0].answer()
+        assert actor_of(actors.next()) == 0
+        actors.started[0].answer()
+        with pytest.warns(RuntimeWarning, match="1 times in a row without a batch. Collection"):
+            assert actor_of(actors.next()) == 0
+        assert len(actors.started) == 2
+
+
 @pytest.mark.filterwarnings("ignore:Actor . .* is lost:RuntimeWarning")
 def test_loss_of_all_actors_raises_and_names_the_last_one(actors: ManualActors) -> None:
     actors.mortal = {0, 1}

@@ -413,6 +413,12 @@ def test_check_finds_one_mistake(name: str) -> None:
     assert problem.message in str(report) and problem.remedy in str(report)
 
 
+def test_check_dropped_states_are_found_with_and_without_a_batch() -> None:
+    wiring = dropped_critic_state()
+    assert "critic-state" in Wiring(None, loss=wiring.loss).check().checks()
+    assert "critic-state" in wiring.check().checks()
+
+
 def test_check_mode_in_force_is_found() -> None:
     wiring = right()
     with set_recurrent_mode(True):

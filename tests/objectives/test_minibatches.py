@@ -147,6 +147,17 @@ def test_minibatches_keep_the_mask_and_drop_sequences_of_padding() -> None:
     assert sorted(batch["number"][batch[MASK]].tolist()) == [0, 1, 2, 3, 8, 9, 10, 11, 12, 14, 15]
 
 
+def test_minibatches_without_refresh_keep_the_states_in_every_epoch() -> None:
+    agent = make_agent()
+    data = collect(agent)
+    data["row"] = torch.arange(3).unsqueeze(-1).expand(3, 24)
+    data["step"] = torch.arange(24).expand(3, 24)
+    minibatches = SequenceMinibatches(seq_len=4, epochs=2, networks=agent.both)
+    first, second = move_after_the_first(minibatches(data), agent)
+    for key in ("actor_h", "value_h"):
+        assert torch.equal(in_order(first, key), in_order(second, key))
+
+
 def test_minibatches_refresh_states_between_epochs() -> None:
     agent = make_agent(cell="lstm")
     data = collect(agent)
