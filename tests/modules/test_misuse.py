@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -491,15 +492,36 @@ def test_dropout_of_step_modules_out_of_range_is_named():
 
 
 class _Pair(nn.Module):
-    """A step module whose output is its state."""
+    """A step module whose output is its state, unless it is changed."""
 
-    def __init__(self, step: nn.Module) -> None:
+    def __init__(self, step: nn.Module, change: Callable[[Tensor], Any] | None = None) -> None:
         super().__init__()
         self.step = step
+        self.change = change
 
-    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, h: Tensor) -> Any:
         h = self.step(x, h)
-        return h, h
+        return (h, h) if self.change is None else self.change(h)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h,
+        lambda h: (h,),
+        lambda h: (h, h, h),
+        lambda h: (h.unsqueeze(1), h),
+        lambda h: (h[:1], h),
+        lambda h: (h, h.unsqueeze(1)),
+        lambda h: (h, None),
+        lambda h: [h, h],
+    ],
+)
+def test_step_module_of_another_output_is_named(change: Callable[[Tensor], Any]) -> None:
+    step = _Pair(rnnkeys.GRUCell(3, 5), change)
+    sizes = {"input_size": 3, "state_sizes": {"h": 5}}
+    with pytest.raises(ValueError, match=r"must map \(input, h\) to the tuple .* it returned \["):
+        rnnkeys.CellModule(step, **sizes, in_key="x", out_key="y")
 
 
 @pytest.mark.parametrize("wrong", [-1, "3", 1.5])
