@@ -1,6 +1,6 @@
 """Recurrent MAPPO and IPPO on a task of VMAS where agents remember a goal; one file.
 
-    python recurrent_mappo.py                        # a centralised critic with a state of its own
+    python recurrent_mappo.py                        # a centralized critic with a state of its own
     python recurrent_mappo.py --algorithm ippo       # each agent has a critic
     python recurrent_mappo.py --cell feed_forward    # the feed-forward baseline does not learn
     python recurrent_mappo.py --own                  # each agent has weights of its own
