@@ -27,6 +27,7 @@ from .modules.named_modules import (
     S6Module,
 )
 from .modules.recurrent import RecurrentModule
+from .modules.tied_actions import choose_one_action
 from .modules.time_distributed import TimeDistributed
 
 CellName = Literal[
@@ -211,8 +212,8 @@ def drqn_policy(
         head: nn.Module = DuelingHead(hidden_size, num_actions, head_sizes, device)
     else:
         head = _mlp(hidden_size, head_sizes, num_actions, device)
-    choose: Any = QValueModule(spec=action_spec, action_mask_key=action_mask_key)
-    choose.action_func_mapping["one_hot"] = _choose_first_best
+    choose = QValueModule(spec=action_spec, action_mask_key=action_mask_key)
+    choose_one_action(choose)
     modules: Any = (
         TensorDictModule(see, in_keys=[in_key], out_keys=["features"]),
         recurrent,
@@ -220,12 +221,6 @@ def drqn_policy(
         choose,
     )
     return TensorDictSequential(*modules)
-
-
-def _choose_first_best(values: Tensor) -> Tensor:
-    """Return the first of the best actions, one-hot; TorchRL returns all that have one value."""
-    best = values.argmax(-1, keepdim=True)
-    return torch.zeros_like(values, dtype=torch.long).scatter(-1, best, 1)
 
 
 def _count_actions(spec: TensorSpec) -> int:

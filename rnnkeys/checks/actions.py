@@ -18,8 +18,9 @@ _REMEDY = (
     "environment's action spec says."
 )
 _TIES = (
-    f"{_REMEDY} TorchRL's QValueModule writes a one for every action of the greatest value: make "
-    "the policy by drqn_policy, which chooses one, or store indices (categorical actions)."
+    f"{_REMEDY} TorchRL's QValueModule writes a one for every action of the greatest value: call "
+    "rnnkeys.modules.choose_one_action(policy) before you collect (drqn_policy does), or store "
+    "indices (categorical actions)."
 )
 
 
@@ -75,6 +76,37 @@ def find_action_problems(
         )
 
 
+def find_one_hot_problems(
+    batch: TensorDictBase, action_key: NestedKey, valid: Tensor | None = None
+) -> Iterator[Problem]:
+    """Yield a problem if actions are not one-hot vectors. Reads values.
+
+    Args:
+        batch: sequences ``[*, T]``.
+        action_key: key of the actions, ``[*, T, A]`` or per agent.
+        valid: bool ``[*, T]``, or per agent, False at padding, where actions are not read.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> batch = TensorDict({"action": torch.tensor([2, 0])}, [2])
+        >>> [problem.check for problem in find_one_hot_problems(batch, "action")]
+        ['action-shape']
+    """
+    action = batch.get(action_key, None)
+    if action is None:
+        return
+    key = unravel_key(action_key)
+    if action.ndim <= batch.ndim or action.shape[-1] == 1:
+        yield Problem(
+            "action-shape",
+            f"The loss reads {key!r} as one-hot vectors [*batch, A], and it has shape "
+            f"{list(action.shape)} for the batch {list(batch.batch_size)}.",
+            'For indices make the loss and its QValueModule with action_space="categorical".',
+        )
+    else:
+        yield from _find_one_hot_problems(action, key, valid)
+
+
 def _find_one_hot_problems(
     action: Tensor, key: NestedKey, mask: Tensor | None
 ) -> Iterator[Problem]:
@@ -88,7 +120,7 @@ def _find_one_hot_problems(
 def _find_value_problem(
     check: str, wrong: Tensor, mask: Tensor | None, message: str, remedy: str = _REMEDY
 ) -> Iterator[Problem]:
-    wrong = wrong if mask is None else wrong & mask
+    wrong = wrong if mask is None else wrong & _expand_to(mask, wrong)
     if wrong.any():
         number, first = int(wrong.sum()), wrong.nonzero()[0].tolist()
         yield Problem(check, f"The entry {message} at {number} steps, first at {first}.", remedy)

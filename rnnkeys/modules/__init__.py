@@ -22,4 +22,5 @@ from .pure_pytorch import LSTM as LSTM
 from .recurrent import RecurrentModule as RecurrentModule
 from .step_modules import GRUCell as GRUCell
 from .step_modules import LSTMCell as LSTMCell
+from .tied_actions import choose_one_action as choose_one_action
 from .time_distributed import TimeDistributed as TimeDistributed

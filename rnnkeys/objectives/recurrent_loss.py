@@ -16,6 +16,7 @@ from torchrl.objectives.value import ValueEstimatorBase
 
 from ..checks import find_shared_key_problems, raise_first
 from ..checks.losses import find_loss_problems
+from ..modules.tied_actions import choose_one_action
 from .loss_inputs import keep_dropped_keys
 from .loss_parameters import find_parameters
 from .padded_losses import choose_wired_base
@@ -35,6 +36,7 @@ def recurrent_loss(loss: Loss, init_key: NestedKey | list[NestedKey] | None = No
     - flags segment starts in ``next`` too, so that each segment there starts from the state stored
       at ``("next", state)``;
     - ends returns where a segment ends, with or without ``done``;
+    - values one action where several have the greatest value (``QValueModule`` takes all of them);
     - runs on a shallow copy: the batch stays as it is, except for the results of the loss
       (priorities, advantages, value targets);
     - keeps the states that the loss would drop (TD3, REDQ and IQL those of the critic, SAC with a
@@ -94,6 +96,7 @@ def recurrent_loss(loss: Loss, init_key: NestedKey | list[NestedKey] | None = No
     shared = find_shared_key_problems(str(type(loss).__name__), find_parameters(loss))
     raise_first(replace(problem, error=UserWarning) for problem in shared)
     keep_dropped_keys(loss)
+    choose_one_action(loss)
     loss.__class__ = _wired_class(type(loss))
     # Not by setattr, which for modules looks through parameters first.
     vars(loss)["_wiring"] = wiring

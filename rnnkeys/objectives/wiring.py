@@ -29,6 +29,7 @@ from ..checks import (
     find_finite_problems,
     find_loss_mask_problems,
     find_next_problems,
+    find_one_hot_problems,
     find_tensor_problems,
     raise_first,
     should_read_values,
@@ -217,7 +218,7 @@ class Wired:
             )
         )
         raise_first(find_loss_mask_problems(batch, self._mask_keys()))
-        self._check_action_masks(batch, reads_values)
+        self._check_actions(batch, reads_values)
         if reads_values:
             raise_first(self._find_loss_mask_problems(batch, name))
             raise_first(find_value_problems(loss, batch, read_mask(batch), self._find_starts))
@@ -235,15 +236,18 @@ class Wired:
         flags = [find_segment_starts(batch, key) for key in self._wiring.init_keys]
         return torch.stack([reduce_agents(one, batch.ndim) for one in flags]).any(0)
 
-    def _check_action_masks(self, batch: TensorDictBase, reads_values: bool) -> None:
+    def _check_actions(self, batch: TensorDictBase, reads_values: bool) -> None:
         keys: Any = getattr(self, "tensor_keys", None)
+        action, valid = getattr(keys, "action", "action"), self._find_valid(batch)
+        if reads_values and getattr(self, "action_space", None) == "one_hot":
+            raise_first(find_one_hot_problems(batch, action, valid))
         terminated = getattr(keys, "terminated", "terminated")
         for key in self._wiring.action_masks:
             problems = find_action_mask_problems(
                 batch,
                 key,
-                getattr(keys, "action", "action"),
-                self._find_valid(batch),
+                action,
+                valid,
                 terminated_key=terminated if isinstance(self, TAKES_BEST_ACTION) else None,
                 read_values=reads_values,
             )

@@ -10,7 +10,12 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from rnnkeys.checks import Problem, find_action_mask_problems, find_action_problems
+from rnnkeys.checks import (
+    Problem,
+    find_action_mask_problems,
+    find_action_problems,
+    find_one_hot_problems,
+)
 
 B, T, A = 2, 4, 3
 TAKEN = torch.full((B, T), 2)
@@ -60,10 +65,29 @@ def test_find_action_problems_of_wrong_values_names_the_first_valid_step(
     assert not list(find_action_problems(batch, "action", A, read_values=False))
 
 
-def test_find_action_problems_of_several_ones_names_the_policy_without_ties() -> None:
+def test_find_action_problems_of_several_ones_names_the_function_that_mends_it() -> None:
     batch = TensorDict({"action": torch.ones(B, T, A)}, [B, T])
     [problem] = find_action_problems(batch, "action", A)
-    assert "drqn_policy" in problem.remedy
+    assert "choose_one_action" in problem.remedy
+
+
+@pytest.mark.parametrize("agents", [(), (2,)], ids=str)
+def test_find_one_hot_problems_names_the_first_valid_step(agents: tuple[int, ...]) -> None:
+    right = one_hot(torch.full((B, T, *agents), 2), A)
+    batch = TensorDict({"action": right}, [B, T])
+    assert not list(find_one_hot_problems(batch, "action"))
+    wrong = right.clone()
+    wrong[BAD] = 1
+    batch = TensorDict({"action": wrong}, [B, T])
+    [problem] = find_one_hot_problems(batch, "action")
+    assert problem.check == "action-one-hot" and f"first at [{BAD[0]}, {BAD[1]}" in problem.message
+    assert not list(find_one_hot_problems(batch, "action", mask_bad_step()))
+
+
+@pytest.mark.parametrize("action", [TAKEN, TAKEN.unsqueeze(-1), TAKEN.float()])
+def test_find_one_hot_problems_of_indices_names_the_action_space(action: Tensor) -> None:
+    [problem] = find_one_hot_problems(TensorDict({"action": action}, [B, T]), "action")
+    assert problem.check == "action-shape" and 'action_space="categorical"' in problem.remedy
 
 
 @pytest.mark.parametrize(

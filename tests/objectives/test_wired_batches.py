@@ -9,9 +9,11 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
+from torch.nn.functional import one_hot
 from torchrl.collectors.utils import split_trajectories
 from torchrl.data import Categorical
-from torchrl.objectives import BCLoss, ClipPPOLoss, DQNLoss, GAILLoss, REDQLoss, SACLoss
+from torchrl.modules import QValueModule
+from torchrl.objectives import BCLoss, ClipPPOLoss, DQNLoss, GAILLoss, REDQLoss, SACLoss, SoftUpdate
 from torchrl.objectives.value import GAE, MultiAgentGAE, TD1Estimator, TDLambdaEstimator
 
 import rnnkeys
@@ -20,6 +22,7 @@ from rnnkeys.checks import set_value_checks
 from rnnkeys.objectives import recurrent_loss
 from tests.support import target_cases as cases
 from tests.support.policy_gradients import collect, make_agent
+from tests.support.recurrent import chain
 from tests.support.sequence_data import assert_untouched, tensors
 from tests.support.target_cases import CASES
 
@@ -395,3 +398,63 @@ def test_wired_behavior_cloning_without_next_runs() -> None:
     loss: Any = BCLoss(agent.actor, loss_function="l2")
     out = recurrent_loss(loss)(data.exclude("next"))
     assert out["loss_bc"].isfinite()
+
+
+def make_tied_dqn(space: str, double: bool) -> tuple[Any, TensorDict]:
+    """A wired DQN whose three actions all have the value 1, and a batch of two rows."""
+    head = torch.nn.Linear(4, 3)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.ones_(head.bias)
+    policy = chain(
+        GRUModule(2, 4, in_key="observation", out_key="embed"),
+        TensorDictModule(head, ["embed"], ["action_value"]),
+        QValueModule(space),
+    )
+    loss = DQNLoss(policy, action_space=space, double_dqn=double, delay_value=True)
+    loss.make_value_estimator(gamma=0.25)
+    SoftUpdate(loss, tau=0.5)
+    batch = TensorDict({"observation": torch.randn(2, 5, 2)}, [2, 5])
+    batch["is_init"] = torch.zeros(2, 5, 1, dtype=torch.bool)
+    batch["is_init"][:, 0] = True
+    batch["action"] = torch.zeros(2, 5, dtype=torch.long)
+    batch["next"] = {"observation": torch.randn(2, 5, 2), "reward": torch.zeros(2, 5, 1)}
+    batch["next", "done"] = batch["next", "terminated"] = torch.zeros(2, 5, 1, dtype=torch.bool)
+    return recurrent_loss(loss), batch
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("space", ["one_hot", "categorical"])
+def test_wired_loss_of_tied_values_bootstraps_from_one_of_them(space: str, double: bool) -> None:
+    loss, batch = make_tied_dqn(space, double)
+    if space == "one_hot":
+        batch["action"] = one_hot(batch["action"], 3)
+    # The value is 1 and its target 0 + 0.25 * 1.
+    torch.testing.assert_close(loss(batch)["loss"], torch.tensor((1 - 0.25) ** 2))
+
+
+def test_wired_loss_makes_its_policy_choose_one_of_tied_actions() -> None:
+    policy = chain(
+        GRUModule(2, 4, in_key="observation", out_key="embed"),
+        TensorDictModule(lambda x: torch.zeros(len(x), 3), ["embed"], ["action_value"]),
+        QValueModule("one_hot"),
+    )
+    recurrent_loss(DQNLoss(policy, action_space="one_hot"))
+    step = TensorDict(observation=torch.zeros(2, 2), batch_size=[2])
+    step["is_init"] = torch.ones(2, 1, dtype=torch.bool)
+    assert policy(step)["action"].tolist() == [[1, 0, 0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [
+        (lambda index: index, "action-shape"),
+        (lambda index: index.unsqueeze(-1), "action-shape"),
+        (lambda index: torch.ones(*index.shape, 3), "action-one-hot"),
+    ],
+    ids=["indices", "indices with a last dimension", "several ones"],
+)
+def test_wired_loss_of_one_hot_actions_rejects_others(change: Any, check: str) -> None:
+    loss, batch = make_tied_dqn("one_hot", False)
+    batch["action"] = change(batch["action"])
+    with pytest.raises(ValueError, match=rf"\[{check}\]"):
+        loss(batch)
