@@ -175,6 +175,8 @@ def find_batch_problems(
         yield from _find_chunk_problems(loss, batch)
     else:
         yield from _find_gradient_problems(name, batch, keys)
+    if isinstance(loss, (A2CLoss, PPOLoss, ReinforceLoss)):
+        yield from _find_advantage_problems(batch, keys)
     layers = list(layers)
     if isinstance(loss, ON_POLICY):
         for layer in layers:
@@ -201,6 +203,19 @@ def _find_gradient_problems(name: str, batch: TensorDictBase, keys: Any) -> Iter
                     "batch.detach().",
                     RuntimeError,
                 )
+
+
+def _find_advantage_problems(batch: TensorDictBase, keys: Any) -> Iterator[Problem]:
+    """Yield a problem if an advantage has no last dimension: products would mix the steps."""
+    for key in map(unravel_key, (keys.advantage, keys.value_target)):
+        value = batch.get(key, None)
+        if isinstance(value, Tensor) and value.ndim <= batch.ndim:
+            yield Problem(
+                "advantage-shape",
+                f"The entry {key!r} must have the shape [*batch, 1], as GAE writes it. Got "
+                f"{list(value.shape)} for the batch {list(batch.batch_size)}.",
+                f"Add the last dimension: batch[{key!r}] = batch[{key!r}].unsqueeze(-1).",
+            )
 
 
 def _find_padding_problems(name: str, batch: TensorDictBase) -> Iterator[Problem]:

@@ -23,6 +23,7 @@ from torchrl.objectives import (
 )
 from torchrl.objectives.value import GAE
 
+from ..checks import Problem, raise_first
 from .valid_steps import (
     effective_sample_size,
     expand_mask,
@@ -109,6 +110,7 @@ class WiredPPO(WiredActorCritic):
         log_weight, dist, kl_approx, correction = _super(WiredPPO, self)._log_weight(
             tensordict, adv_shape
         )
+        self._check_log_prob(tensordict, log_weight)
         if self._wiring.valid is None:
             return log_weight, dist, kl_approx, correction
         self._wiring.seen["log_weight"] = log_weight.detach()
@@ -118,6 +120,21 @@ class WiredPPO(WiredActorCritic):
         if beta is not None:
             self._wiring.seen["beta"] = beta.clone()
         return log_weight, dist, self._fill(kl_approx), correction
+
+    def _check_log_prob(self, batch: TensorDictBase, log_weight: Tensor) -> None:
+        """Raise if log-probabilities were subtracted that have different shapes."""
+        loss: Any = self
+        key = loss.tensor_keys.sample_log_prob
+        stored = None if isinstance(key, list) else batch.get(key, None)
+        if isinstance(stored, Tensor) and stored.numel() != log_weight.numel():
+            problem = Problem(
+                "log-prob-shape",
+                f"The log-probabilities {key!r} have shape {list(stored.shape)}, which does not "
+                "fit those that the actor computes now: they must have one value for each action, "
+                f"[*batch] or per agent, with batch {list(batch.batch_size)}.",
+                f"Remove a last dimension of 1: batch[{key!r}] = batch[{key!r}].squeeze(-1).",
+            )
+            raise_first([problem])
 
     def _get_entropy(self, dist: Any, adv_shape: torch.Size) -> Any:
         return self._fill(_super(WiredPPO, self)._get_entropy(dist, adv_shape))

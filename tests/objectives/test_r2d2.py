@@ -148,7 +148,7 @@ def _done(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
 WRONG: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "all sevens": (_one_hot(lambda a: a * 0 + 7), ValueError, "'action' is not one-hot at 57"),
     "all zero": (_one_hot(lambda a: a * 0), ValueError, "'action' is not one-hot at 57 steps"),
-    "two ones": (_one_hot(lambda a: a * 0 + 1), ValueError, "make the policy by drqn_policy"),
+    "two ones": (_one_hot(lambda a: a * 0 + 1), ValueError, "choose_one_action"),
     "probabilities": (_one_hot(lambda a: a.float().softmax(-1)), ValueError, "is not one-hot"),
     "index of .9": (_index(0.9), TypeError, "'action' .* must be an integer.*Got torch.float32"),
     "index too large": (_index(A), ValueError, "from 0 to 2 at 1 steps, first at .0, 5"),

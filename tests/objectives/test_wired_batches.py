@@ -13,7 +13,17 @@ from torch.nn.functional import one_hot
 from torchrl.collectors.utils import split_trajectories
 from torchrl.data import Categorical
 from torchrl.modules import QValueModule
-from torchrl.objectives import BCLoss, ClipPPOLoss, DQNLoss, GAILLoss, REDQLoss, SACLoss, SoftUpdate
+from torchrl.objectives import (
+    A2CLoss,
+    BCLoss,
+    ClipPPOLoss,
+    DQNLoss,
+    GAILLoss,
+    REDQLoss,
+    ReinforceLoss,
+    SACLoss,
+    SoftUpdate,
+)
 from torchrl.objectives.value import GAE, MultiAgentGAE, TD1Estimator, TDLambdaEstimator
 
 import rnnkeys
@@ -457,4 +467,42 @@ def test_wired_loss_of_one_hot_actions_rejects_others(change: Any, check: str) -
     loss, batch = make_tied_dqn("one_hot", False)
     batch["action"] = change(batch["action"])
     with pytest.raises(ValueError, match=rf"\[{check}\]"):
+        loss(batch)
+
+
+@pytest.fixture(scope="module")
+def collected() -> Any:
+    """An agent, and a square batch ``[5, 5]``, in which wrong shapes broadcast."""
+    agent = make_agent()
+    batch = collect(agent, steps=5, envs=5)
+    batch["advantage"] = torch.randn(5, 5, 1)
+    batch["value_target"] = torch.randn(5, 5, 1)
+    batch["is_init"][:, 0] = True  # of rows that are laid end to end
+    return agent, batch
+
+
+@pytest.mark.parametrize("key", ["advantage", "value_target"])
+@pytest.mark.parametrize("kind", [ClipPPOLoss, A2CLoss, ReinforceLoss])
+@pytest.mark.parametrize("shape", [(5, 5), (25,)], ids=str)
+def test_wired_policy_loss_rejects_advantages_without_last_dimension(
+    collected: Any, shape: tuple[int, ...], kind: Any, key: str
+) -> None:
+    agent, batch = collected
+    batch = batch.reshape(shape).copy()
+    loss = recurrent_loss(kind(agent.actor, agent.critic))
+    loss(batch.clone())
+    batch[key] = batch[key].squeeze(-1)
+    with pytest.raises(ValueError, match=rf"'{key}' must .* Got \[.*\[advantage-shape\]"):
+        loss(batch)
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (25,)], ids=str)
+def test_wired_ppo_rejects_log_probabilities_of_another_shape(
+    collected: Any, shape: tuple[int, ...]
+) -> None:
+    agent, batch = collected
+    batch = batch.reshape(shape).copy()
+    batch["action_log_prob"] = batch["action_log_prob"].unsqueeze(-1)
+    loss = recurrent_loss(ClipPPOLoss(agent.actor, agent.critic))
+    with pytest.raises(ValueError, match=r"'action_log_prob' .* \[log-prob-shape\]"):
         loss(batch)
