@@ -338,6 +338,17 @@ def find_multi_step_problems(
         )
 
 
+_NOT_FINITE = (
+    "Find out where the environment or the network that writes it makes NaN or infinity, or mask "
+    "those steps."
+)
+_AUTORESET = (
+    " Environments that reset themselves write NaN as the last observation of an episode: replace "
+    "it by zeros where the episode is terminated, which bootstraps no value, and mask the step "
+    "where it is truncated."
+)
+
+
 def find_finite_problems(
     batch: TensorDictBase, keys: Iterable[NestedKey], mask: Tensor | None = None
 ) -> Iterator[Problem]:
@@ -370,6 +381,5 @@ def find_finite_problems(
                 "not-finite",
                 f"The entry {unravel_key(key)!r} is not finite at {int(bad.sum())} of {steps} "
                 f"valid steps, first at {bad.nonzero()[0].tolist()}.",
-                "Find out where the environment or the network that writes it makes NaN or "
-                "infinity, or mask those steps.",
+                _NOT_FINITE + _AUTORESET * (as_tuple(key)[0] == "next"),
             )

@@ -167,6 +167,16 @@ def test_find_finite_problems_counts_valid_steps(value: float) -> None:
     assert names(find_finite_problems(batch, ["observation"], mask)) == []
 
 
+@pytest.mark.parametrize("is_next", [False, True])
+def test_find_finite_problems_of_next_names_environments_that_reset_themselves(
+    is_next: bool,
+) -> None:
+    batch = make_batch(observation=torch.full((2, 5, 3), NAN))
+    batch["next", "observation"] = batch["observation"]
+    [problem] = find_finite_problems(batch, [("next", "observation") if is_next else "observation"])
+    assert ("reset themselves" in problem.remedy) == is_next
+
+
 def test_find_step_problems_of_another_type_names_the_reader_and_the_type() -> None:
     wrong: Any = {"is_init": torch.zeros(2, 1)}
     [problem] = find_step_problems(wrong, "DQNLoss")
