@@ -121,6 +121,14 @@ def test_gradient_reach_is_the_gradient_by_age() -> None:
     torch.testing.assert_close(reach, total / total[0])
 
 
+def test_gradient_reach_is_the_mean_of_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, data = rollout()
+    network = RecurrentNetwork(policy)
+    monkeypatch.setattr(plots, "_REACH", 1)
+    _, reach = plots.gradient_reach(network, data, network.layers[0], data["is_init"].flatten())
+    assert reach.shape == (2,) and reach[0] == 1 and 0 < reach[1] < 1
+
+
 def test_plot_state_staleness_draws_the_median_by_age() -> None:
     policy, _ = rollout()
     old = cases.windows(DQN, policy)

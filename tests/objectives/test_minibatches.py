@@ -263,6 +263,9 @@ def test_minibatches_invalid_rollout_raises() -> None:
         SequenceMinibatches(normalize_advantage=True)(rollout.exclude("advantage"))
     with pytest.raises(ValueError, match=r"is False everywhere.*\[mask-empty\]"):
         SequenceMinibatches()(rollout.set(MASK, torch.zeros(3, 10, dtype=torch.bool)))
+    rows: Any = list(rollout)
+    with pytest.raises(TypeError, match="SequenceMinibatches expects a TensorDict. Got list"):
+        SequenceMinibatches()(rows)
 
 
 def test_minibatches_rollout_without_order_or_states_raises() -> None:

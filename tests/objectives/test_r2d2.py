@@ -397,6 +397,14 @@ def test_r2d2_missing_importance_weights_raise_or_are_one():
         make_loss(online, target, importance_weights=True)(windows)
 
 
+def test_r2d2_of_windows_in_several_dimensions_is_that_of_all_windows():
+    online, target = make_network(0), make_network(1)
+    flat = make_windows()[:6]
+    deep = flat.reshape(2, 3, T)
+    expected = make_loss(online, target)(flat)["loss"]
+    assert_equal(make_loss(online, target)(deep)["loss"], expected, F64)
+
+
 def test_r2d2_set_keys_reads_other_entries():
     online, target = make_network(0), make_network(1)
     windows = make_windows()

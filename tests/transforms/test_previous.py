@@ -92,3 +92,13 @@ def test_previous_action_alone_has_no_reward() -> None:
 def test_previous_action_reward_outside_of_an_environment_raises() -> None:
     with pytest.raises(RuntimeError, match="append it to an environment"):
         PreviousActionReward()(make_gym_env(action_id("Box"), 2).reset())
+
+
+def test_previous_action_of_a_step_without_a_reset_is_that_of_the_step() -> None:
+    env, other = (make_gym_env(action_id("Choice"), 1) for _ in range(2))
+    for one in (env, other):
+        one.append_transform(PreviousActionReward())
+    step = other.rand_action(other.reset())
+    env.base_env.reset()
+    after = env.step(step)["next"]
+    assert torch.equal(after["previous_action"], encode(step["action"], "Choice"))
