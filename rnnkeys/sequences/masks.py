@@ -88,7 +88,7 @@ def append_dims(mask: Tensor, ndim: int) -> Tensor:
         >>> append_dims(torch.ones(2, 5), 4).shape
         torch.Size([2, 5, 1, 1])
     """
-    return mask.reshape(*mask.shape, *[1] * (ndim - mask.ndim))
+    return mask.reshape((*mask.shape, *[1] * (ndim - mask.ndim)))
 
 
 def zero_masked(

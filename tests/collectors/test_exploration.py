@@ -102,6 +102,19 @@ def test_epsilon_greedy_with_a_mask_draws_all_allowed_actions_and_no_other(spec:
     assert counts[0, allowed[0]].min() > 70
 
 
+@pytest.mark.parametrize("spec", [OneHot(4), Categorical(4)])
+@pytest.mark.parametrize("shape", [(), (2, 3)])
+def test_epsilon_greedy_with_a_mask_takes_any_batch(spec: Any, shape: tuple[int, ...]) -> None:
+    explore = EpsilonGreedy(spec, 1.0, action_mask_key="action_mask")
+    allowed = torch.zeros(*shape, 4, dtype=torch.bool)
+    allowed[..., 2] = True
+    data = TensorDict({"action": spec.zero(torch.Size(shape)), "action_mask": allowed}, shape)
+    with set_exploration_type(ExplorationType.RANDOM):
+        action = explore(data)["action"]
+    index = action.long().argmax(-1) if isinstance(spec, OneHot) else action
+    assert index.shape == shape and (index == 2).all()
+
+
 def test_epsilon_greedy_where_no_action_is_allowed_keeps_the_action() -> None:
     explore = EpsilonGreedy(OneHot(3), 1.0, action_mask_key="action_mask")
     best = nn.functional.one_hot(torch.tensor([1, 1]), 3)

@@ -67,6 +67,18 @@ def test_local_actors_of_equal_seed_collect_equal_batches() -> None:
     assert torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
 
 
+def test_local_actors_make_the_policy_of_the_first_actor() -> None:
+    make_env, make_actor_policy = make_parts(make_policy())
+    made = []
+
+    def make_and_note(actor: int) -> Any:
+        made.append(actor)
+        return make_actor_policy(actor)
+
+    with LocalActors(make_env, make_and_note, frames_per_batch=16):
+        assert made == [0]
+
+
 def test_local_actors_close_the_environment() -> None:
     policy, made = make_policy(), []
     make_env, _ = make_parts(policy)
