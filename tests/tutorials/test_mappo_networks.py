@@ -19,6 +19,7 @@ from torch import Tensor
 from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.objectives.multiagent import IPPOLoss, MAPPOLoss
+from torchrl.objectives.value import MultiAgentGAE
 
 from tests.support.tutorials import assert_complete, load_tutorial
 
@@ -101,6 +102,22 @@ def test_actor_has_weights_for_each_agent_if_they_are_its_own(tutorial: Any, own
 
 
 @pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("agent", range(AGENTS))
+def test_actor_moves_each_agent_by_what_it_sees_itself(
+    tutorial: Any, agent: int, own: bool
+) -> None:
+    torch.manual_seed(0)
+    args = tutorial.Args(own=own, hidden_size=8)
+    actor = tutorial.make_actor(args, tutorial.make_env(args, 1))
+    seen = torch.randn(4, AGENTS, 5)
+    other = seen.clone()
+    other[:, agent] = torch.randn(4, 5)
+    means = [actor(make_step(x))["agents", "loc"] for x in (seen, other)]
+    changed = (means[0] != means[1]).any(-1).any(0)
+    assert changed.tolist() == [one == agent for one in range(AGENTS)]
+
+
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("algorithm", ["mappo", "ippo"])
 def test_critic_of_mappo_alone_values_what_other_agents_see(
     tutorial: Any, algorithm: str, own: bool
@@ -108,6 +125,7 @@ def test_critic_of_mappo_alone_values_what_other_agents_see(
     torch.manual_seed(0)
     learner = tutorial.Learner(tutorial.Args(algorithm=algorithm, own=own, hidden_size=8))
     assert learner.loss.wired_class is {"mappo": MAPPOLoss, "ippo": IPPOLoss}[algorithm]
+    assert learner.advantage.wired_class is MultiAgentGAE
     seen = torch.randn(4, AGENTS, 5)
     other = torch.cat([torch.randn(4, 1, 5), seen[:, 1:]], 1)
     values = [learner.policy(make_step(x))["agents", "state_value"] for x in (seen, other)]
