@@ -20,8 +20,8 @@ ABLATIONS = {
         script="recurrent_dqn",
         title="DQN with right and with wrong targets",
         text=(
-            f"CartPole. {HIDDEN} {TARGETS} Right targets do not learn better on this task. "
-            f"{CURVES} {BEST}"
+            f"CartPole. {HIDDEN} {TARGETS} Right targets do not learn better on this task: at the "
+            f"last frame the runs with wrong ones are ahead. {CURVES} {BEST}"
         ),
         variants={WIRED: (), PLAIN: ()},
         without={PLAIN: "recurrent_loss"},
