@@ -11,7 +11,13 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor
 
-from rnnkeys.diagnostics.runs import _choose_value, evaluating, largest_difference, select_part
+from rnnkeys.diagnostics.runs import (
+    _choose_value,
+    evaluating,
+    largest_difference,
+    relative_difference,
+    select_part,
+)
 from rnnkeys.modules.network import RecurrentNetwork
 from tests.support.recurrent import chain, make
 
@@ -26,6 +32,12 @@ def test_largest_difference_is_relative_to_single_steps() -> None:
     with evaluating(policy):
         found = largest_difference(RecurrentNetwork(policy), batch)
     assert found == ("value", 3.0)
+
+
+def test_relative_difference_of_small_values_and_of_zeros_is_finite() -> None:
+    small = torch.tensor([1.0, 3.0]) / 1024
+    assert relative_difference(small, torch.tensor([1.0, 4.0]) / 1024) == 0.25
+    assert relative_difference(torch.zeros(2), torch.zeros(2)) == 0
 
 
 @pytest.mark.parametrize(
