@@ -9,9 +9,11 @@ Learning", 2023 (arXiv:2303.01859). An episode returns 1 at most, in each of the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium import spaces
 
 from .experiments import LAST, Experiment
 
@@ -75,7 +77,7 @@ GAMES = {
         "next observation, as the game asks for. Squares in rows, one by one, return 0.17, which "
         "takes no more memory than the last action; only luck returns 1.",
         -0.44,
-        ("--wrappers", "popgym.wrappers:PreviousAction"),
+        ("--wrappers", "benchmarks.popgym_tasks:ShowLastAction"),
     ),
 }
 
@@ -99,6 +101,33 @@ def make_experiment(game: Game) -> Experiment:
 
 
 POPGYM = {name: make_experiment(game) for name, game in GAMES.items()}
+
+
+class ShowLastAction(gym.Wrapper):
+    """Show the last action with each observation; the first one shows action 0.
+
+    POPGym's own wrapper takes no environment of ``gym.make``, whose checks are wrappers.
+
+    Examples:
+        >>> env = ShowLastAction(gym.make("popgym:popgym-BattleshipEasy-v0"))
+        >>> env.reset(seed=0)[0]
+        (0, array([0, 0]))
+        >>> env.step(np.array([3, 5]))[0][1]
+        array([3, 5])
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.observation_space = spaces.Tuple((env.observation_space, env.action_space))
+
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        observation, info = self.env.reset(**options)
+        space = self.action_space
+        return (observation, np.zeros(space.shape or (), space.dtype)), info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return (observation, action), reward, terminated, truncated, info
 
 
 def measure_random(name: str, episodes: int = 3000) -> float:

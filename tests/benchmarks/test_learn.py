@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import experiments, learn, summary
+from benchmarks import experiments, learn, popgym_tasks, summary
 from benchmarks.experiments import Experiment
 from benchmarks.popgym_tasks import GAMES, measure_random
 from benchmarks.summary import stratified_interval, summarize, write_overview
@@ -117,8 +117,20 @@ def test_measure_random_agrees_with_the_reference_that_the_table_shows(game: str
     assert measure_random(game, 300) == pytest.approx(one.random, abs=0.02)
 
 
-@pytest.mark.parametrize("module", [experiments, learn, summary])
+@pytest.mark.parametrize("module", [experiments, learn, popgym_tasks, summary])
 def test_examples_in_docstrings(module: Any) -> None:
     result = doctest.testmod(module)
     assert result.attempted > 0
     assert not result.failed
+
+
+@pytest.mark.parametrize("name", popgym_tasks.POPGYM)
+def test_games_of_popgym_are_made_by_the_options_of_the_tutorial(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(learn.ROOT / "tutorials"))
+    tutorial: Any = import_module("recurrent_ppo")
+    args, _ = tutorial.read_args([*learn.ALL[name].variants["GRU"]])
+    observation = tutorial.make_env(args, 2).reset()["observation"]
+    assert observation.shape[0] == 2
+    assert observation.ndim == 2
