@@ -31,11 +31,12 @@ HEAD = """# Mutants
 Each mutant is one small change in the body of a function of the package: another comparison,
 operator or constant, an inverted condition, exchanged arguments, a dropped keyword or statement.
 Changes are drawn by a fixed seed, {count} from each folder and {inside} more inside the positional
-arguments of a call, which have a row of their own; {ran} of these {drawn} have run. For
-each, tests that run its lines are run, for some seconds only, until one fails. One that survived
-ran again after a test was added. Where a change was expected to survive, from reading it, the test
-was written before its first run, so that the numbers "at first" are better than those of the tests
-before; and so is the score of a folder of which only a part has run.
+arguments of a call, which have a row of their own; {ran} of these {drawn} have run. For each, tests
+that run its lines are run, for some seconds only, until one fails. One that survived ran again
+after a test was added; for eight of these, that test alone ran, with the change in the source.
+Where a change was expected to survive, from reading it, the test was written before its first run,
+so that the numbers "at first" are better than those of the tests before. A mutant that no measured
+test runs is not counted.
 
 Kernels for CUDA devices, Ray's actors and the processes that tests start are out of reach of this
 method, and tests marked `slow` are left out.
