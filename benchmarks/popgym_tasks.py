@@ -75,7 +75,8 @@ GAMES = {
         "BattleshipEasy",
         "Find 12 squares with ships among 64, from hits and misses. The action is shown with the "
         "next observation, as the game asks for. Squares in rows, one by one, return 0.17, which "
-        "takes no more memory than the last action; only luck returns 1.",
+        "takes no more memory than the last action; only luck returns 1. A policy that plays its "
+        "likeliest action repeats shots, which costs more than random ones.",
         -0.44,
         ("--wrappers", "benchmarks.popgym_tasks:ShowLastAction"),
     ),
