@@ -239,8 +239,9 @@ class R2D2Loss(LossModule):
         raise_first(
             find_value_problems(windows, self.tensor_keys, online.q, valid, read_values=read_values)
         )
-        returns = self._compute_returns(learned, windows, ends, online)
         chosen = _select_actions(online.q, learned.get(self.tensor_keys.action))
+        explores = chosen < online.q.amax(-1) if self.greedy_returns else None
+        returns = self._compute_returns(learned, windows, ends, online, explores)
         error = returns - chosen
         weights = self._read_weights(tensordict, chosen)
         loss = distance_loss(chosen, returns, self.loss_function)
@@ -311,7 +312,12 @@ class R2D2Loss(LossModule):
 
     @torch.no_grad()
     def _compute_returns(
-        self, learned: TensorDictBase, windows: TensorDictBase, ends: Tensor, online: WindowValues
+        self,
+        learned: TensorDictBase,
+        windows: TensorDictBase,
+        ends: Tensor,
+        online: WindowValues,
+        explores: Tensor | None,
     ) -> Tensor:
         """Return the targets ``y [B, T]``."""
         target = online
@@ -324,10 +330,6 @@ class R2D2Loss(LossModule):
         terminated = _as_rows(learned, next_key(self.tensor_keys.terminated))
         value = torch.where(terminated, 0.0, value)
         rewards = _as_rows(learned, next_key(self.tensor_keys.reward)).to(value.dtype)
-        explores = None
-        if self.greedy_returns:
-            chosen = _select_actions(online.q, learned.get(self.tensor_keys.action))
-            explores = chosen < online.q.amax(-1)
         returns = n_step_returns(rewards, value, ends, self.gamma, self.n_steps, explores)
         return returns if self.eps is None else value_rescale(returns, self.eps)
 

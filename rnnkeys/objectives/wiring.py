@@ -238,16 +238,16 @@ class Wired:
 
     def _check_actions(self, batch: TensorDictBase, reads_values: bool) -> None:
         keys: Any = getattr(self, "tensor_keys", None)
-        action, valid = getattr(keys, "action", "action"), self._find_valid(batch)
+        action = getattr(keys, "action", "action")
         if reads_values and getattr(self, "action_space", None) == "one_hot":
-            raise_first(find_one_hot_problems(batch, action, valid))
+            raise_first(find_one_hot_problems(batch, action, self._find_valid(batch)))
         terminated = getattr(keys, "terminated", "terminated")
         for key in self._wiring.action_masks:
             problems = find_action_mask_problems(
                 batch,
                 key,
                 action,
-                valid,
+                self._find_valid(batch),
                 terminated_key=terminated if isinstance(self, TAKES_BEST_ACTION) else None,
                 read_values=reads_values,
             )
