@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..checks.arguments import as_int
 from .base import init_uniform
-from .linear import LinearCell, Parameters, join_pairs, projection_shapes
+from .linear import LinearCell, Parameters, check_norm_size, join_pairs, projection_shapes
 
 
 class FFM(LinearCell):
@@ -33,7 +33,8 @@ class FFM(LinearCell):
             falls to 1 %.
 
     Raises:
-        ValueError: if ``num_contexts`` is not a positive int, or ``max_period`` is not above 1.
+        ValueError: if ``num_contexts`` is not a positive int, or ``max_period`` is not above 1; if a
+            layer has one feature, which LN would make zero.
 
     Examples:
         >>> FFM_CELL.state_sizes(8)
@@ -63,6 +64,7 @@ class FFM(LinearCell):
         self, input_size: int, hidden_size: int, bias: bool = True
     ) -> dict[str, tuple[int, ...]]:
         """Return the shapes: ``weight_ih`` gives trace, its gate, output gate and skip."""
+        check_norm_size(self.name, hidden_size)
         traces = self.num_traces(hidden_size)
         (size,) = self.state_sizes(hidden_size)
         return {

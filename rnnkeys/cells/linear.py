@@ -199,6 +199,21 @@ def check_ordered(low_name: str, low: float, high_name: str, high: float) -> Non
         )
 
 
+def check_norm_size(name: str, hidden_size: int) -> None:
+    """Raise ValueError if a layer norm would run over one feature, which it makes zero.
+
+    Args:
+        name: of the cell.
+        hidden_size: ``H``, the number of features that the norm runs over.
+    """
+    if hidden_size == 1:
+        raise ValueError(
+            f"hidden_size must be at least 2 for {name!r}: its layer norm makes a single feature "
+            "zero, so that no state reaches the output. Got hidden_size=1. Take more features, or "
+            "a cell without a norm, such as 'mingru' with block='plain'. [argument]"
+        )
+
+
 def projection_shapes(
     name: str, outputs: int, inputs: int, bias: bool
 ) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base import init_uniform
-from .linear import LinearCell, Parameters, projection_shapes
+from .linear import LinearCell, Parameters, check_norm_size, projection_shapes
 
 
 class ResidualBlock(LinearCell):
@@ -27,6 +27,9 @@ class ResidualBlock(LinearCell):
 
     Args:
         cell: the linear cell inside.
+
+    Raises:
+        ValueError: if a layer of it has one feature, which LN would make zero.
 
     Examples:
         >>> from rnnkeys.cells import MinGRU
@@ -49,6 +52,7 @@ class ResidualBlock(LinearCell):
         self, input_size: int, hidden_size: int, bias: bool = True
     ) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the cell, the norm, the gated linear unit and the encoder."""
+        check_norm_size(self.name, hidden_size)
         shapes = self.cell.parameter_shapes(hidden_size, hidden_size, bias)
         shapes |= {"weight_norm": (hidden_size,), "bias_norm": (hidden_size,)}
         shapes |= projection_shapes("glu", 2 * hidden_size, hidden_size, bias)

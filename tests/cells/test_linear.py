@@ -305,3 +305,19 @@ def test_linear_cell_in_float32_stays_close_over_4096_steps(cell: LinearCell):
     expected, *_ = run_sequence(module, batch)
     actual, *_ = run_sequence(module.float(), batch.set("x", x.float()))
     assert relative_error(actual.double(), expected) < 1000 * 2 * 6e-8
+
+
+@pytest.mark.parametrize("name", ["mingru", "minlstm", "lru", "s5", "s6", "ffm"])
+def test_linear_cell_whose_norm_has_one_feature_is_rejected(name: str) -> None:
+    """LayerNorm makes a single feature zero, so no state would reach the output."""
+    with pytest.raises(ValueError, match=r"hidden_size must be at least 2 .*'plain'.*\[argument\]"):
+        recurrent_module(name, 3, 1, in_key="x", out_key="y")
+
+
+def test_linear_cell_of_one_feature_without_a_norm_reads_its_states() -> None:
+    module = recurrent_module("mingru", 3, 1, in_key="x", out_key="y", block="plain")
+    batch = TensorDict({"x": torch.randn(4, 5, 3)}, [4, 5])
+    batch["is_init"] = torch.zeros(4, 5, 1, dtype=torch.bool)
+    before = run_sequence(module, batch)[0]
+    batch["x"][:, 0] += 1.0
+    assert (run_sequence(module, batch)[0][:, -1] - before[:, -1]).abs().min() > 0
