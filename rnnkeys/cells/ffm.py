@@ -33,8 +33,8 @@ class FFM(LinearCell):
             falls to 1 %.
 
     Raises:
-        ValueError: if ``num_contexts`` is not a positive int, or ``max_period`` is not above 1; if a
-            layer has one feature, which LN would make zero.
+        ValueError: if ``num_contexts`` is not a positive int, or ``max_period`` is not above 1; if
+            a layer has one feature, which LN would make zero.
 
     Examples:
         >>> FFM_CELL.state_sizes(8)
