@@ -12,6 +12,7 @@ the tests fail without any fault.
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import sys
@@ -154,6 +155,7 @@ def _run(job: Job, log: Path) -> None:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     os.environ.pop("PYTEST_ADDOPTS", None)
+    gc.freeze()  # pytest collects garbage as it ends; what the server made is none
     verdict = _judge_here(job)
     sys.stdout.flush()
     sys.exit(next(status for status, name in VERDICTS.items() if name == verdict))
@@ -168,7 +170,8 @@ def _judge_here(job: Job) -> str:
             print(error)
             return UNUSABLE
     findings = Findings()
-    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+    # Rewriting assertions would take longer than most tests here, and nobody reads their values.
+    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "--assert=plain"]
     status = pytest.main([*options, *job.tests], plugins=[findings])
     if status == pytest.ExitCode.OK:
         if planted is not None and not planted.calls:
@@ -216,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faults = [f for name, f in load_faults(options.table).items() if options.only in name]
     if not faults:
         parser.error(f"no fault has {options.only!r} in its name")
-    FORKS.set_forkserver_preload([options.table])
+    FORKS.set_forkserver_preload([options.table, "hypothesis"])
     tests = tuple(sorted({test for fault in faults for test in fault.tests}))
     runs = [(NO_FAULT, tests), *((fault.name, fault.tests) for fault in faults)]
     jobs = [Job(options.table, name, selected, options.timeout) for name, selected in runs]

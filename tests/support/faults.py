@@ -457,7 +457,7 @@ def windows_store_the_next_state(original: Any, self: Any, steps: Any, *rest: An
 
 
 @seen_by(
-    "tests/transforms/test_windows.py::test_windows_batch_boundaries_change_no_window[last]",
+    "tests/transforms/test_windows.py::test_windows_residual_policy_gives_its_windows[10-4-drop-expected11]",
     target=STREAMS + "Cutter._find_spans",
 )
 def windows_off_by_one(original: Any, self: Any, *args: Any):
