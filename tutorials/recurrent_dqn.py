@@ -64,7 +64,7 @@ class Args:
     slices: int = 32  # sequences in a batch
     slice_len: int = 64  # steps in a sequence
     gamma: float = 0.99  # discount
-    lmbda: float = 0.95  # lambda of the TD(lambda) returns
+    lmbda: float = 0.95  # lambda of the TD(lambda) returns; 0 bootstraps after one step
     reward_scale: float = 0.1  # factor of the rewards in the replay buffer
     learning_rate: float = 1e-3  # Adam's first; it falls linearly to 0 at the last frame
     max_grad_norm: float = 10.0  # longer gradients are scaled down to this norm
@@ -159,7 +159,9 @@ class Learner:
             loss_function="smooth_l1",
         )
         # One-step targets carry the end of an episode back by one of up to 500 steps in a round.
-        loss.make_value_estimator(ValueEstimators.TDLambda, gamma=args.gamma, lmbda=args.lmbda)
+        kind = ValueEstimators.TDLambda if args.lmbda else ValueEstimators.TD0
+        options = {"lmbda": args.lmbda} if args.lmbda else {}
+        loss.make_value_estimator(kind, gamma=args.gamma, **options)
         self.loss = recurrent_loss(loss)  # correct next values where episodes and sequences end
         self.target = SoftUpdate(self.loss, tau=args.tau)
         self.optimizer = torch.optim.Adam(self.loss.parameters(), args.learning_rate, eps=1e-5)

@@ -43,11 +43,13 @@ def count_gradient_steps(checkpoint: dict[str, Any]) -> int:
     return int(checkpoint["optimizer"]["state"][0]["step"])
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "lstm_ln", "feed_forward"])
+@pytest.mark.parametrize(
+    "options", ["", "--cell gru --lmbda 0", "--cell lstm_ln", "--cell feed_forward"]
+)
 def test_run_with_each_cell_writes_all_files(
-    run: Run, cell: str, capsys: pytest.CaptureFixture[str]
+    run: Run, options: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = run(*SHORT, "--cell", cell)
+    folder = run(*SHORT, *options.split())
     assert_complete(folder, [512, 1024])
     assert count_gradient_steps(read_checkpoint(folder)) == 4 * (1024 - 256 + 128) // 128
     out, bar = capsys.readouterr()
