@@ -13,6 +13,8 @@ TARGETS = (
 )
 SHORT_EPISODES = ("--env", "benchmarks.tasks:TwoGoals-v0", "--frames", "30000")
 SHORT_EPISODES += ("--reward-scale", "1")
+CUE = "benchmarks.tasks:TwoGoals-v0(shown=1)"
+CUE_WITH_NUMBERS = "benchmarks.tasks:TwoGoals-v0(shown=1,continuous=True)"
 CURVES = "Rows *at N frames* are the regular evaluations, of 32 episodes."
 
 ABLATIONS = {
@@ -37,6 +39,37 @@ ABLATIONS = {
         variants={WIRED: SHORT_EPISODES, PLAIN: SHORT_EPISODES},
         without={PLAIN: "recurrent_loss"},
         success=0.0,
+    ),
+    "targets_dqn_cue": Experiment(
+        script="recurrent_dqn",
+        title="DQN with right and with wrong targets, a cue in the first observation",
+        text=(
+            "The line with two ends of benchmarks/tasks.py, shown in the first observation only, "
+            f"and targets of one step. {TARGETS} Next values of an episode that starts inside a "
+            "sequence come from a state that has read the end of the last episode, and not the "
+            "first observation of this one. The task was chosen for that, and seed 100 was looked "
+            "at before: with the default lambda of 0.95, whose targets are mostly rewards, both "
+            f"losses learn it alike. {CURVES} {BEST}"
+        ),
+        variants={
+            name: ("--env", CUE, *SHORT_EPISODES[2:], "--lmbda", "0") for name in (WIRED, PLAIN)
+        },
+        without={PLAIN: "recurrent_loss"},
+        milestones=(10_000, 20_000, 30_000),
+    ),
+    "targets_sac_cue": Experiment(
+        script="recurrent_sac",
+        title="SAC with right and with wrong targets, a cue in the first observation",
+        text=(
+            "The same line, with a number as action, whose sign is the direction. "
+            f"{TARGETS} {CURVES} {BEST}"
+        ),
+        variants={
+            name: ("--env", CUE_WITH_NUMBERS, "--frames", "16000", "--reward-scale", "1")
+            for name in (WIRED, PLAIN)
+        },
+        without={PLAIN: "recurrent_loss"},
+        milestones=(4_000, 8_000, 12_000, 16_000),
     ),
     "targets_sac": Experiment(
         script="recurrent_sac",

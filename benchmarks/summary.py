@@ -103,7 +103,8 @@ def read_milestone(experiment: Experiment, curve: Sequence[dict[str, float]], at
     return next(row[experiment.y] for row in curve if row[experiment.x] >= at)
 
 
-def _cell(values: Sequence[float]) -> list[str]:
+def show_values(values: Sequence[float]) -> list[str]:
+    """Return the mean with its 95 % interval, and every value."""
     low, high = bootstrap_interval(values)
     digits = 2 if max(map(abs, values)) < 10 else 1
     mean, low, high, *each = (
@@ -139,9 +140,9 @@ def summarize(experiment: Experiment, runs: Sequence[Any]) -> str:
         ]
         for at in experiment.milestones:
             values = [read_milestone(experiment, run.curve, at) for run in group]
-            rows.append([variant, f"at {at:,} frames", *_cell(values), *costs])
+            rows.append([variant, f"at {at:,} frames", *show_values(values), *costs])
         values = [score(experiment, run.result["test_returns"]) for run in group]
-        rows.append([variant, "fresh episodes", *_cell(values), *costs])
+        rows.append([variant, "fresh episodes", *show_values(values), *costs])
     rows += [
         [name, "reference", f"{value:.2f}", "", "", "", ""]
         for name, value in experiment.references.items()
@@ -260,7 +261,7 @@ def write_overview(experiments: Mapping[str, Experiment], folder: Path) -> None:
     for name, (experiment, values) in results.items():
         title, mark = f"[{experiment.title}]({name}.md)", needs_recurrence(values)
         for variant, each in values.items():
-            rows.append([title, variant, *_cell(each), mark, f"`{name}`"])
+            rows.append([title, variant, *show_values(each), mark, f"`{name}`"])
         for reference, value in experiment.references.items():
             rows.append([title, f"reference: {reference}", f"{value:.2f}", "", mark, f"`{name}`"])
         for source, value in experiment.published.items():

@@ -68,24 +68,31 @@ class PassiveTMaze(gym.Env[np.ndarray, np.int64]):
         return self._observe(self.y, reward), reward, done, False, {}
 
 
-class TwoGoals(gym.Env[np.ndarray, np.int64]):
+class TwoGoals(gym.Env[np.ndarray, Any]):
     """Walk along a line to the one of its two ends that is good.
 
     The observation is ``[left end, position, right end]``. The ends are -1 (bad) or 1 (good) in
-    the first three observations, and 0 afterwards. Positions are from -1 to 1, and an episode
+    the first ``shown`` observations, and 0 afterwards. Positions are from -1 to 1, and an episode
     starts at most .4 from the middle. The first two steps do nothing and cost nothing: an agent
     that could move while the ends are shown would read them from its position later. Every other
     step moves by .2 to the left or to the right. It costs .1; the good end is rewarded with 1.6,
-    the bad one with -1.6. The first move still follows an observation with the ends, as in the
-    source, so that a feed-forward policy does better than chance, which is .5.
+    the bad one with -1.6. With three observations, as in the source, the first move still follows
+    one with the ends, so that a feed-forward policy does better than chance, which is .5.
 
     Source: written from the description of the "Proof of Concept Memory Environment", with the
     agent frozen, of https://github.com/MarcoMeter/recurrent-ppo-truncated-bptt.
+
+    Args:
+        shown: number of observations that show the ends.
+        continuous: an action is a number from -1 to 1, whose sign is the direction.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shown: int = 3, continuous: bool = False) -> None:
+        self.shown = shown
         self.observation_space = spaces.Box(-1.0, 1.0, (3,), np.float32)
         self.action_space = spaces.Discrete(2)
+        if continuous:
+            self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -97,21 +104,63 @@ class TwoGoals(gym.Env[np.ndarray, np.int64]):
         return self._observe(), {}
 
     def _observe(self) -> np.ndarray:
-        shown = self.good if self.time <= 2 else 0
+        shown = self.good if self.time < self.shown else 0
         return np.array([-shown, self.place / 5, shown], np.float32)
 
     def step(
-        self, action: np.int64
+        self, action: np.int64 | np.ndarray
     ) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
         self.time += 1
         if self.time <= 2:
             return self._observe(), 0.0, False, False, {}
-        self.place += 1 if action == 1 else -1
+        self.place += 1 if action > 0 else -1
         done = abs(self.place) == 5
         reward = 1.6 * np.sign(self.place * self.good) if done else -0.1
         return self._observe(), float(reward), done, False, {}
 
 
+class MemoryChain(gym.Env[np.ndarray, np.int64]):
+    """Report at the end the sign that the first two observations showed.
+
+    The observation is ``[share of the episode that is left, 0, sign]``: the sign is -1 or 1 in the
+    first two observations, and 0 afterwards. An episode has ``length + 1`` steps. The last action
+    is rewarded with 1 if it is 1 and the sign was positive, or 0 and it was negative, and with -1
+    otherwise; other actions do nothing.
+
+    Source: ``MemoryChain`` of bsuite 0.3.6 (https://github.com/google-deepmind/bsuite) with one
+    bit, whose observations, rewards and ends were compared with these.
+
+    Args:
+        length: number of steps before the one that is rewarded.
+    """
+
+    def __init__(self, length: int = 10) -> None:
+        self.length = length
+        self.observation_space = spaces.Box(-1.0, 1.0, (3,), np.float32)
+        self.action_space = spaces.Discrete(2)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed, options=options)
+        self.sign = int(self.np_random.choice((-1, 1)))
+        self.steps = 0
+        return self._observe(0), {}
+
+    def _observe(self, time: int) -> np.ndarray:
+        return np.array([1 - time / self.length, 0, self.sign if time == 0 else 0], np.float32)
+
+    def step(
+        self, action: np.int64
+    ) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
+        observation, done = self._observe(self.steps), self.steps == self.length
+        self.steps += 1
+        right = (action == 1) == (self.sign == 1)
+        reward = (1.0 if right else -1.0) if done else 0.0
+        return observation, reward, done, False, {}
+
+
 gym.register("PassiveTMaze-v0", PassiveTMaze)
+gym.register("MemoryChain-v0", MemoryChain)
 gym.register("TwoGoals-v0", TwoGoals, max_episode_steps=32)
 gym.register("CartPole200-v0", "gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=200)

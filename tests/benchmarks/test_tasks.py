@@ -28,9 +28,17 @@ def play(
     return observations, rewards, done
 
 
-@pytest.mark.parametrize("name", ["PassiveTMaze-v0", "TwoGoals-v0"])
-def test_tasks_of_results_pass_gymnasiums_checker(name: str) -> None:
-    check_env(gym.make(name).unwrapped, skip_render_check=True)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("PassiveTMaze-v0", {}),
+        ("TwoGoals-v0", {}),
+        ("TwoGoals-v0", {"continuous": True}),
+        ("MemoryChain-v0", {}),
+    ],
+)
+def test_tasks_of_results_pass_gymnasiums_checker(name: str, options: dict[str, Any]) -> None:
+    check_env(gym.make(name, **options).unwrapped, skip_render_check=True)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -69,6 +77,18 @@ def test_two_goals_the_agent_moves_once_the_ends_are_hidden() -> None:
     assert np.diff(places) == pytest.approx([0, 0, -0.2, 0.2, -0.2])
 
 
+def test_two_goals_shown_counts_the_observations_with_the_ends() -> None:
+    observations, _, _ = play(gym.make("TwoGoals-v0", shown=1), [0, 1, 0])
+    assert [abs(left) for left, _, _ in observations] == [1, 0, 0, 0]
+
+
+def test_two_goals_continuous_actions_move_by_their_sign() -> None:
+    env: Any = gym.make("TwoGoals-v0", continuous=True)
+    env.reset(seed=0)
+    moves = [env.step(np.array([x], np.float32))[0][1] for x in (0.0, 0.0, 0.3, -0.1, 1.0)]
+    assert np.diff(moves) == pytest.approx([0, 0.2, -0.2, 0.2])
+
+
 @pytest.mark.parametrize("action", [0, 1])
 def test_two_goals_the_shown_end_is_rewarded(action: int) -> None:
     env = gym.make("TwoGoals-v0")
@@ -78,3 +98,15 @@ def test_two_goals_the_shown_end_is_rewarded(action: int) -> None:
         _, rewards, done = play(env, [action] * steps, seed)
         good = (left if action == 0 else right) == 1
         assert done and rewards[-1] == pytest.approx(1.6 if good else -1.6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_memory_chain_rewards_the_sign_of_the_first_two_observations(seed: int) -> None:
+    env = gym.make("MemoryChain-v0", length=4)
+    (first, *rest), _, _ = play(env, [0], seed)
+    sign = first[2]
+    assert abs(sign) == 1 and rest == [first]
+    for action, reward in ((sign > 0, 1), (sign < 0, -1)):
+        observations, rewards, done = play(env, [1, 0, 1, 0, int(action)], seed)
+        assert observations[2:] == [[left, 0, 0] for left in (0.75, 0.5, 0.25, 0.0)]
+        assert rewards == [0, 0, 0, 0, reward] and done
