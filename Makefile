@@ -7,7 +7,7 @@
 #   make test-versions              the tests with other versions of Python, torch and TorchRL
 #   make demo                       the tutorial: a recurrent DQN learns; its picture is in demo/
 #   make test PYTHON=python3.12     with another interpreter
-#   make demo ARGS="--frames 1000"  ARGS goes to the program that the target runs
+#   make demo ARGS="--frames 5000"  ARGS goes to the program that the target runs
 #
 # On Linux, PyPI's torch carries CUDA. Where PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS names a place with
 # PyTorch's CPU wheels, pip takes the smaller CPU build of the same version.

@@ -100,7 +100,7 @@ def read_args(
     args = tyro.cli(kind, args=argv, default=saved, description=description)
     for name in ("output", *fixed):
         if getattr(args, name) != getattr(saved, name):
-            raise RunError(f"--{name} must be {getattr(saved, name)}, as in {args.resume}")
+            raise RunError(f"{_option(name)} must be {getattr(saved, name)}, as in {args.resume}")
     return args, checkpoint
 
 
@@ -129,7 +129,12 @@ def check_ranges(args: Any, **limits: tuple[float, float]) -> None:
         low, high = limits.get(name, (lowest, math.inf))
         if type(value) in (int, float) and not low <= value <= high:
             expected = f"at least {low}" if high == math.inf else f"a number from {low} to {high}"
-            raise RunError(f"--{name} is {value}: expected {expected}")
+            raise RunError(f"{_option(name)} is {value}: expected {expected}")
+
+
+def _option(name: str) -> str:
+    """Return the option of an argument, as ``--help`` writes it."""
+    return f"--{name.replace('_', '-')}"
 
 
 @contextmanager
@@ -309,11 +314,9 @@ class Run:
         self.seconds = time.perf_counter() - self._start
 
     def summarize(self) -> dict[str, float]:
-        """Return the means over the last episodes and gradient steps, for a progress bar."""
-        return {
-            "training_return": fmean(self.returns or [math.nan]),
-            "loss": fmean(self.losses or [math.nan]),
-        }
+        """Return the means over the last episodes and gradient steps, those that there are."""
+        values = {"training_return": self.returns, "loss": self.losses}
+        return {name: fmean(some) for name, some in values.items() if some}
 
     def record(self, returns: Tensor, policy: nn.Module | None = None, **metrics: float) -> None:
         """Add an evaluation to the learning curve, and keep the weights if they are the best.
@@ -333,6 +336,8 @@ class Run:
             "frames": self.frames,
             "seconds": round(self.seconds, 1),
             "episodes": self.episodes,
+            "training_return": math.nan,
+            "loss": math.nan,
             **self.summarize(),
             **metrics,
             "evaluation": mean,

@@ -158,6 +158,7 @@ def test_run_from_a_checkpoint_continues(tmp_path: Path) -> None:
     entries = {"done": done, "episode_reward": torch.tensor([[1.0, 2.0, 3.0]]).unsqueeze(-1)}
     old.count(TensorDict({"next": TensorDict(entries, [1, 3])}, [1, 3]))
     assert (old.frames, old.episodes, list(old.returns)) == (3, 1, [2.0])
+    assert old.summarize() == {"training_return": 2.0}  # no gradient step yet
     old.save(more=5)
     old.finish(torch.ones(1))
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)

@@ -55,7 +55,7 @@ class Args:
     hide: tuple[int, ...] | None = None  # hidden entries; None: CartPole-v1's velocities
     scale: tuple[float, ...] = (1.0,)  # factor of the other entries; one number, or one each
     cell: CellName = "lstm"  # kind of recurrent layer
-    cell_options: dict[str, float | str] = field(default_factory=dict)  # name value, as block plain
+    cell_options: dict[str, float | str] = field(default_factory=dict)  # such as: block plain
     hidden_size: int = 128  # size of the hidden state
     frames: int = 80_000  # environment steps in the whole run
     seed: int = 0  # of all random numbers
@@ -118,10 +118,11 @@ def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any]]:
     limits |= {"target_period": (0, math.inf), "first_visits": (0, math.inf)}
     runs.check_ranges(args, **limits)
     if args.actors == "local" and args.num_actors > 1:
-        raise runs.RunError(f"--num_actors is {args.num_actors}: --actors local expects 1")
-    for name, part in (("num_envs", "num_actors"), ("batch_frames", "num_envs")):
-        if getattr(args, name) % getattr(args, part):
-            raise runs.RunError(f"--{name} is {getattr(args, name)}: expected a multiple of {part}")
+        raise runs.RunError(f"--num-actors is {args.num_actors}: --actors local expects 1")
+    if args.num_envs % args.num_actors:
+        raise runs.RunError(f"--num-envs is {args.num_envs}: expected a multiple of --num-actors")
+    if args.batch_frames % args.num_envs:
+        raise runs.RunError("--batch-frames: expected a multiple of --num-envs")
     return args, checkpoint
 
 
@@ -146,7 +147,7 @@ def make_policy(args: Args, env: TransformedEnv) -> TensorDictSequential:
             **options,
         )
     except (TypeError, ValueError) as error:
-        words = f"--cell is {args.cell}, --cell_options is {options}"
+        words = f"--cell is {args.cell}, --cell-options is {options}"
         raise runs.RunError(f"{words}: {error}") from error
     return policy.to(args.device)
 
@@ -340,7 +341,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         finally:
             learner.save(run)
     except (runs.RunError, EnvError, collectors.ActorError, collectors.ActorsLostError) as error:
-        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")  # the last line of a traceback
+        line = str(error).strip().splitlines()[-1]  # the last one of a traceback
+        print(f"r2d2.py: error: {line}", file=sys.stderr)
+        sys.exit(2)
     if run.frames < args.frames or not run.rows:
         print(f"Stopped after {run.frames} frames. Continue: --resume {args.output}/checkpoint.pt")
         return

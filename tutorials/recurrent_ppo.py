@@ -60,7 +60,7 @@ class Args:
     normalize_reward: bool = False  # divide rewards by the deviation of discounted returns
     reward_scale: float = 0.1  # factor on rewards: keeps values small
     cell: CellName = "lstm"
-    cell_options: dict[str, float | str] = field(default_factory=dict)  # name value, as block plain
+    cell_options: dict[str, float | str] = field(default_factory=dict)  # such as: block plain
     critic: Literal["recurrent", "shared", "feed_forward"] = "recurrent"  # shared: actor's layer
     hidden_size: int = 64  # size of each recurrent layer
     num_layers: int = 1  # recurrent layers on top of each other
@@ -123,7 +123,7 @@ def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any]]:
     runs.check_ranges(args, **LIMITS)
     if args.minibatch_steps % args.seq_len:
         raise runs.RunError(
-            f"--minibatch_steps is {args.minibatch_steps}: expected a multiple of --seq_len, "
+            f"--minibatch-steps is {args.minibatch_steps}: expected a multiple of --seq-len, "
             f"{args.seq_len}"
         )
     return args, checkpoint
@@ -200,7 +200,7 @@ class Agent(nn.Module):
                 **options,
             )
         except (TypeError, ValueError) as error:
-            words = f"--cell is {cell}, --cell_options is {options}"
+            words = f"--cell is {cell}, --cell-options is {options}"
             raise runs.RunError(f"{words}: {error}") from error
         first = [Layers(one, ["observation"], [f"{name}_input"]) for one in encoder]
         return [*first, recurrent]

@@ -52,7 +52,7 @@ class Args:
     own: bool = False  # each agent has weights of its own; otherwise all share theirs
     cell: CellName = "gru"  # kind of recurrent layer
     hidden_size: int = 64  # size of the hidden state
-    frames: int = 16_000  # environment steps in the whole run
+    frames: int = 16_000  # environment steps in the whole run, more than warmup
     seed: int = 0  # of all random numbers
     device: str = "cpu"  # of environments and networks: cpu, cuda, cuda:1
     threads: int = 1  # CPU threads of torch; small networks are fastest with one
@@ -83,11 +83,11 @@ def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any]]:
     args, checkpoint = runs.read_args(Args, argv, fixed=FIXED, description=__doc__)
     shortest = args.num_envs * args.slice_len  # frames of one sequence of each environment
     limits = {name: (0, 1) for name in ("gamma", "lmbda", "tau", "epsilon")}
-    limits |= {"frames": (shortest + 1, math.inf), "warmup": (shortest, args.frames - 1)}
-    limits["capacity"] = (shortest, math.inf)
+    limits |= {name: (shortest, math.inf) for name in ("warmup", "capacity")}
+    limits["frames"] = (max(shortest, args.warmup) + 1, math.inf)
     runs.check_ranges(args, words=(2, math.inf), **limits)
     if args.batch_frames % args.num_envs:
-        raise runs.RunError("--batch_frames: expected a multiple of --num_envs")
+        raise runs.RunError("--batch-frames: expected a multiple of --num-envs")
     return args, checkpoint
 
 

@@ -55,7 +55,7 @@ class Args:
     hidden_size: int = 64  # size of each recurrent layer
     net_arch: tuple[int, ...] = (64,)  # linear layers between recurrent layer and output
 
-    frames: int = 24_000  # environment steps of the whole run
+    frames: int = 24_000  # environment steps of the whole run, more than warmup
     num_envs: int = 8  # environments that are stepped together
     batch_frames: int = 32  # frames collected between two rounds of gradient steps
     updates: int = 5  # gradient steps in a round
@@ -97,12 +97,12 @@ def read_args(argv: Sequence[str] | None) -> tuple[Args, dict[str, Any]]:
     args, checkpoint = runs.read_args(Args, argv, fixed=FIXED, description=__doc__)
     shortest = args.num_envs * args.slice_len  # frames of one sequence of each environment
     limits = {name: (0, 1) for name in ("gamma", "lmbda", "tau")}
-    limits |= {"frames": (shortest + 1, math.inf), "warmup": (shortest, args.frames - 1)}
-    limits["capacity"] = (shortest, math.inf)
+    limits |= {name: (shortest, math.inf) for name in ("warmup", "capacity")}
+    limits["frames"] = (max(shortest, args.warmup) + 1, math.inf)
     limits |= {"burn_in": (0, args.slice_len - 1), "alpha": (1e-6, math.inf)}
     runs.check_ranges(args, **limits)
     if args.batch_frames % args.num_envs:
-        raise runs.RunError("--batch_frames: expected a multiple of --num_envs")
+        raise runs.RunError("--batch-frames: expected a multiple of --num-envs")
     return args, checkpoint
 
 

@@ -14,8 +14,8 @@ from ..checks.arguments import as_float
 from .linear import (
     LinearCell,
     Parameters,
-    check_ordered,
     check_positive,
+    check_steps,
     join_pairs,
     projection_shapes,
     split_pairs,
@@ -212,7 +212,7 @@ class S5(_DiagonalCell):
     name = "s5"
 
     def __init__(self, min_step: float = 1e-3, max_step: float = 1e-1) -> None:
-        check_ordered("min_step", min_step, "max_step", max_step)
+        check_steps(min_step, max_step)
         self.min_step = min_step
         self.max_step = max_step
 

@@ -189,14 +189,12 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be above 0. Got {name}={value!r}.")
 
 
-def check_ordered(low_name: str, low: float, high_name: str, high: float) -> None:
-    """Raise ValueError unless ``0 < low <= high``."""
-    check_positive(low_name, low)
-    check_positive(high_name, high)
-    if not low <= high:
-        raise ValueError(
-            f"{low_name} must be at most {high_name}. Got {low_name}={low}, {high_name}={high}."
-        )
+def check_steps(min_step: float, max_step: float) -> None:
+    """Raise ValueError unless ``0 < min_step <= max_step``."""
+    check_positive("min_step", min_step)
+    check_positive("max_step", max_step)
+    if min_step > max_step:
+        raise ValueError(f"min_step must be at most max_step. Got {min_step=}, {max_step=}.")
 
 
 def check_norm_size(name: str, hidden_size: int) -> None:

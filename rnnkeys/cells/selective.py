@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..checks.arguments import as_int
 from .base import init_uniform
-from .linear import LinearCell, Parameters, check_ordered, projection_shapes
+from .linear import LinearCell, Parameters, check_steps, projection_shapes
 
 
 class S6(LinearCell):
@@ -59,7 +59,7 @@ class S6(LinearCell):
         min_step: float = 1e-3,
         max_step: float = 1e-1,
     ) -> None:
-        check_ordered("min_step", min_step, "max_step", max_step)
+        check_steps(min_step, max_step)
         self.state_size = as_int("state_size", state_size)
         self.window_len = as_int("window_len", window_len, minimum=2)
         self.min_step = min_step

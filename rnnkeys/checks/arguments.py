@@ -33,13 +33,12 @@ def as_int(name: str, value: Any, minimum: int = 1, maximum: int = 2**31 - 1) ->
     return int(value)
 
 
-def as_float(name: str, value: Any, minimum: float = 0.0, maximum: float = 1.0) -> float:
-    """Return a real argument as a float.
+def as_float(name: str, value: Any, maximum: float = 1.0) -> float:
+    """Return a real argument, 0 or more, as a float.
 
     Args:
         name: of the argument, for the message.
         value: a Python or NumPy number, not a bool.
-        minimum: least value.
         maximum: greatest value.
 
     Raises:
@@ -51,9 +50,9 @@ def as_float(name: str, value: Any, minimum: float = 0.0, maximum: float = 1.0) 
         0.99
     """
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not minimum <= float(value) <= maximum:
+    if not is_number or not 0 <= float(value) <= maximum:
         raise ValueError(
-            f"{name} must be a number from {minimum} to {maximum}. Got {name}={value!r}. [argument]"
+            f"{name} must be a number from 0.0 to {maximum}. Got {name}={value!r}. [argument]"
         )
     return float(value)
 

@@ -231,18 +231,17 @@ def _state_keys(module: TensorDictModuleBase) -> tuple[NestedKey, ...]:
     return tuple(key for key in map(unravel_key, module.in_keys) if next_key(key) in written)
 
 
-def as_networks(argument: str, networks: Any) -> tuple[RecurrentNetwork, ...]:
+def as_networks(networks: Any) -> tuple[RecurrentNetwork, ...]:
     """Return one network or several as a tuple.
 
     Args:
-        argument: name of the argument, for the message.
         networks: a network, or a sequence of networks.
 
     Raises:
         TypeError: if it is anything else.
 
     Examples:
-        >>> as_networks("networks", None)
+        >>> as_networks(None)
         Traceback (most recent call last):
         TypeError: networks must be an nn.Module or a sequence of them. Got None. [network]
     """
@@ -251,6 +250,6 @@ def as_networks(argument: str, networks: Any) -> tuple[RecurrentNetwork, ...]:
         isinstance(one, nn.Module) for one in listed
     ):
         raise TypeError(
-            f"{argument} must be an nn.Module or a sequence of them. Got {networks!r}. [network]"
+            f"networks must be an nn.Module or a sequence of them. Got {networks!r}. [network]"
         )
     return tuple(map(RecurrentNetwork, listed))

@@ -106,7 +106,7 @@ class SequenceMinibatches:
         self.seq_len = _as_optional_int("seq_len", seq_len)
         self.epochs = as_int("epochs", epochs)
         self.by_episode = by_episode
-        self.networks = () if networks is None else as_networks("networks", networks)
+        self.networks = () if networks is None else as_networks(networks)
         self.refresh = refresh
         self.normalize_advantage = normalize_advantage
         self.advantage_key = as_key("advantage_key", advantage_key)

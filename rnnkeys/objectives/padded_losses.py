@@ -173,8 +173,8 @@ class WiredPPO(WiredActorCritic):
         if explained is not None:
             target = seen["target"]
             mask = expand_mask(valid, seen["target"])
-            rest = masked_variance(target - seen["value"], mask, 0)
-            total = masked_variance(target, mask, 0)
+            rest = masked_variance(target - seen["value"], mask)
+            total = masked_variance(target, mask)
             explained = 1 - rest / (total + torch.finfo(target.dtype).eps)
         return value, clip_fraction, explained
 

@@ -47,15 +47,15 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return kept.sum(dim) / mask.sum(dim).clamp(min=1)
 
 
-def masked_variance(x: Tensor, mask: Tensor, dim: int) -> Tensor:
-    """Return the variance (divided by ``n``) along a dimension of the values whose mask is True.
+def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
+    """Return the variance (divided by ``n``) of valid values along the first dimension.
 
     Examples:
-        >>> masked_variance(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]), 0)
+        >>> masked_variance(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
         tensor(1.)
     """
-    mean = masked_mean(x, mask, dim).unsqueeze(dim)
-    return masked_mean((torch.where(mask, x, mean) - mean).square(), mask, dim)
+    mean = masked_mean(x, mask, 0)
+    return masked_mean((torch.where(mask, x, mean) - mean).square(), mask, 0)
 
 
 def fill_with_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -46,15 +46,13 @@ def sequence_mask(lengths: Tensor, max_len: int | None = None) -> Tensor:
     return torch.arange(max_len, device=lengths.device) < lengths.unsqueeze(-1)
 
 
-def read_mask(
-    batch: TensorDictBase, reader: str = "a loss", mask_key: NestedKey = MASK_KEY
-) -> Tensor | None:
+def read_mask(batch: TensorDictBase, reader: str = "a loss") -> Tensor | None:
     """Return the valid mask of a batch in the shape of the batch, or None without one.
 
     Args:
-        batch: sequences ``[*, T]``.
+        batch: sequences ``[*, T]``, with the mask, bool ``[*, T]`` or ``[*, T, 1]``, at
+            ``("collector", "mask")``.
         reader: who reads the batch, for error messages.
-        mask_key: key of the mask, bool ``[*, T]`` or ``[*, T, 1]``.
 
     Returns:
         Bool ``[*, T]``, False at padding.
@@ -70,10 +68,10 @@ def read_mask(
         torch.Size([2, 5])
     """
     raise_first(find_type_problems(batch, reader))
-    mask = batch.get(mask_key, None)
+    mask = batch.get(MASK_KEY, None)
     if mask is None:
         return None
-    raise_first(find_mask_problems(batch, reader, mask_key))
+    raise_first(find_mask_problems(batch, reader))
     return mask.reshape(batch.batch_size)
 
 

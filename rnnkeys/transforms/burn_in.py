@@ -59,7 +59,7 @@ class BurnIn(SequenceTransform):
         super().__init__()
         self.burn_in = as_int("burn_in", burn_in, minimum=0)
         # RecurrentNetwork is not an nn.Module: the transform neither owns nor copies the networks.
-        self._networks = as_networks("networks", networks)
+        self._networks = as_networks(networks)
         if not self._networks:
             raise ValueError("networks must name at least one network. Got []. [network]")
         for network in self._networks:

@@ -21,6 +21,7 @@ from tests.support.tutorials import (
     ROOT,
     assert_complete,
     assert_exits,
+    assert_fails,
     assert_same,
     interrupt_script,
     load_tutorial,
@@ -126,13 +127,16 @@ def test_resume_restores_the_saved_state(run: Run, tmp_path: Path, capacity: str
     assert_same(again, saved)
 
 
-def test_resume_without_the_replay_buffer_raises(run: Run) -> None:
+def test_resume_without_the_replay_buffer_raises(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = run(*SHORT)
     saved = read_checkpoint(folder)
     del saved["replay"]
     torch.save(saved, folder / "checkpoint.pt")
-    with pytest.raises(SystemExit, match=r"error: .*written by another version.*KeyError, 'replay"):
-        tutorial.main(["--resume", str(folder / "checkpoint.pt"), "--frames", "512"])
+    argv = ["--resume", str(folder / "checkpoint.pt"), "--frames", "512"]
+    message = "written by another version.*KeyError, 'replay"
+    assert_fails(capsys, message, lambda: tutorial.main(argv))
     assert read_result(folder)
 
 
@@ -216,7 +220,10 @@ def test_run_with_a_target_period_copies_the_network_at_once(run: Run, tmp_path:
 
 
 def test_run_without_actors_saves_and_says_so(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     collect, batches = LocalActors.next, []
 
@@ -227,8 +234,7 @@ def test_run_without_actors_saves_and_says_so(
         return batches[-1]
 
     monkeypatch.setattr(LocalActors, "next", collect_four)
-    with pytest.raises(SystemExit, match="error: Actor 1 is lost, and no other is left"):
-        run(*SHORT)
+    assert_fails(capsys, "Actor 1 is lost, and no other is left", lambda: run(*SHORT))
     saved = read_checkpoint(tmp_path)
     assert saved["frames"] == 256 and count_gradient_steps(saved) == 2 * 3
 
@@ -240,9 +246,10 @@ def test_run_without_actors_saves_and_says_so(
         ("OddNaNReward-v0", "a reward of OddNaNReward-v0 is nan"),
     ],
 )
-def test_run_with_nan_from_the_environment_names_it(run: Run, env: str, message: str) -> None:
-    with pytest.raises(SystemExit, match=f"error: .*{message}"):
-        run(*SHORT, "--env", env)
+def test_run_with_nan_from_the_environment_names_it(
+    run: Run, env: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_fails(capsys, message, lambda: run(*SHORT, "--env", env))
 
 
 def test_run_with_infinite_loss_names_the_remedy(run: Run) -> None:
@@ -253,29 +260,28 @@ def test_run_with_infinite_loss_names_the_remedy(run: Run) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--burn-in", "40"], "--burn_in is 40: expected a number from 0 to 39"),
+        (["--burn-in", "40"], "--burn-in is 40: expected a number from 0 to 39"),
         (["--period", "41"], "--period is 41: expected a number from 1 to 40"),
-        (["--num-actors", "2"], "--num_actors is 2: --actors local expects 1"),
-        (["--actors", "ray", "--num-actors", "3"], "--num_envs is 16: expected a multiple"),
-        (["--batch-frames", "100"], "--batch_frames is 100: expected a multiple of num_envs"),
+        (["--num-actors", "2"], "--num-actors is 2: --actors local expects 1"),
+        (["--actors", "ray", "--num-actors", "3"], "--num-envs is 16: expected a multiple"),
+        (["--batch-frames", "100"], "--batch-frames: expected a multiple of --num-envs"),
         (["--eta", "1.5"], "--eta is 1.5: expected a number from 0 to 1"),
         (["--windows", "0"], "--windows is 0: expected at least 1"),
         (["--hide", "7"], r"hide is \(7,\): expected some of the entries 0 to 3"),
         (["--env", "Pendulum-v1"], r"action space Box.*expected Discrete"),
         (["--env", odd_environments.action_id("Choices")], "action space MultiDiscrete"),
         (["--env", odd_environments.action_id("Binary")], "action space MultiBinary"),
-        (["--env", "CartPole-v9"], "error: .*CartPole-v9"),
-        (["--env", "nowhere:It-v0"], "error: .*nowhere"),
-        (["--cell-options", "speed", "2"], r"--cell_options is {'speed': 2.0}: .*speed"),
+        (["--env", "CartPole-v9"], "CartPole-v9"),
+        (["--env", "nowhere:It-v0"], "nowhere"),
+        (["--cell-options", "speed", "2"], r"--cell-options is {'speed': 2.0}: .*speed"),
         (["--resume", str(SCRIPT)], "expected a checkpoint of this program"),
     ],
 )
 def test_main_with_a_bad_value_raises_and_writes_nothing(
-    tmp_path: Path, argv: list[str], message: str
+    tmp_path: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit, match=message) as raised:
-        tutorial.main([*argv, "--output", str(tmp_path)])
-    assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
+    assert_fails(capsys, message, lambda: tutorial.main([*argv, "--output", str(tmp_path)]))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("argv", [["--frame", "3"], ["--cell", "esn"], ["--actors", "thread"]])
@@ -299,15 +305,16 @@ def test_read_args_of_each_experiment_accepts_it(argv: list[str], tmp_path: Path
     assert args.hide == ((1, 3) if args.env == "CartPole-v1" else None)
 
 
-def test_run_in_a_folder_with_a_run_needs_resume_or_overwrite(run: Run) -> None:
+def test_run_in_a_folder_with_a_run_needs_resume_or_overwrite(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = run(*SHORT)
     saved = (folder / "checkpoint.pt").read_bytes()
-    with pytest.raises(SystemExit, match=r"contains a run. Continue it with --resume .*--overwr"):
-        run(*SHORT, "--seed", "1")
-    with pytest.raises(SystemExit, match="Nowhere"):
-        run(*SHORT, "--env", "Nowhere-v0", "--overwrite")
-    with pytest.raises(SystemExit, match="--window_len must be 8, as in"):
-        tutorial.main(["--resume", str(folder / "checkpoint.pt"), "--window-len", "10"])
+    message = "contains a run. Continue it with --resume .*--overwr"
+    assert_fails(capsys, message, lambda: run(*SHORT, "--seed", "1"))
+    assert_fails(capsys, "Nowhere", lambda: run(*SHORT, "--env", "Nowhere-v0", "--overwrite"))
+    argv = ["--resume", str(folder / "checkpoint.pt"), "--window-len", "10"]
+    assert_fails(capsys, "--window-len must be 8, as in", lambda: tutorial.main(argv))
     assert (folder / "checkpoint.pt").read_bytes() == saved
     run(*SHORT, "--seed", "1", "--overwrite")
     assert read_result(folder)["args"]["seed"] == 1

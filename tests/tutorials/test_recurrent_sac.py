@@ -87,13 +87,13 @@ def test_main_resume_continues_the_run(sac: ModuleType, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--burn-in", "32"], "--burn_in is 32: expected a number from 0 to 31"),
+        (["--burn-in", "32"], "--burn-in is 32: expected a number from 0 to 31"),
         (["--alpha", "0"], "--alpha is 0.0: expected at least 1e-06"),
         (["--env", "CartPole-v1"], "CartPole-v1 has discrete actions, or several: use recurrent_p"),
         (["--env", "OddActionDict-v0"], "OddActionDict-v0 has discrete actions, or several: use"),
         (["--env", "Pendulum-v9"], "environment Pendulum-v9 cannot be made"),
-        (["--frames", "1600"], "--warmup is 1600: expected a number from 256 to 1599"),
-        (["--batch-frames", "30"], "expected a multiple of --num_envs"),
+        (["--frames", "1600"], "--frames is 1600: expected at least 1601"),
+        (["--batch-frames", "30"], "expected a multiple of --num-envs"),
         (["--observation", "smells"], "--observation"),
         (["--frame", "64"], "--frame"),
         (["--resume", "nowhere.pt"], "--resume is nowhere.pt: expected a checkpoint"),
