@@ -29,6 +29,8 @@ class Experiment:
             of the fresh episodes.
         success: the return above which an episode is a success. The summary then shows the share of
             successes, and not the mean return.
+        solved: the mean of ``y`` over the learning curve above which a variant counts as solved.
+            The summary then shows that mean, and how many variants are solved.
         without: what benchmarks/without.py takes from single variants.
         scale: the values that count as 0 and as 1 where tasks are taken together: those of random
             or motionless behaviour, and the best, or a good one where the best is not known.
@@ -47,6 +49,7 @@ class Experiment:
     references: Mapping[str, float] = field(default_factory=dict)
     milestones: Sequence[int] = ()
     success: float | None = None
+    solved: float | None = None
     without: Mapping[str, str] = field(default_factory=dict)
     scale: tuple[float, float] | None = None
 

@@ -36,6 +36,7 @@ from PIL import Image
 
 import rnnkeys
 from benchmarks.ablations import ABLATIONS
+from benchmarks.bsuite_tasks import BSUITE
 from benchmarks.experiments import EXPERIMENTS, EXTRAS, Experiment
 from benchmarks.popgym_tasks import POPGYM
 from benchmarks.published import PUBLISHED
@@ -46,10 +47,10 @@ from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen before
 
 SUITES = {
     "learn": EXPERIMENTS,
-    "results": PUBLISHED | POPGYM | ABLATIONS,
+    "results": PUBLISHED | POPGYM | BSUITE | ABLATIONS,
     "extras": EXTRAS,
 }
-ALL = EXPERIMENTS | PUBLISHED | POPGYM | ABLATIONS | EXTRAS
+ALL = EXPERIMENTS | PUBLISHED | POPGYM | BSUITE | ABLATIONS | EXTRAS
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .experiments import BEST, HIDDEN, LAST, ZOO, Experiment
+from .experiments import BEST, HIDDEN, LAST, SWING, ZOO, Experiment
 from .popgym_tasks import PPO as POPGYM_PPO
 
 # The agent sees the sign of its last reward (the agents of the paper see their last action), and
@@ -159,6 +159,30 @@ PUBLISHED = {
             "MarcoMeter/recurrent-ppo-truncated-bptt, 10 seeds, 102,400 steps": "115.6 +- 18.0",
             "MarcoMeter/recurrent-ppo-truncated-bptt, 10 seeds, 204,800 steps": "184.2 +- 4.7",
             "MarcoMeter/recurrent-ppo-truncated-bptt, 10 seeds, 409,600 steps": "192.8 +- 2.9",
+        },
+    ),
+    "pendulum_velocity": Experiment(
+        script="recurrent_sac",
+        title="SAC on Pendulum with its velocity alone",
+        text=(
+            "The angle is hidden, and the velocity is shown. Settings are those of "
+            "`recurrent_sac`, whose agent sees the angle alone; nothing was tuned. Rows *at N "
+            f"frames* are the regular evaluations, of 20 episodes. {BEST}"
+        ),
+        variants={
+            "recurrent": ("--hide", "0", "1", "--frames", "31000"),
+            "feed-forward": (
+                *("--hide", "0", "1", "--frames", "31000"),
+                *("--cell", "feed_forward", "--burn-in", "0"),
+            ),
+        },
+        seeds=range(3),
+        few={"feed-forward": [0]},
+        milestones=(30_000, 31_000),
+        scale=SWING,
+        published={
+            "pomdp-baselines, TD3 with an LSTM, 30,000 steps": "-197",
+            "pomdp-baselines, TD3 with an LSTM, 31,000 steps": "-183.5",
         },
     ),
     "linear_cells_cart_pole": Experiment(

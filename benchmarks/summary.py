@@ -131,6 +131,7 @@ def summarize(experiment: Experiment, runs: Sequence[Any]) -> str:
         "CPU minutes",
     ]
     rows: list[list[str]] = []
+    solved: list[bool] = []
     for variant in dict.fromkeys(run.variant for run in runs):
         group = [run for run in runs if run.variant == variant]
         costs = [
@@ -141,8 +142,14 @@ def summarize(experiment: Experiment, runs: Sequence[Any]) -> str:
         for at in experiment.milestones:
             values = [read_milestone(experiment, run.curve, at) for run in group]
             rows.append([variant, f"at {at:,} frames", *show_values(values), *costs])
+        if experiment.solved is not None:
+            values = [float(np.mean([row[experiment.y] for row in run.curve])) for run in group]
+            solved.append(bool(np.mean(values) > experiment.solved))
+            rows.append([variant, "while training", *show_values(values), *costs])
         values = [score(experiment, run.result["test_returns"]) for run in group]
         rows.append([variant, "fresh episodes", *show_values(values), *costs])
+    if solved:
+        rows.append(["variants", "solved", f"{sum(solved)} of {len(solved)}", "", "", "", ""])
     rows += [
         [name, "reference", f"{value:.2f}", "", "", "", ""]
         for name, value in experiment.references.items()

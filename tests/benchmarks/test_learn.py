@@ -64,6 +64,14 @@ def test_summarize_with_milestones_reads_the_learning_curve_there() -> None:
     assert "at 15 frames | 20.5 [20.0, 21.0] | 20.0, 21.0 |" in text
 
 
+def test_summarize_with_solved_counts_variants_by_the_mean_of_their_learning_curve() -> None:
+    experiment = make_experiment(solved=16.0)  # curves are 10, 20 plus the seed
+    text = summarize(experiment, [make_run("short", 2, [0.0]), make_run("long", 1, [0.0])])
+    assert "| short | while training | 17.0 [17.0, 17.0] | 17.0 |" in text
+    assert "| long | while training | 16.0 [16.0, 16.0] | 16.0 |" in text
+    assert "| variants | solved | 1 of 2 |" in text
+
+
 @pytest.mark.parametrize("column", ["fresh episodes: mean", "test_mean"])
 def test_write_overview_lists_the_experiments_that_have_results(
     column: str, tmp_path: Path
