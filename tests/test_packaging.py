@@ -61,7 +61,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return Built(wheel, sdist)
 
 
-def test_the_wheel_holds_the_whole_package_its_types_and_its_licence_and_nothing_else(built):
+def test_wheel_holds_the_package_its_types_and_its_licence_and_nothing_else(built):
     names = {Path(name) for name in zipfile.ZipFile(built.wheel).namelist()}
     modules = {path.relative_to(PROJECT) for path in (PROJECT / "rnnkeys").rglob("*.py")}
     assert {p for p in names if p.parts[0] == "rnnkeys"} == modules | {Path("rnnkeys/py.typed")}
@@ -70,7 +70,7 @@ def test_the_wheel_holds_the_whole_package_its_types_and_its_licence_and_nothing
     assert any(p.name == "LICENSE" for p in names)
 
 
-def test_the_sdist_holds_what_a_contributor_needs(built):
+def test_sdist_holds_what_a_contributor_needs(built):
     with tarfile.open(built.sdist) as archive:
         names = {str(Path(*Path(name).parts[1:])) for name in archive.getnames()}
     for name in (
@@ -84,7 +84,7 @@ def test_the_sdist_holds_what_a_contributor_needs(built):
     assert {str(p) for p in _linked_files(PROJECT / "README.md")} <= names
 
 
-def test_only_the_four_dependencies_are_required(built):
+def test_package_requires_four_dependencies_alone(built):
     described = _metadata(built.wheel)
     requirements = [Requirement(text) for text in described.get_all("Requires-Dist", [])]
     assert {r.name for r in requirements if "extra" not in str(r.marker)} == DEPENDENCIES
@@ -92,7 +92,7 @@ def test_only_the_four_dependencies_are_required(built):
     assert described["Requires-Python"] == ">=3.10"
 
 
-def test_the_wheel_installs_with_no_extra_and_works(built, tmp_path):
+def test_wheel_without_extras_installs_and_works(built, tmp_path):
     venv.create(tmp_path, symlinks=True)
     python = tmp_path / "bin" / "python"
     (site,) = tmp_path.glob("lib/python*/site-packages")
@@ -107,7 +107,7 @@ def test_the_wheel_installs_with_no_extra_and_works(built, tmp_path):
     assert Path(where).is_relative_to(site)
 
 
-def test_importing_the_package_imports_no_optional_package():
+def test_import_of_the_package_imports_no_optional_package():
     """Beyond those that the dependencies import of themselves."""
     script = (
         "import sys, torchrl.collectors, torchrl.data, torchrl.envs, torchrl.modules, "

@@ -134,7 +134,7 @@ def _compare(actual: np.ndarray, expected: Tensor | None, what: str) -> None:
 
 @pytest.mark.parametrize("resets", RESETS)
 @pytest.mark.parametrize(("cell", "kwargs"), CASES)
-def test_outputs_and_states_equal_torchs_on_segments_cut_by_hand(cell, kwargs, resets):
+def test_reference_outputs_and_states_equal_torchs_on_segments_cut_by_hand(cell, kwargs, resets):
     problem = _problem(cell, resets, **kwargs)
     runs = problem.run()
     y, last = _torch_segments(problem)
@@ -147,7 +147,7 @@ def test_outputs_and_states_equal_torchs_on_segments_cut_by_hand(cell, kwargs, r
 
 @pytest.mark.parametrize("resets", RESETS)
 @pytest.mark.parametrize(("cell", "kwargs"), CASES)
-def test_gradients_equal_autograds(cell, kwargs, resets):
+def test_reference_gradients_equal_autograds(cell, kwargs, resets):
     problem = _problem(cell, resets, **kwargs)
     gradients = _loss_gradients(problem)
     _compare(gradients[0].x, problem.x.grad, "x")
@@ -166,7 +166,7 @@ def test_gradients_equal_autograds(cell, kwargs, resets):
 
 @pytest.mark.parametrize("resets", ["none", "two in a row"])
 @pytest.mark.parametrize("kwargs", [{}, {"proj_size": 2}])
-def test_every_cell_state_and_its_gradient_equal_autograds_through_single_steps(kwargs, resets):
+def test_reference_cell_states_and_gradients_equal_autograds_through_single_steps(kwargs, resets):
     """``nn.LSTM`` hides ``c`` inside a segment: here torch runs one step at a time."""
     problem = _problem("lstm", resets, **kwargs)
     states = _torch_steps(problem)
@@ -235,7 +235,7 @@ def test_gradients_equal_finite_differences(cell, kwargs, resets):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_nothing_before_a_segment_passes_into_it_not_even_nan(cell):
+def test_reference_segment_gets_nothing_from_before_it_not_even_nan(cell):
     problem = _problem(cell, "two in a row")
     (clean,) = problem.run()
     with torch.no_grad():
@@ -249,7 +249,7 @@ def test_nothing_before_a_segment_passes_into_it_not_even_nan(cell):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_reset_state_has_a_gradient_where_a_segment_starts_and_only_there(cell):
+def test_reference_reset_state_has_a_gradient_at_segment_starts_alone(cell):
     problem = _problem(cell, "two in a row")
     (gradient,) = _loss_gradients(problem)
     starts = problem.is_init.numpy().copy()
@@ -258,7 +258,7 @@ def test_a_reset_state_has_a_gradient_where_a_segment_starts_and_only_there(cell
         assert np.array_equal((d != 0).any(-1), starts)
 
 
-def test_the_reference_shares_nothing_with_what_it_judges():
+def test_reference_shares_nothing_with_what_it_judges():
     tree = ast.parse(Path(reference.__file__).read_text(encoding="utf-8"))
     modules = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
     modules += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]

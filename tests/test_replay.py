@@ -33,7 +33,7 @@ def _filled(values, kind: Any = replay._SumTree):
 
 
 @given(priorities, st.data())
-def test_ranges_reduce_as_slices_do(values, data):
+def test_tree_ranges_reduce_as_slices_do(values, data):
     left = data.draw(st.integers(0, len(values) - 1))
     right = data.draw(st.integers(left + 1, len(values)))
     assert _filled(values).query(left, right) == pytest.approx(sum(values[left:right]), rel=1e-12)
@@ -41,7 +41,7 @@ def test_ranges_reduce_as_slices_do(values, data):
 
 
 @given(priorities, st.data())
-def test_updates_reach_the_root(values, data):
+def test_tree_updates_reach_the_root(values, data):
     tree, smallest = _filled(values), _filled(values, replay._MinTree)
     index = data.draw(st.lists(st.integers(0, len(values) - 1), min_size=1, unique=True))
     new = torch.arange(1.0, len(index) + 1, dtype=torch.float64)
@@ -54,20 +54,20 @@ def test_updates_reach_the_root(values, data):
 
 
 @given(priorities, st.floats(0, 0.999))
-def test_a_mass_finds_its_share_of_the_running_sum(values, part):
+def test_tree_mass_finds_its_share_of_the_running_sum(values, part):
     mass = part * sum(values)
     found = int(_filled(values).scan_lower_bound([mass]))
     edges = np.concatenate([[0], np.cumsum(values)])
     assert edges[found] - 1e-9 <= mass <= edges[found + 1] + 1e-9
 
 
-def test_entries_never_written_are_never_drawn():
+def test_sampler_never_draws_entries_that_were_never_written():
     tree = replay._SumTree(8, torch.float32)
     tree[torch.tensor([2, 5])] = torch.tensor([1.0, 1.0])
     assert set(tree.scan_lower_bound(np.linspace(0, 1.999, 50)).tolist()) == {2, 5}
 
 
-def test_draws_follow_priorities_and_weights_undo_them():
+def test_sampler_draws_by_priorities_and_weights_undo_them():
     torch.manual_seed(0)
     np.random.seed(0)
     sampler = replay.PrioritizedSampler(4, alpha=1.0, beta=1.0, eps=0.0)
@@ -82,7 +82,7 @@ def test_draws_follow_priorities_and_weights_undo_them():
     assert info["priority_weight"].dtype == torch.float32
 
 
-def test_a_generator_decides_what_is_drawn():
+def test_sampler_with_a_generator_draws_by_it():
     drawn = []
     for seed in (3, 3, 4):
         buffer = ReplayBuffer(
@@ -96,7 +96,7 @@ def test_a_generator_decides_what_is_drawn():
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_states_are_saved_and_loaded(tmp_path):
+def test_sampler_state_is_saved_and_loaded(tmp_path):
     sampler, other, third = (replay.PrioritizedSampler(5, 0.7, 0.9) for _ in range(3))
     sampler.update_priority(torch.arange(5), torch.arange(1.0, 6))
     other.load_state_dict(sampler.state_dict())
@@ -109,7 +109,7 @@ def test_states_are_saved_and_loaded(tmp_path):
         assert loaded._min_tree.query(0, 5) == pytest.approx(sampler._min_tree.query(0, 5))
 
 
-def test_other_dtypes_are_refused():
+def test_tree_of_other_dtypes_raises():
     with pytest.raises(NotImplementedError, match=r"dtype=torch\.int64.*torch\.float32"):
         replay.PrioritizedSampler(4, 0.7, 0.9, dtype=torch.int64)
 

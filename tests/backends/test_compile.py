@@ -65,7 +65,7 @@ def _pair(kind: str, **arguments: Any) -> tuple[Any, Any]:
     ("backend", "in_sequences"), [("auto", False), ("auto", True), ("pad", True), ("loop", True)]
 )
 @of_both_cells
-def test_a_module_is_one_graph_and_agrees_with_the_loop(kind, backend, in_sequences):
+def test_compiled_module_is_one_graph_and_agrees_with_the_loop(kind, backend, in_sequences):
     module, loop = _pair(kind, recurrent_backend=backend, num_layers=2)
     data = recurrent.batch(module, (3, 4))
     actual = run_with_gradients(module, _compiled(in_mode(module, in_sequences)), data)
@@ -73,7 +73,7 @@ def test_a_module_is_one_graph_and_agrees_with_the_loop(kind, backend, in_sequen
 
 
 @of_both_cells
-def test_graphs_do_not_grow_with_time(kind):
+def test_compiled_graph_does_not_grow_with_time(kind):
     module, _ = _pair(kind, num_layers=2)
     nodes = []
     for steps in (8, 64):
@@ -107,7 +107,7 @@ def test_compiled_module_with_other_flags_is_not_recompiled(kind):
     ids=["state_grad", "recompute"],
 )
 @of_both_cells
-def test_options_hold_in_one_graph(kind, arguments):
+def test_compiled_module_options_hold_in_one_graph(kind, arguments):
     module, loop = _pair(kind, **arguments)
     data = recurrent.batch(module, (3, 4))
     assert_same(
@@ -120,7 +120,7 @@ def test_options_hold_in_one_graph(kind, arguments):
 
 
 @of_both_cells
-def test_a_family_of_modules_in_vmap_is_one_graph(kind):
+def test_compiled_family_of_modules_in_vmap_is_one_graph(kind):
     """As TD3's two critics are run."""
     family = [recurrent.make(kind, dtype=F64) for _ in range(2)]
     parameters, _ = stack_module_state(family)

@@ -24,7 +24,7 @@ def _forget_what_was_compiled() -> Iterator[None]:
 
 @pytest.mark.parametrize("in_sequences", [False, True])
 @pytest.mark.parametrize("kind", ["lstm_ln", "cell", "step"])
-def test_a_module_is_one_graph_and_agrees_with_eager(kind, in_sequences):
+def test_compiled_module_is_one_graph_and_agrees_with_eager(kind, in_sequences):
     module = KINDS[kind]().double()
     call, data = in_mode(module, in_sequences), batch(module, (3, 4))
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=False)
@@ -37,7 +37,7 @@ def test_a_module_is_one_graph_and_agrees_with_eager(kind, in_sequences):
 
 # Dynamo breaks the graph where episodes' ends are counted, and warns of it.
 @pytest.mark.filterwarnings("ignore")
-def test_the_loss_of_r2d2_agrees_with_eager():
+def test_compiled_r2d2_loss_agrees_with_eager():
     # One network and no burn-in: fewer graphs, which take seconds each.
     online = make_network(0)
     loss = make_loss(online, online, burn_in=0, double_dqn=False, delay_value=False)

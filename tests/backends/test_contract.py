@@ -73,7 +73,7 @@ def _check(problem: Problem, way: str) -> None:
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("shape", SHAPES)
 @in_every_way
-def test_equals_the_reference(way, cell, dtype, shape, flags):
+def test_backend_equals_the_reference(way, cell, dtype, shape, flags):
     sizes = dict(SHAPES[shape])
     for size in sizes.keys() & {"inputs", "hidden"}:
         sizes[size] = max(sizes[size], problems.SMALLEST.get(cell, 1))
@@ -82,7 +82,7 @@ def test_equals_the_reference(way, cell, dtype, shape, flags):
 
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way].runs("lstm", F32, True)])
-def test_equals_the_reference_with_a_projection(way, flags):
+def test_backend_with_a_projection_equals_the_reference(way, flags):
     for dtype in WAYS[way].dtypes("lstm"):
         problem = problems.for_way(way, "lstm", flags, dtype=dtype, proj_size=3, num_layers=2)
         _check(problem, way)
@@ -90,14 +90,14 @@ def test_equals_the_reference_with_a_projection(way, flags):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @in_every_way_once
-def test_equals_the_reference_in_any_memory_layout(way, cell, dtype, layout):
+def test_backend_in_any_memory_layout_equals_the_reference(way, cell, dtype, layout):
     problem = problems.for_way(way, cell, dtype=dtype, num_layers=2, layouts=(layout, layout))
     _check(problem, way)
 
 
 @pytest.mark.parametrize("flags", ["none", "random", "one long among short"])
 @in_every_way_once
-def test_equals_the_reference_where_time_is_long(monkeypatch, way, cell, dtype, flags):
+def test_backend_over_long_time_equals_the_reference(monkeypatch, way, cell, dtype, flags):
     """More steps and rows than are handled at once anywhere."""
     monkeypatch.setattr(fused, "_MOST_ELEMENTS", 1 << 14)
     _check(problems.for_way(way, cell, flags, dtype=dtype, batch=6, steps=160, hidden=48), way)
@@ -141,7 +141,7 @@ def _problems(draw: st.DrawFn, way: str, cell: str, dtype: torch.dtype) -> Probl
 @settings(max_examples=settings().max_examples // 4)
 @given(data=st.data())
 @in_every_way_once
-def test_equals_the_reference_whatever_is_drawn(way, cell, dtype, data):
+def test_backend_of_any_drawn_problem_equals_the_reference(way, cell, dtype, data):
     _check(data.draw(_problems(way, cell, dtype)), way)
 
 
@@ -172,7 +172,7 @@ def _by_torchs_kernel(problem: Problem, d_y: Tensor, d_states: State) -> Run:
 
 @pytest.mark.parametrize("flags", ["none", "random"])
 @in_every_way_of_torchs_cells
-def test_equals_torchs_kernel_on_segments_cut_by_hand(way, cell, dtype, flags):
+def test_backend_equals_torchs_kernel_on_segments_cut_by_hand(way, cell, dtype, flags):
     problem = problems.make(cell, flags, dtype=dtype, num_layers=2)
     is_end = torch.cat([problem.is_init[:, 1:], torch.ones(3, 1, dtype=torch.bool)], 1)
     d_y, d_states = problem.cotangents(WAYS[way].options.state_grad)
@@ -185,7 +185,7 @@ def test_equals_torchs_kernel_on_segments_cut_by_hand(way, cell, dtype, flags):
 
 @pytest.mark.parametrize("cut", [1, 3, 6])
 @in_every_way_once
-def test_two_chunks_with_the_state_carried_equal_the_whole(way, cell, dtype, cut):
+def test_backend_over_two_chunks_equals_the_whole(way, cell, dtype, cut):
     problem = problems.for_way(way, cell, "two in a row", dtype=dtype, num_layers=2)
     problem.is_init[:, cut] = False
     whole_y, whole = problems.outputs(problem, WAYS[way])
@@ -207,7 +207,7 @@ def test_two_chunks_with_the_state_carried_equal_the_whole(way, cell, dtype, cut
 
 
 @in_every_way_once
-def test_a_gradient_does_not_depend_on_what_else_has_one(way, cell, dtype):
+def test_backend_gradient_does_not_depend_on_what_else_has_one(way, cell, dtype):
     """Frozen layers, a stored state that is learned alone, a bias that is tuned alone."""
     problem = problems.for_way(way, cell, dtype=dtype)
     d_y, d_states = problem.cotangents(WAYS[way].options.state_grad)
@@ -223,7 +223,7 @@ def test_a_gradient_does_not_depend_on_what_else_has_one(way, cell, dtype):
 
 
 @in_every_way_once
-def test_a_gradient_may_come_through_one_output_alone(way, cell, dtype):
+def test_backend_gradient_may_come_through_one_output_alone(way, cell, dtype):
     problem = problems.for_way(way, cell, dtype=dtype, num_layers=2)
     d_y, d_states = problem.cotangents()
     y, states = problems.outputs(problem, WAYS[way])
@@ -266,7 +266,7 @@ def test_backend_runs_a_custom_cell(way):
 
 
 @in_every_way_once
-def test_states_are_apart_from_outputs_in_memory(way, cell, dtype):
+def test_backend_states_are_apart_from_outputs_in_memory(way, cell, dtype):
     """An activation applied to the output in place must not change the state that is stored."""
     with torch.no_grad():
         y, states = problems.outputs(problems.for_way(way, cell, dtype=dtype), WAYS[way])
@@ -276,7 +276,7 @@ def test_states_are_apart_from_outputs_in_memory(way, cell, dtype):
 
 
 @in_every_way_once
-def test_states_carry_a_gradient_only_if_asked_for(way, cell, dtype):
+def test_backend_states_carry_a_gradient_only_if_asked_for(way, cell, dtype):
     problem = problems.for_way(way, cell, dtype=dtype)
     for state_grad in (False, True):
         options = WAYS[way].options._replace(state_grad=state_grad)
@@ -286,7 +286,7 @@ def test_states_carry_a_gradient_only_if_asked_for(way, cell, dtype):
 
 
 @in_every_way_once
-def test_recomputed_activations_change_no_number_and_are_not_kept(way, cell, dtype):
+def test_backend_with_recomputed_activations_changes_no_number_and_keeps_none(way, cell, dtype):
     problem = problems.for_way(way, cell, dtype=dtype, steps=40, num_layers=2)
     d_y, d_states = problem.cotangents(WAYS[way].options.state_grad)
     again = WAYS[way]._replace(options=WAYS[way].options._replace(recompute="full"))
@@ -319,7 +319,9 @@ def _count_saved() -> Iterator[list[int]]:
 
 @pytest.mark.parametrize(("batch", "steps"), [(0, 5), (2, 0), (0, 0)])
 @in_every_way_once
-def test_an_empty_batch_has_empty_outputs_of_the_right_shape(way, cell, dtype, batch, steps):
+def test_backend_of_an_empty_batch_returns_empty_outputs_of_the_right_shape(
+    way, cell, dtype, batch, steps
+):
     sizes: dict[str, Any] = {"batch": batch, "steps": steps, "num_layers": 2}
     if cell == "lstm" and WAYS[way].runs(cell, dtype, projected=True):
         sizes["proj_size"] = 3
@@ -330,7 +332,7 @@ def test_an_empty_batch_has_empty_outputs_of_the_right_shape(way, cell, dtype, b
     y.sum().backward()  # a learner must not stop at an empty batch
 
 
-def test_auto_chooses_packing_outside_of_transforms():
+def test_choose_auto_packs_outside_of_transforms():
     plain = Options(native=False)
 
     def chosen() -> list[str]:

@@ -169,7 +169,7 @@ def test_native_gradients_in_a_batch_equal_those_one_by_one():
 
 
 @of_both_cells
-def test_the_loop_has_derivatives_of_any_order(cell):
+def test_loop_has_derivatives_of_any_order(cell):
     problem = problems.make(cell, batch=2, steps=3, inputs=2, hidden=2, num_layers=2)
 
     def y_and_states(x: Tensor, *reset_state: Tensor) -> State:
@@ -236,7 +236,7 @@ def _leaves(arguments: Any) -> list[Tensor]:
 @over_anything
 @in_every_backend
 @of_both_cells
-def test_gradients_within_vmap_equal_those_one_by_one(cell, backend, batched):
+def test_operator_gradients_within_vmap_equal_those_one_by_one(cell, backend, batched):
     family, stacked = _family(cell, batched)
     d_y, d_states = problems.make(cell, num_layers=2).cotangents()
     gradients = grad(_loss(cell, backend, d_y, d_states), argnums=(0, 1, 2))
@@ -270,7 +270,7 @@ def test_values_of_vmap_and_gradients_through_it_equal_those_one_by_one(cell, ba
 
 @pytest.mark.parametrize("backend", ["loop", "scan"])
 @of_both_cells
-def test_vmap_over_flags_alone_is_right(cell, backend):
+def test_operator_in_vmap_over_flags_alone_is_right(cell, backend):
     problem = problems.make(cell)
     flags = torch.rand(4, 3, 7) < 0.4
 

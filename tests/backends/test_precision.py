@@ -52,7 +52,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None
 on_every_gpu = pytest.mark.parametrize("gpu", GPUS, indirect=True)
 
 
-def test_the_names_are_those_of_torchrl():
+def test_precision_names_are_those_of_torchrl():
     for name in ("RecurrentMatmulPrecision", "RecurrentMatmulPrecisionUserMode"):
         assert typing.get_origin(getattr(ours, name)) is typing.Literal
         assert getattr(rnnkeys.precision, name) == getattr(theirs, name)
@@ -61,7 +61,7 @@ def test_the_names_are_those_of_torchrl():
 
 @on_every_gpu
 @pytest.mark.usefixtures("gpu")
-def test_every_order_of_precedence_resolves_as_in_torchrl(monkeypatch):
+def test_precision_of_any_order_of_settings_resolves_as_in_torchrl(monkeypatch):
     """Argument, setter, environment, torch: all that can be said, by either library's setter."""
     seen = set()
     for variable, torch_mode in itertools.product((None, *USER_MODES), TORCH_MODES):
@@ -82,7 +82,7 @@ def test_every_order_of_precedence_resolves_as_in_torchrl(monkeypatch):
 
 @on_every_gpu
 @pytest.mark.usefixtures("gpu")
-def test_presets_follow_the_device_of_the_call(request):
+def test_precision_presets_follow_the_device_of_the_call(request):
     has_tf32 = request.node.callspec.params["gpu"] in ("Ampere", "Hopper")
     for preset, concrete in (("fast", "tf32"), ("high-prec", "tf32x3")):
         assert ours.resolve(preset, CUDA) == (concrete if has_tf32 else "ieee")
@@ -91,7 +91,7 @@ def test_presets_follow_the_device_of_the_call(request):
         assert ours.resolve(concrete, torch.device("cpu")) == concrete
 
 
-def test_the_environment_is_read_when_the_setter_is_cleared(monkeypatch):
+def test_precision_of_the_environment_is_read_when_the_setter_is_cleared(monkeypatch):
     monkeypatch.setenv(VARIABLE, " TF32X3 ")
     for clear in (None, "auto"):
         ours.set_recurrent_matmul_precision("tf32")
@@ -102,7 +102,7 @@ def test_the_environment_is_read_when_the_setter_is_cleared(monkeypatch):
         ours.set_recurrent_matmul_precision(None)
 
 
-def test_a_block_puts_back_what_was_set_before_even_after_an_error():
+def test_precision_block_restores_the_setting_even_after_an_error():
     ours.set_recurrent_matmul_precision("tf32")
     with pytest.raises(ZeroDivisionError), ours.set_recurrent_matmul_precision("ieee"):
         assert ours.get_recurrent_matmul_precision() == "ieee"
@@ -113,7 +113,7 @@ def test_a_block_puts_back_what_was_set_before_even_after_an_error():
     assert ours.get_recurrent_matmul_precision() == "tf32"
 
 
-def test_one_object_serves_nested_and_repeated_blocks():
+def test_precision_object_serves_nested_and_repeated_blocks():
     ours.set_recurrent_matmul_precision("tf32")
     block = ours.set_recurrent_matmul_precision("ieee")
     for _ in range(2):
@@ -122,7 +122,7 @@ def test_one_object_serves_nested_and_repeated_blocks():
         assert ours.get_recurrent_matmul_precision() == "tf32"
 
 
-def test_a_call_without_a_block_holds_in_all_threads():
+def test_precision_call_without_a_block_holds_in_all_threads():
     ours.set_recurrent_matmul_precision("tf32x3")
     found: list[str] = []
     thread = threading.Thread(target=lambda: found.append(ours.get_recurrent_matmul_precision()))
@@ -156,7 +156,7 @@ def test_constructors_keep_the_mode_as_torchrls_do(kind):
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 @pytest.mark.parametrize("backend", ["loop", "pad", "scan"])
-def test_on_a_cpu_the_mode_changes_no_number(kind, backend):
+def test_precision_on_a_cpu_changes_no_number(kind, backend):
     results = []
     for mode in USER_MODES:
         torch.manual_seed(0)
@@ -171,7 +171,7 @@ def _library() -> str:
 
 
 @pytest.mark.parametrize("torch_mode", TORCH_MODES)
-def test_the_library_runs_at_the_mode_and_is_put_back(torch_mode):
+def test_cublas_runs_at_the_mode_and_is_restored(torch_mode):
     torch.set_float32_matmul_precision(torch_mode)
     before = _library()
     for mode, wanted in (("tf32", "tf32"), ("tf32x3", "ieee"), ("ieee", "ieee")):
@@ -182,7 +182,7 @@ def test_the_library_runs_at_the_mode_and_is_put_back(torch_mode):
     assert torch.get_float32_matmul_precision() == torch_mode
 
 
-def test_threads_that_need_different_modes_of_the_library_take_turns():
+def test_cublas_threads_that_need_different_modes_take_turns():
     before, wrong, meet = _library(), [], threading.Barrier(2)
 
     def work(mode: str, wanted: str) -> None:
@@ -203,7 +203,7 @@ def test_threads_that_need_different_modes_of_the_library_take_turns():
 
 @pytest.mark.parametrize("gpu", ["Hopper"], indirect=True)
 @pytest.mark.usefixtures("gpu")
-def test_torchs_setting_is_read_where_its_old_and_new_flags_contradict():
+def test_precision_where_torchs_flags_contradict_is_read():
     """Torch itself raises where the new flag allows what the old one forbids."""
     torch.set_float32_matmul_precision("highest")
     before = _library()
@@ -216,7 +216,7 @@ def test_torchs_setting_is_read_where_its_old_and_new_flags_contradict():
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def test_another_threads_products_do_not_change_what_torch_is_set_to():
+def test_cublas_products_of_another_thread_leave_torchs_setting():
     torch.set_float32_matmul_precision("highest")
     found: list[str] = []
     reader = threading.Thread(target=lambda: found.append(ours._torch_precision()))

@@ -105,7 +105,7 @@ def test_kernels_fit_smaller_gpus(case):
 
 
 @needs_triton
-def test_a_program_arrives_when_its_threads_have_written_and_reads_when_all_have_arrived():
+def test_kernel_program_arrives_after_its_writes_and_reads_after_all_arrivals():
     case = triton_resources.Case("lstm", "forward", 256, 16, "tf32")
     loop = triton_resources.compile_case(case).ptx
     release, acquire = loop.index("gpu.release"), loop.index("gpu.acquire")
@@ -115,7 +115,7 @@ def test_a_program_arrives_when_its_threads_have_written_and_reads_when_all_have
     assert after.index("bar.sync") < after.index("ld.global")
 
 
-def test_the_launch_follows_from_the_problem_alone():
+def test_launch_follows_from_the_problem_alone():
     def launch(hidden: int, batch: int = 16, itemsize: int = 4, mode: str = "tf32", **gpu: int):
         return choose_config("forward", batch, 64, hidden, itemsize, mode, Device(**gpu))
 
@@ -155,7 +155,7 @@ def test_triton_without_gpu_raises_with_the_remedy(kind, monkeypatch):
     assert "Use recurrent_backend='pad' or 'auto'" in message
 
 
-def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+def test_triton_without_its_package_names_the_extra(monkeypatch):
     monkeypatch.setattr(triton, "find_spec", lambda name: None)
     reason = triton.why_not(GRU_CELL, _weights())
     assert reason and "pip install 'rnnkeys[triton]'" in reason
@@ -175,13 +175,13 @@ def test_triton_unsupported_argument_raises_by_name(weights, message):
     assert message in str(error) and "recurrent_backend='pad' or 'auto'" in str(error)
 
 
-def test_a_constructor_names_a_dtype_that_is_not_computed_in(monkeypatch):
+def test_triton_constructor_names_a_dtype_that_is_not_computed_in(monkeypatch):
     monkeypatch.setattr(triton, "why_not_machine", lambda device: None)
     with pytest.raises(RuntimeError, match="got recurrent_compute_dtype=float64"):
         recurrent.make("gru", recurrent_backend="triton", recurrent_compute_dtype=torch.float64)
 
 
-def test_an_old_gpu_is_named_with_its_capability(monkeypatch):
+def test_triton_on_an_old_gpu_names_its_capability(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(triton, "find_spec", lambda name: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -212,7 +212,7 @@ def test_triton_with_cpu_data_raises(monkeypatch):
 
 @needs_triton
 @pytest.mark.slow
-def test_the_benchmark_runs_dry_with_all_contestants(tmp_path):
+def test_benchmark_runs_dry_with_all_contestants(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.bench_gpu", "--dry-run"]
     arguments = ["--modes", "ieee", "--budget", "0", "--output", str(tmp_path)]
     done = subprocess.run(command + arguments, capture_output=True, text=True, cwd=PROJECT)
@@ -261,14 +261,14 @@ def test_benchmark_skips_contestants_that_fail_or_are_slow(monkeypatch):
         assert row.seconds.keys() == set(ALL) - row.skipped.keys()
 
 
-def test_our_own_wrong_result_stops_the_benchmark(monkeypatch):
+def test_benchmark_with_a_wrong_result_of_ours_stops(monkeypatch):
     monkeypatch.setattr(gpu_contestants, "make_contestant", Failing)
     monkeypatch.setattr(Failing, "wrong", TRITON)
     with pytest.raises(AssertionError, match="nothing is timed"):
         bench_gpu.check("cpu", "ieee")
 
 
-def test_a_quick_benchmark_ends_in_time_and_sees_all_sizes():
+def test_benchmark_that_is_quick_ends_in_time_and_sees_all_sizes():
     quick = bench_gpu.parse(["--quick"])
     cases = [case for case, _ in bench_gpu.grid(quick)]
     assert 50 < len(cases) < 80 and quick.minutes == 7.0 and quick.call_seconds == 2.0

@@ -14,8 +14,8 @@ import pytest
 PROJECT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 # What takes longest in the interpreter and says least about kernels is left to a GPU.
-LONG = "whatever_is_drawn or where_time_is_long"
-LONG += " or (test_equals_the_reference and not (plain or random or layout))"
+LONG = "any_drawn_problem or over_long_time"
+LONG += " or (equals_the_reference and not (plain or random or layout))"
 CONTRACT = f"triton and not ({LONG})"
 
 
@@ -54,7 +54,7 @@ def test_interpreted_linear_kernels_equal_the_cpu():
 
 @needs_triton
 @pytest.mark.parametrize("form", ["split", "stepwise"])
-def test_one_problem_at_a_glance(form):
+def test_interpreted_kernel_of_one_problem_equals_the_reference(form):
     """What the seeded faults are shown to; the other tests see more and take longer."""
     case = f"test_form_equals_the_reference[{form}-lstm-random]"
     assert _passed(_pytest_interpreted(f"tests/support/triton_kernels.py::{case}")) == 1

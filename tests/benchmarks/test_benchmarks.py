@@ -74,7 +74,7 @@ def test_timings_are_quartiles_of_samples_after_two_calls_to_warm_up() -> None:
     assert timings["a"].spread == pytest.approx(0.2 / 0.3)
 
 
-def test_every_round_has_an_order_of_its_own() -> None:
+def test_rounds_have_an_order_of_their_own() -> None:
     clock = FakeTime()
     calls = {name: clock.worker(name, 0.1) for name in "abc"}
     interleave(calls, Budget(seconds=3.0, fewest=3, most=30), clock)
@@ -132,7 +132,7 @@ def test_state_entries_are_the_primer_s() -> None:
 
 
 @pytest.mark.parametrize("resets", [0.0, 0.1, SHORT, LONG])
-def test_every_row_starts_and_draws_repeat(resets: float | str) -> None:
+def test_flags_of_every_row_start_and_draws_repeat(resets: float | str) -> None:
     flags = starts(resets, 50, 1000)
     assert flags.shape == (50, 1000)
     assert flags[:, 0].all()
@@ -186,7 +186,7 @@ def _grid(*cases: Case) -> Grid:
     )
 
 
-def test_all_parts_run_and_are_kept(
+def test_bench_runs_and_keeps_all_parts(
     monkeypatch: pytest.MonkeyPatch, tmp_path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # What takes seconds is made small, or left out: TorchRL's scan traces before it runs.
@@ -224,7 +224,7 @@ def _fake_run(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
     monkeypatch.setattr(bench_cpu, "quick_grid", lambda: _grid(*cases))
 
 
-def test_what_was_measured_before_an_interrupt_is_kept(
+def test_bench_after_an_interrupt_keeps_what_was_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path
 ) -> None:
     threads = str(torch.get_num_threads())
@@ -239,7 +239,7 @@ def test_what_was_measured_before_an_interrupt_is_kept(
     assert "| cut off | yes |" in (tmp_path / "cpu.md").read_text()
 
 
-def test_what_there_is_no_time_for_is_left_out_and_counted(
+def test_bench_out_of_time_counts_what_is_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path
 ) -> None:
     threads = str(torch.get_num_threads())
@@ -251,7 +251,7 @@ def test_what_there_is_no_time_for_is_left_out_and_counted(
     assert not (tmp_path / "cpu_unfinished.json").exists()
 
 
-def test_a_record_holds_the_seconds_of_one_operation_of_a_matmul() -> None:
+def test_record_holds_the_seconds_of_one_operation_of_a_matmul() -> None:
     case = Case("GRU", TINY, 0.1)
     (record,) = time_together(FORWARD, [(case, (AUTO, NO_RESETS))], Budget(0.01, 1, 1))
     assert set(record.timings) == {AUTO, NO_RESETS, GEMM}
@@ -310,7 +310,7 @@ def test_speedup_is_over_the_better_of_torchrl_s_backends() -> None:
     assert _goal(results, "T of 512").reached == "9.00 times faster; least 9.00, 1 cases"
 
 
-def test_a_goal_is_missed_by_its_mean_or_by_one_case() -> None:
+def test_goal_is_missed_by_its_mean_or_by_one_case() -> None:
     def met(*speedups: float) -> bool | None:
         records = [_record(0.1, torchrl_pad=s, torchrl_scan=99.0) for s in speedups]
         return _goal(_sequences(*records), "T up to 256").met

@@ -74,7 +74,7 @@ def _assert_same(ours: Any, theirs: Any, arguments: Any, actual: Any, expected: 
 @pytest.mark.parametrize("batch", [(), (B,)], ids=["1-D", "2-D"])
 @pytest.mark.parametrize("bias", [True, False])
 @of_both_cells
-def test_a_step_equals_torchs(name, bias, batch, given):
+def test_step_equals_torchs(name, bias, batch, given):
     ours, theirs = _pair(name, I, H, bias=bias)
     arguments = [_leaf(*batch, I)] + ([_state(name, *batch)] if given else [])
     actual, expected = ours(*arguments), theirs(*arguments)
@@ -130,7 +130,7 @@ def test_parameters_have_the_device_and_dtype_asked_for(name, device):
     assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", torch.bfloat16)}
 
 
-def test_torchrls_order_of_arguments():
+def test_constructor_takes_arguments_in_torchrls_order():
     """``LSTM`` has ``batch_first`` before ``bias``, and ``GRU`` after it."""
     assert rnnkeys.LSTM(I, H, 2, False, False).state_dict().keys().isdisjoint({"bias_ih_l0"})
     lstm, gru = rnnkeys.LSTM(I, H, 2, False), rnnkeys.GRU(I, H, 2, True, False)
@@ -290,7 +290,7 @@ def test_step_wrong_shape_raises_by_name(name):
             cell(torch.zeros(3, I), state(*shape))
 
 
-def test_a_step_names_the_state_that_is_wrong():
+def test_step_with_a_wrong_state_names_it():
     with pytest.raises(ValueError, match=r"hx\[1\].*\(3, 9\).*\(3, 4\)"):
         rnnkeys.LSTMCell(I, H)(torch.zeros(3, I), (torch.zeros(3, H), torch.zeros(3, 9)))
 

@@ -153,7 +153,7 @@ def test_check_torchrl_modules_give_empty_report() -> None:
     assert not Wiring(setup.policy, env, batch, setup.loss).check()
 
 
-def test_check_changes_nothing() -> None:
+def test_check_leaves_policy_environment_and_batch() -> None:
     wiring = right()
     wiring.policy.train()
     before, state = wiring.batch.clone(), torch.get_rng_state()

@@ -104,7 +104,7 @@ class Trace(nn.Module):
 
 
 @in_every_backend
-def test_a_module_may_change_its_state_in_place(backend):
+def test_step_module_may_change_its_state_in_place(backend):
     module = CellModule(Trace(), **KEYS, recurrent_backend=backend)
     data = batch(module, shape=(3, 7))
     before = data.clone()
@@ -145,7 +145,7 @@ def test_custom_cell_segment_start_blocks_earlier_steps_and_nan(kind, backend):
 
 @in_every_backend
 @of_every_kind
-def test_an_empty_batch_has_empty_outputs(kind, backend):
+def test_custom_cell_of_an_empty_batch_returns_empty_outputs(kind, backend):
     module = KINDS[kind](recurrent_backend=backend)
     out = recurrently(module, batch(module, shape=(0, 4)))
     assert out["embed"].shape == (0, 4, 5)
@@ -355,7 +355,7 @@ def test_recurrent_module_makes_the_named_class(kind):
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "lstm_ln", "feed_forward"])
 @pytest.mark.parametrize("shape", [(4,), (1, 40, 44)])
-def test_a_drqn_policy_acts_and_runs_sequences(cell, shape):
+def test_drqn_policy_acts_and_runs_sequences(cell, shape):
     policy = drqn_policy(OneHot(3), shape, cell=cell, hidden_size=8, encoder_sizes=(16,))
     frames = len(shape) == 3
     seen = torch.randint(256, (2, 5, *shape)).byte() if frames else torch.randn(2, 5, *shape)
@@ -367,7 +367,7 @@ def test_a_drqn_policy_acts_and_runs_sequences(cell, shape):
     assert_equal(policy(first)["action_value"], out["action_value"][:, 0], torch.float32)
 
 
-def test_a_dueling_head_splits_values_from_advantages():
+def test_dueling_head_splits_values_from_advantages():
     head: Any = drqn_policy(OneHot(3), (4,), hidden_size=8)[2].module
     x = torch.randn(5, 8)
     assert_equal(head(x).mean(-1, keepdim=True), head.value(x), torch.float32)

@@ -281,7 +281,7 @@ def step_by_step(policy: Any, output: str, observations: Tensor, flags: Tensor) 
     return outs
 
 
-def test_every_cell_exported_plays_as_the_module(tmp_path: Path):
+def test_cell_exported_plays_as_the_module(tmp_path: Path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     policy, output = make_chain()

@@ -88,7 +88,7 @@ _COPIES: dict[str, Callable[[Any], Any]] = {
 @in_both_kinds
 @in_both_modes
 @pytest.mark.parametrize("way", _COPIES)
-def test_a_copy_computes_the_same(kind, recurrent, way):
+def test_module_copied_or_pickled_computes_the_same(kind, recurrent, way):
     module = make(kind, num_layers=2)
     data = batch(module)
     expected = _run(module, data, recurrent)
@@ -109,7 +109,7 @@ def _send(module: Any, data: TensorDict, queue: Any) -> None:
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_a_module_goes_to_another_process(start):
+def test_module_sent_to_another_process_computes_the_same(start):
     module = make("lstm", num_layers=2)
     data = batch(module)
     context: Any = multiprocessing.get_context(start)
@@ -127,7 +127,7 @@ def test_a_module_goes_to_another_process(start):
 @in_both_kinds
 @in_both_modes
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_to_another_dtype(kind, recurrent, dtype):
+def test_module_to_another_dtype_computes_in_it(kind, recurrent, dtype):
     module = make(kind).to(dtype)
     for key, value in _run(module, batch(module), recurrent).items():
         assert value.dtype == dtype, key
@@ -137,7 +137,7 @@ def test_to_another_dtype(kind, recurrent, dtype):
 @in_both_kinds
 @in_both_modes
 @on_every_backend
-def test_shapes_may_be_asked_without_data(kind, recurrent, backend):
+def test_module_without_data_returns_shapes(kind, recurrent, backend):
     module = make(kind, recurrent_backend=backend)
     data = batch(module)
     expected = _run(module, data, recurrent)
@@ -150,7 +150,7 @@ def test_shapes_may_be_asked_without_data(kind, recurrent, backend):
 
 @in_both_kinds
 @in_both_modes
-def test_parameters_may_be_swapped_for_a_call(kind, recurrent):
+def test_module_with_swapped_parameters_uses_them(kind, recurrent):
     module, other = make(kind, num_layers=2), make(kind, num_layers=2)
     data = batch(module)
     own, expected = _run(module, data, recurrent), _run(other, data, recurrent)
@@ -168,7 +168,9 @@ def test_parameters_may_be_swapped_for_a_call(kind, recurrent):
 @in_both_modes
 @on_every_backend
 @pytest.mark.parametrize("python_based", [True, False])
-def test_vmap_over_parameters(kind, recurrent, backend, python_based):
+def test_module_in_vmap_over_parameters_equals_one_at_a_time(
+    kind, recurrent, backend, python_based
+):
     arguments = {"num_layers": 2, "recurrent_backend": backend, "python_based": python_based}
     modules = [make(kind, **arguments) for _ in range(3)]
     data = batch(modules[0])
@@ -186,7 +188,7 @@ def test_vmap_over_parameters(kind, recurrent, backend, python_based):
 
 @in_both_kinds
 @in_both_modes
-def test_functional_call(kind, recurrent):
+def test_module_in_a_functional_call_uses_its_parameters(kind, recurrent):
     module, other = make(kind), make(kind)
     data = batch(module)
     with set_recurrent_mode(recurrent):
@@ -196,7 +198,7 @@ def test_functional_call(kind, recurrent):
 
 @in_both_kinds
 @in_both_modes
-def test_without_gradients(kind, recurrent):
+def test_module_without_gradients_computes_the_same(kind, recurrent):
     module = make(kind)
     data = batch(module)
     expected = _run(module, data, recurrent)
@@ -209,7 +211,7 @@ def test_without_gradients(kind, recurrent):
 
 @in_both_kinds
 @in_both_modes
-def test_data_collected_in_inference_mode_may_be_learned_from(kind, recurrent):
+def test_module_learns_from_data_collected_in_inference_mode(kind, recurrent):
     module = make(kind)
     with torch.inference_mode():
         data = batch(module)
@@ -246,7 +248,7 @@ def test_frozen_parameters_pass_gradients_to_the_input(kind):
 @in_both_kinds
 @in_both_modes
 @pytest.mark.parametrize("dim", [0, 1])
-def test_lazy_stacks(kind, recurrent, dim):
+def test_module_of_lazy_stacks_computes_the_same(kind, recurrent, dim):
     module = make(kind)
     data = batch(module)
     lazy = lazy_stack([td.clone() for td in data.unbind(dim)], dim)
@@ -256,7 +258,7 @@ def test_lazy_stacks(kind, recurrent, dim):
 
 
 @in_both_kinds
-def test_names_of_dimensions_stay(kind):
+def test_module_keeps_names_of_dimensions(kind):
     data = batch(make(kind))
     data.names = ["env", "time"]
     assert recurrently(make(kind), data).names == ["env", "time"]
@@ -329,7 +331,7 @@ def test_batched_environments_carry_states(where, batched):
 
 
 @pytest.mark.parametrize("reset_at_each_iter", [True, False])
-def test_a_collector_carries_states(reset_at_each_iter):
+def test_collector_carries_states(reset_at_each_iter):
     policy = _policy("lstm")
     make_collector: Any = Collector
     collector = make_collector(
@@ -362,7 +364,7 @@ def test_collectors_in_other_processes_carry_states():
 
 
 @in_both_kinds
-def test_several_modules_in_one_policy(kind):
+def test_policy_of_several_modules_equals_them_one_by_one(kind):
     names = [f"h{i}" for i in range(len(KINDS[kind].DEFAULT_IN_KEYS))]
     other = make(
         kind,

@@ -122,7 +122,7 @@ def test_values_not_finite_stay_in_their_segment(way, cell, name, value):
 @not_finite
 @one_segment
 @in_every_way
-def test_an_incoming_gradient_that_is_not_finite_stays_in_its_segment(way, cell, name, value):
+def test_gradient_that_is_not_finite_stays_in_its_segment(way, cell, name, value):
     experiment = _experiment(way, cell, name)
     clean = experiment.run(way)
     _overwrite(experiment.inside, value, experiment.d_y)
@@ -148,7 +148,7 @@ def test_state_stored_inside_a_segment_is_not_read(way, cell, value):
 
 @not_finite
 @in_every_way
-def test_a_stored_state_that_is_not_finite_does_not_pass_a_later_start(way, cell, value):
+def test_stored_state_that_is_not_finite_does_not_pass_a_later_start(way, cell, value):
     """What an episode before diverged to is not carried over, in any layer, forward or backward."""
     experiment = _experiment(way, cell, "first")
     clean = experiment.run(way)

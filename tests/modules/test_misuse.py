@@ -282,7 +282,7 @@ def test_module_invalid_argument_raises(name):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for it")
 @in_both_kinds
-def test_triton_without_a_gpu(kind):
+def test_module_with_triton_without_a_gpu_raises(kind):
     with pytest.raises(RuntimeError, match="triton"):
         make(kind, recurrent_backend="triton")
 
@@ -383,7 +383,7 @@ def test_layers_of_a_cell_replaced_raise():
 
 
 @in_both_kinds
-def test_a_backend_that_is_assigned_later_is_checked(kind):
+def test_backend_that_is_assigned_later_is_checked(kind):
     module = make(kind)
     with pytest.raises(ValueError, match="'auto', 'loop', 'pad', 'scan', 'triton'. Got 'bogus'"):
         module.recurrent_backend = "bogus"
@@ -393,7 +393,7 @@ def test_a_backend_that_is_assigned_later_is_checked(kind):
 @in_both_kinds
 @in_both_modes
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_full_backward_hook"])
-def test_hooks_on_layers_that_are_never_called(kind, recurrent, hook):
+def test_hooks_on_layers_that_are_never_called_warn(kind, recurrent, hook):
     module = make(kind)
     getattr(module.layers, hook)(lambda *_: None)
     with set_recurrent_mode(recurrent):

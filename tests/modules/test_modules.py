@@ -57,7 +57,7 @@ def _theirs(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", [*_PURE_PYTORCH, *_MODULES, *_FUNCTIONS, *_IN_UTILS])
-def test_takes_the_arguments_of_torchrl_in_its_order(name):
+def test_module_takes_the_arguments_of_torchrl_in_its_order(name):
     ours, theirs = _parameters(getattr(rnnkeys, name)), _parameters(_theirs(name))
     assert _positional(ours) == _positional(theirs)
     for argument, parameter in theirs.items():
@@ -68,7 +68,7 @@ def test_takes_the_arguments_of_torchrl_in_its_order(name):
 
 
 @pytest.mark.parametrize("name", [*_PURE_PYTORCH, *_MODULES])
-def test_has_the_public_attributes_of_torchrl(name):
+def test_module_has_the_public_attributes_of_torchrl(name):
     arguments: dict[str, Any] = {"input_size": 3, "hidden_size": 5}
     if name in _MODULES:
         arguments |= {"in_key": "observation", "out_key": "embed"}
@@ -134,7 +134,7 @@ def test_layers_are_torchs_or_the_pure_pytorch_class(kind, python_based):
 
 
 @in_both_kinds
-def test_the_layers_may_be_given(kind):
+def test_layers_that_are_given_are_used(kind):
     layers = getattr(nn, kind.upper())(3, 5, num_layers=2, batch_first=True)
     module = make(kind, **{kind: layers})
     assert module.layers is layers
@@ -280,7 +280,7 @@ def test_recompute_changes_no_number(kind, backend):
 
 @in_both_kinds
 @pytest.mark.parametrize("precision", ["auto", "fast", "high-prec", "ieee", "tf32", "tf32x3"])
-def test_every_matmul_precision_is_accepted(kind, precision):
+def test_matmul_precisions_are_accepted(kind, precision):
     module = make(
         kind, recurrent_matmul_precision=precision, recurrent_compute_dtype=torch.bfloat16
     )
@@ -309,7 +309,7 @@ def test_keys_may_be_lists_or_tuples_with_the_init_key_last(kind):
 
 
 @in_both_kinds
-def test_nested_keys(kind):
+def test_module_reads_and_writes_nested_keys(kind):
     states = [("agent", "memory", name) for name in ("h", "c")]
     states = states[: len(KINDS[kind].DEFAULT_IN_KEYS)]
     module = make(
@@ -327,7 +327,7 @@ def test_nested_keys(kind):
 @in_both_kinds
 @pytest.mark.parametrize("init_key", ["start", ("agents", "is_init"), ("a", "b", "start")])
 @pytest.mark.parametrize("shared_flags", [True, False])
-def test_the_init_key_has_any_name_and_is_shared_or_per_agent(kind, init_key, shared_flags):
+def test_init_key_has_any_name_and_is_shared_or_per_agent(kind, init_key, shared_flags):
     module = make(kind, init_key=init_key, dtype=F64)
     assert module.in_keys[-1] == module.init_key == init_key
     data = batch(module, (2, 6), agents=(3,), shared_flags=shared_flags)
@@ -353,7 +353,7 @@ def test_selected_out_keys_leave_the_state_readable(kind):
 
 @in_both_kinds
 @pytest.mark.parametrize("recurrent", [True, False])
-def test_called_with_plain_tensors_it_returns_the_out_keys(kind, recurrent):
+def test_call_with_plain_tensors_returns_the_out_keys(kind, recurrent):
     module = make(kind)
     data = batch(module)
     with set_recurrent_mode(recurrent):
@@ -366,7 +366,7 @@ def test_called_with_plain_tensors_it_returns_the_out_keys(kind, recurrent):
 
 
 @in_both_kinds
-def test_called_with_plain_tensors_of_nested_keys(kind):
+def test_call_with_plain_tensors_of_nested_keys_returns_the_out_keys(kind):
     module = make(kind, in_key=("agent", "observation"))
     data = batch(module)
     given = {"_".join(k) if isinstance(k, tuple) else k: data.get(k) for k in module.in_keys}
@@ -414,7 +414,7 @@ def test_call_with_unknown_or_too_many_tensors_is_rejected(kind):
 
 
 @in_both_kinds
-def test_a_missing_state_counts_as_zeros(kind):
+def test_missing_state_counts_as_zeros(kind):
     module = make(kind)
     data = batch(module)
     zeros = data.clone()
@@ -534,7 +534,7 @@ def test_stored_nan_that_is_not_read_has_no_effect(kind, recurrent):
 
 @on_every_backend
 @pytest.mark.parametrize("python_based", [True, False])
-def test_a_projection_works_in_both_modes_on_every_backend(backend, python_based):
+def test_projection_works_in_both_modes_on_every_backend(backend, python_based):
     module = make(
         "lstm",
         proj_size=2,
@@ -585,7 +585,7 @@ def test_layers_change_class_and_nothing_else(kind, training, recurrent):
 
 @in_both_kinds
 @pytest.mark.parametrize("method", ["make_python_based", "make_cudnn_based"])
-def test_a_change_of_class_keeps_every_setting(kind, method):
+def test_layers_of_another_class_keep_every_setting(kind, method):
     sizes: dict[str, Any] = {"proj_size": 2} if kind == "lstm" else {}
     module = make(
         kind,
@@ -664,7 +664,7 @@ def test_several_modules_are_canonicalized_at_once():
 
 @in_both_kinds
 @on_every_backend
-def test_any_memory_layout_is_read(kind, backend):
+def test_module_reads_any_memory_layout(kind, backend):
     module = make(kind, recurrent_backend=backend)
     data = batch(module)
     scattered = data.transpose(0, 1).contiguous().transpose(0, 1)
@@ -678,7 +678,7 @@ def test_any_memory_layout_is_read(kind, backend):
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("recurrent", [True, False])
 @pytest.mark.parametrize("resets", [True, False])
-def test_an_activation_in_place_changes_no_state(kind, backend, num_layers, recurrent, resets):
+def test_activation_in_place_changes_no_state(kind, backend, num_layers, recurrent, resets):
     module = make(kind, recurrent_backend=backend, num_layers=num_layers)
     data = batch(module)
     data["is_init"] &= resets
@@ -692,7 +692,7 @@ def test_an_activation_in_place_changes_no_state(kind, backend, num_layers, recu
 
 
 @in_both_kinds
-def test_the_data_that_was_read_is_left_as_it_was(kind):
+def test_module_leaves_the_data_that_it_reads(kind):
     module = make(kind)
     data = batch(module)
     before = data.clone()
@@ -783,7 +783,7 @@ def test_pure_pytorch_bidirectional_raises():
 
 
 @in_both_kinds
-def test_a_copy_reads_its_own_parameters(kind):
+def test_copied_module_reads_its_own_parameters(kind):
     module = make(kind)
     data = batch(module, states=False)
     before = recurrently(module, data)["embed"]
@@ -846,7 +846,7 @@ def test_weights_that_hooks_compute_follow_their_parameters(kind, recurrent, way
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 5)])
 @pytest.mark.parametrize("agents", [(), (3,), (0,)])
 @pytest.mark.parametrize("recurrent", [True, False])
-def test_an_empty_batch_gives_an_empty_output(kind, backend, shape, agents, recurrent):
+def test_module_of_an_empty_batch_returns_an_empty_output(kind, backend, shape, agents, recurrent):
     module = make(kind, recurrent_backend=backend, num_layers=2)
     with set_recurrent_mode(recurrent):
         out = module(batch(module, shape, agents))

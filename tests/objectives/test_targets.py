@@ -85,13 +85,13 @@ def check_next_values(case: Case, setup: Setup, batch: TensorDictBase) -> None:
 
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_next_values(case: Case, data: str) -> None:
+def test_next_values_equal_single_steps(case: Case, data: str) -> None:
     setup = wired(case, cell_of(case, data))
     check_next_values(case, setup, data_of(data, case, setup))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_next_values_in_float64(case: Case, float64: None) -> None:
+def test_next_values_in_float64_equal_single_steps(case: Case, float64: None) -> None:
     setup = wired(case, cell_of(case, "[B, T]"))
     check_next_values(case, setup, data_of("flat", case, setup))
 

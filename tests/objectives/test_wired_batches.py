@@ -94,7 +94,7 @@ def test_estimator_with_an_agent_that_ends_leaves_the_returns_of_others(
     assert not torch.isclose(apart[:, :4, 1], alive[:, :4, 1]).any()
 
 
-def test_team_estimator_with_an_agent_that_restarts_goes_on() -> None:
+def test_team_estimator_with_an_agent_that_restarts_continues() -> None:
     """The team's return ends with the team, not where one agent's recurrent state is reset."""
     critic = per_agent_critic()
     gae: Any = MultiAgentGAE(gamma=0.9, lmbda=0.9, value_network=critic, agent_dim=-2)

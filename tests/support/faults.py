@@ -50,7 +50,9 @@ TABLE = "rnnkeys.deploy.state_table:"
 
 def contract(way: str, flags: str = "random") -> str:
     """One case of the contract test; ``way`` is a way to run time, a cell and a dtype."""
-    return f"tests/backends/test_contract.py::test_equals_the_reference[{way}-plain-{flags}]"
+    return (
+        f"tests/backends/test_contract.py::test_backend_equals_the_reference[{way}-plain-{flags}]"
+    )
 
 
 def scanned() -> str:
@@ -341,7 +343,8 @@ def primer_of_another_dtype(original: Any, shapes: Any, dtype: Any = None, devic
 
 
 @seen_by(
-    "tests/objectives/test_targets.py::test_next_values[DQN double delayed TD0-flat]",
+    "tests/objectives/test_targets.py::"
+    "test_next_values_equal_single_steps[DQN double delayed TD0-flat]",
     target=STARTS + "set_next_flags",
 )
 def next_flags_not_set(original: Any, batch: Any, init_keys: Any):
