@@ -1,4 +1,4 @@
-"""Recurrent policies for TorchRL: exact at every position, fast across episode boundaries."""
+"""Recurrent policies for TorchRL: exact at every time step, fast across episode boundaries."""
 
 from .backends import linear_scan as linear_scan
 from .cells import Cell as Cell

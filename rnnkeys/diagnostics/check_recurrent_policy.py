@@ -73,7 +73,7 @@ def check_recurrent_policy(
         >>> from torchrl.envs import GymEnv
         >>> policy = GRUModule(4, 8, in_key="observation", out_key="embed")
         >>> print(check_recurrent_policy(policy, GymEnv("CartPole-v1")))  # doctest: +ELLIPSIS
-        2 wrong with the policy, the env:
+        2 problems with the policy, the env:
         1. init-tracker: The environment provides no 'is_init', ...
             remedy: env = env.append_transform(get_env_transforms_from_module(policy))
         2. primer: The environment creates no state ['recurrent_state'] for GRUModule, ...

@@ -78,8 +78,8 @@ class Report:
 
     def __str__(self) -> str:
         things = ", ".join(f"the {name}" for name in self.looked_at)
-        number = len(self)
-        lines = [f"{number} wrong with {things}:" if number else f"Nothing is wrong with {things}."]
+        found = "1 problem" if len(self) == 1 else f"{len(self)} problems"
+        lines = [f"{found} with {things}:" if self.problems else f"Nothing is wrong with {things}."]
         for place, one in enumerate(self.problems, 1):
             lines += [f"{place}. {one.check}: {one.message}", f"    remedy: {one.remedy}"]
         lines += [f"{name.replace('_', ' ')}: {value:.3g}" for name, value in self.measured.items()]
