@@ -57,7 +57,9 @@ def find_continuity_problems(
         >>> list(find_continuity_problems(batch[[1, 0, 2]], "is_init", ["h"]))[0].check
         'continuity'
     """
-    if batch.shape[batch.ndim - 1] > 1:
+    keys = [TRAJECTORY_KEY, "step_count", "index", *state_keys]
+    # Segments take some time to find, and show nothing without evidence.
+    if batch.shape[batch.ndim - 1] > 1 and any(batch.get(key, None) is not None for key in keys):
         yield from find_breaks(Segments(batch, init_key), state_keys)
 
 
