@@ -39,7 +39,7 @@ from benchmarks.ablations import ABLATIONS
 from benchmarks.bsuite_tasks import BSUITE
 from benchmarks.experiments import EXPERIMENTS, EXTRAS, Experiment
 from benchmarks.popgym_tasks import POPGYM
-from benchmarks.published import PUBLISHED
+from benchmarks.published import PUBLISHED, PUBLISHED_EXTRAS
 from benchmarks.summary import score, summarize, write_overview
 
 matplotlib.use("Agg")  # a picture in a file: no display is needed
@@ -48,9 +48,9 @@ from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen before
 SUITES = {
     "learn": EXPERIMENTS,
     "results": PUBLISHED | POPGYM | BSUITE | ABLATIONS,
-    "extras": EXTRAS,
+    "extras": EXTRAS | PUBLISHED_EXTRAS,
 }
-ALL = EXPERIMENTS | PUBLISHED | POPGYM | BSUITE | ABLATIONS | EXTRAS
+ALL = EXPERIMENTS | PUBLISHED | POPGYM | BSUITE | ABLATIONS | EXTRAS | PUBLISHED_EXTRAS
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 

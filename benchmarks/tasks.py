@@ -160,6 +160,26 @@ class MemoryChain(gym.Env[np.ndarray, np.int64]):
         return observation, reward, done, False, {}
 
 
+class ShowObjectTypes(gym.ObservationWrapper[np.ndarray, np.int64, dict[str, Any]]):
+    """Show what stands on each square of MiniGrid's view, and allow the moves alone.
+
+    The observation is a 1 for the kind of object on each square and 0 for the other ten kinds.
+    Actions are to turn left, to turn right, and to walk.
+    """
+
+    KINDS = 11
+
+    def __init__(self, env: gym.Env[dict[str, Any], np.int64]) -> None:
+        super().__init__(env)
+        squares = env.observation_space["image"].shape[:2]
+        self.observation_space = spaces.Box(0.0, 1.0, (np.prod(squares) * self.KINDS,), np.float32)
+        self.action_space = spaces.Discrete(3)
+
+    def observation(self, observation: dict[str, Any]) -> np.ndarray:
+        kinds = observation["image"][..., 0].ravel()
+        return np.eye(self.KINDS, dtype=np.float32)[kinds].ravel()
+
+
 gym.register("PassiveTMaze-v0", PassiveTMaze)
 gym.register("MemoryChain-v0", MemoryChain)
 gym.register("TwoGoals-v0", TwoGoals, max_episode_steps=32)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-import benchmarks.tasks  # noqa: F401  registers the environments
+import benchmarks.tasks  # registers the environments
 
 RIGHT, UP, LEFT, DOWN = range(4)
 
@@ -110,3 +110,21 @@ def test_memory_chain_rewards_the_sign_of_the_first_two_observations(seed: int) 
         observations, rewards, done = play(env, [1, 0, 1, 0, int(action)], seed)
         assert observations[2:] == [[left, 0, 0] for left in (0.75, 0.5, 0.25, 0.0)]
         assert rewards == [0, 0, 0, 0, reward] and done
+
+
+class TwoSquares(gym.Env[dict[str, Any], np.int64]):
+    """A view of two squares, with kinds 2 and 10, as MiniGrid shows them."""
+
+    observation_space = gym.spaces.Dict({"image": gym.spaces.Box(0, 255, (1, 2, 3), np.uint8)})
+    action_space = gym.spaces.Discrete(7)
+
+    def reset(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {"image": np.array([[[2, 5, 1], [10, 0, 3]]], np.uint8)}, {}
+
+
+def test_show_object_types_shows_the_kind_on_each_square_and_keeps_three_actions() -> None:
+    env = benchmarks.tasks.ShowObjectTypes(TwoSquares())
+    observation, _ = env.reset()
+    assert np.flatnonzero(observation).tolist() == [2, 11 + 10]
+    assert env.observation_space.contains(observation)
+    assert env.action_space == gym.spaces.Discrete(3)
