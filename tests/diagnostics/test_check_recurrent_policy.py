@@ -432,7 +432,7 @@ def test_check_finds_all_mistakes_together() -> None:
     env = make_env(kind="continuous")
     report = check_recurrent_policy(wiring.policy, env, wiring.batch, wiring.loss)
     assert set(report.checks()) == {"init-tracker", "primer", "critic-state", "next-is-init"}
-    assert str(report).startswith(f"{len(report)} wrong with")
+    assert str(report).startswith(f"{len(report)} problems with")
 
 
 def test_check_states_are_optional_where_sequences_start_with_episodes() -> None:
