@@ -3,11 +3,11 @@
     python -m benchmarks.time_to_return              # needs sb3-contrib: pip install sb3-contrib
     python -m benchmarks.time_to_return --seeds 0
 
-Both have 8 environments, an LSTM of 64 for the actor and another for the critic, and one layer of
-64 after each. rnnkeys is ``tutorials/recurrent_ppo.py`` with its defaults; sb3-contrib has the
-settings that rl-baselines3-zoo gives for CartPoleNoVel-v1. Every 10,000 frames 20 episodes are
-played without exploration, which is not counted. A finished seed in ``--runs`` is not repeated.
-Results go to ``benchmarks/results/time_to_return.md``.
+All have 8 environments. rnnkeys is ``tutorials/recurrent_ppo.py`` with its defaults; sb3-contrib
+has the settings that rl-baselines3-zoo gives for CartPoleNoVel-v1, once as they are and once with
+the networks and the observations of the tutorial. Every 10,000 frames 20 episodes are played
+without exploration, which is not counted. A finished seed in ``--runs`` is not repeated. Results go
+to ``benchmarks/results/time_to_return.md``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from torchrl.collectors import Collector
@@ -37,12 +39,14 @@ import recurrent_ppo  # noqa: E402 (tutorials are scripts, not a package)
 ENVS, FRAMES, EVERY, EPISODES, GOAL = 8, 100_000, 10_000, 20, 475.0
 TEXT = """# Time until recurrent PPO returns 475
 
-Made by `python -m benchmarks.time_to_return`: CartPole without velocities, 8 environments, two
-LSTMs of 64, each with a layer of 64. rnnkeys is `tutorials/recurrent_ppo.py` with its defaults.
-sb3-contrib's `RecurrentPPO` has the settings that rl-baselines3-zoo gives for CartPoleNoVel-v1
-(hyperparams/ppo_lstm.yml, commit 038ab16), but for the size of the networks, which are 256, 64 and
-64 there. Every 10,000 frames, 20 episodes are played without exploration, which is not counted. A
-run ends with the first mean return of {goal:g} or more, or after {frames:,} frames.
+Made by `python -m benchmarks.time_to_return`: CartPole without velocities, 8 environments.
+*rnnkeys* is `tutorials/recurrent_ppo.py` with its defaults: two LSTMs of 64, each with a layer of
+64. *sb3-contrib* is `RecurrentPPO` with the settings that rl-baselines3-zoo gives for
+CartPoleNoVel-v1 (hyperparams/ppo_lstm.yml, commit 038ab16): two LSTMs of 256, each with two layers
+of 64, and positions as they are, velocities 0. *sb3-contrib, 64* has the same settings with the
+networks and the observations of the tutorial. Every 10,000 frames, 20 episodes are played without
+exploration, which is not counted. A run ends with the first mean return of {goal:g} or more, or
+after {frames:,} frames.
 
 {table}
 
@@ -80,16 +84,25 @@ class Tutorial:
         return self.trainer.evaluate(recurrent_ppo.EVAL_SEED).mean().item()
 
 
+class MaskVelocities(gym.ObservationWrapper):
+    """Set the velocities of CartPole to 0, as the zoo does."""
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        return observation * np.array([1, 0, 1, 0], np.float32)
+
+
 class StableBaselines:
     """sb3-contrib's ``RecurrentPPO`` with the zoo's settings; rate and clip fall to 0."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(
+        self, seed: int, wrapper: type[gym.ObservationWrapper], networks: dict[str, Any]
+    ) -> None:
         from sb3_contrib import RecurrentPPO
         from stable_baselines3.common.env_util import make_vec_env
 
         self.seed = seed
         self.make_env = lambda seed: make_vec_env(
-            "CartPole-v1", ENVS, seed=seed, wrapper_class=HideVelocities
+            "CartPole-v1", ENVS, seed=seed, wrapper_class=wrapper
         )
         self.model = RecurrentPPO(
             "MlpLstmPolicy",
@@ -102,7 +115,7 @@ class StableBaselines:
             ent_coef=0.0,
             learning_rate=lambda left: 0.001 * left,
             clip_range=lambda left: 0.2 * left,
-            policy_kwargs={"lstm_hidden_size": 64, "net_arch": [64]},
+            policy_kwargs=networks,
             seed=seed,
             device="cpu",
         )
@@ -125,7 +138,12 @@ class StableBaselines:
 
 CONTESTANTS: dict[str, Callable[[int], Any]] = {
     "rnnkeys": Tutorial,
-    "sb3-contrib": StableBaselines,
+    "sb3-contrib": partial(StableBaselines, wrapper=MaskVelocities, networks={}),
+    "sb3-contrib, 64": partial(
+        StableBaselines,
+        wrapper=HideVelocities,
+        networks={"lstm_hidden_size": 64, "net_arch": [64]},
+    ),
 }
 
 
@@ -159,6 +177,7 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, help="run only these")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "learn")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -166,7 +185,7 @@ def main() -> None:
     runs = [
         (name, seed, read_or_train(name, seed, options.runs))
         for seed in options.seeds
-        for name in CONTESTANTS
+        for name in options.only or CONTESTANTS
     ]
     rows = [
         [
@@ -177,7 +196,9 @@ def main() -> None:
             f"{one['return']:.1f}",
             "yes" if one["return"] >= GOAL else "no",
         ]
-        for name, seed, one in sorted(runs, key=lambda run: run[0])
+        for name in CONTESTANTS
+        for contestant, seed, one in runs
+        if contestant == name
     ]
     import sb3_contrib
 
