@@ -19,25 +19,20 @@ from tests.support.planting import seen_by
 
 CELLS = "rnnkeys.cells:"
 BACKENDS = "rnnkeys.backends.contract:"
-BATCH = "rnnkeys.backends.batch:"
 LOOP = "rnnkeys.backends.loop:"
 FUSED = "rnnkeys.backends.fused:"
 FUSED_LSTM = "rnnkeys.backends.fused_lstm:"
-FUSED_GRU = "rnnkeys.backends.fused_gru:"
 NATIVE = "rnnkeys.backends.native:"
 SEGMENTS = "rnnkeys.backends.packing:"
 SCAN = "rnnkeys.backends.linear_recurrence:"
-GATED_SCAN = "rnnkeys.backends.gated_recurrence:"
 LINEAR_LAYER = "rnnkeys.backends.linear_layer:"
 ACTORS = "rnnkeys.collectors.base:"
 TRITON = "rnnkeys.backends.triton:"
 ENTRIES = "rnnkeys.modules.entries:"
 MODE = "rnnkeys.mode:"
 STARTS = "rnnkeys.sequences.segment_starts:"
-LOSS_INPUTS = "rnnkeys.objectives.loss_inputs:"
 WIRING = "rnnkeys.objectives.wiring:"
 VALID_STEPS = "rnnkeys.objectives.valid_steps:"
-WINDOW_CUTS = "rnnkeys.sequences.windows:"
 MASKS = "rnnkeys.sequences.masks:"
 R2D2 = "rnnkeys.objectives.r2d2:"
 BURN_IN = "rnnkeys.transforms.burn_in:"
@@ -88,20 +83,6 @@ def gru_update_gate_inverted(
     return original(self, gates_x * sign, gates_h * sign, state)
 
 
-@seen_by(contract("loop-gru-float64"), target=CELLS + "GatedRecurrentUnit.pointwise")
-def gru_reset_gate_too_wide(original: Any, self: Any, gates_x: Tensor, gates_h: Tensor, state: Any):
-    """GRU: the reset gate scales the input's part of the candidate, too."""
-    r = (gates_x + gates_h).chunk(3, -1)[0].sigmoid()
-    x_r, x_z, x_n = gates_x.chunk(3, -1)
-    return original(self, torch.cat([x_r, x_z, r * x_n], -1), gates_h, state)
-
-
-@seen_by(contract("loop-lstm_ln-float64"), target=CELLS + "LayerNormLongShortTermMemory.pointwise")
-def lstm_ln_gates_exchanged(original: Any, self: Any, gates_x: Tensor, gates_h: Tensor, state: Any):
-    """LayerNorm-LSTM: output gate and candidate stand in torch's order."""
-    return original(self, exchange(gates_x, 2, 3, 4), exchange(gates_h, 2, 3, 4), state)
-
-
 @seen_by(contract("loop-gru-float64", "everywhere"), target=LOOP + "run_dense")
 def loop_drops_a_reset(
     original: Any, cell: Any, weights: Any, x: Tensor, reset: Tensor, state: Any
@@ -110,15 +91,6 @@ def loop_drops_a_reset(
     reset = reset.clone()
     reset[1:2] = False
     return original(cell, weights, x, reset, state)
-
-
-@seen_by(contract("loop-gru-float64"), target=LOOP + "run_dense")
-def loop_starts_rows_from_zeros(
-    original: Any, cell: Any, weights: Any, x: Tensor, reset: Tensor, state: Any
-):
-    """loop: a row starts from zeros, not from its stored state."""
-    later = torch.arange(len(x)).reshape(-1, 1, 1) > 0
-    return original(cell, weights, x, reset, tuple(s * later for s in state))
 
 
 @seen_by(
@@ -132,22 +104,10 @@ def loop_multiplies_by_zero(original: Any, where: Tensor, chosen: Any, other: An
     return tuple(where * a + ~where * b for a, b in zip(chosen, other, strict=True))
 
 
-@seen_by(contract("scan-lstm-float64", "two in a row"), target=FUSED + "select_entering_state")
-def scan_drops_resets(original: Any, state: Any, t: int, rows: int, resets: Any):
-    """scan: resets are dropped."""
-    return original(state, t, rows, None)
-
-
 @seen_by(contract("scan-gru-float64", "two in a row"), target=FUSED + "cut_gradient")
 def scan_gradient_passes_a_reset(original: Any, grads: Any, *rest: Any):
     """scan: the gradient passes a reset into the segment before."""
     original(tuple(grad.clone() for grad in grads), *rest)
-
-
-@seen_by(contract("scan-lstm-float64"), target=FUSED_LSTM + "lstm_backward")
-def lstm_cell_gradient_ignored(original: Any, grads: Any, *rest: Any):
-    """scan: the LSTM's backward pass ignores the gradient that arrives at cell states."""
-    return original((grads[0], None), *rest)
 
 
 @seen_by(contract("scan-lstm-float64", "none"), target=FUSED_LSTM + "lstm_backward")
@@ -155,20 +115,6 @@ def lstm_weight_gradient_zeroed(original: Any, *args: Any):
     """scan: the LSTM's recurrent weights get a gradient of zero."""
     grads = original(*args)
     return grads._replace(w_hh=torch.zeros_like(grads.w_hh))
-
-
-@seen_by(contract("scan-gru-float64"), target=FUSED_GRU + "gru_backward")
-def gru_bias_gradients_equal(original: Any, *args: Any):
-    """scan: the GRU's recurrent bias gets the gradient of the input's bias."""
-    grads = original(*args)
-    return grads._replace(b_hh=grads.b_ih.clone())
-
-
-@seen_by(contract("scan-gru-float64", "two in a row"), target=FUSED_GRU + "gru_backward")
-def gru_reset_gradient_zeroed(original: Any, *args: Any):
-    """scan: the stored states of a GRU get a gradient of zero."""
-    grads = original(*args)
-    return grads._replace(resets=grads.resets and tuple(d * 0 for d in grads.resets))
 
 
 @seen_by(contract("pad-gru-float64"), target=SEGMENTS + "read_segments")
@@ -217,15 +163,6 @@ def linear_scan_gradient_passes_a_reset(
     return original(grad, a, h, start, torch.zeros_like(reset), *rest)
 
 
-@seen_by(scanned(), target=SCAN + "write_start_grads")
-def linear_scan_start_gradient_ignores_resets(
-    original: Any, chunk: Any, a: Tensor, d: Tensor, out: Tensor
-):
-    """Linear scan: only the first stored state of a row gets a gradient."""
-    if chunk.first == 0:
-        torch.mul(a[0], d[0], out=out[0])
-
-
 @seen_by(
     "tests/backends/test_linear_scan.py::"
     "test_scan_value_that_is_not_finite_does_not_pass_a_reset[nan-loop]",
@@ -237,18 +174,6 @@ def linear_scan_lets_nan_pass(original: Any, h: Tensor, rows: Tensor):
 
 
 @seen_by(
-    "tests/backends/test_linear_scan.py::"
-    "test_gated_scan_equals_unrolling_with_gradients[(5, 2, 3)-0.1-300]",
-    target=GATED_SCAN + "backward",
-)
-def gated_scan_gradient_passes_a_reset(
-    original: Any, grad: Tensor, p: Tensor, h: Tensor, start: Tensor, reset: Tensor, *rest: Any
-):
-    """Gated scan: the gradient passes a reset into the segment before."""
-    return original(grad, p, h, start, torch.zeros_like(reset), *rest)
-
-
-@seen_by(
     "tests/cells/test_linear.py::test_linear_module_sequence_equals_single_steps[s6-7]",
     target=LINEAR_LAYER + "look_back",
 )
@@ -256,34 +181,6 @@ def s6_window_passes_a_reset(original: Any, x: Tensor, stored: Any, reset: Tenso
     """s6: the convolution reads inputs of the episode before."""
     first = torch.arange(len(reset)).unsqueeze(1) == 0
     return original(x, stored, first.expand_as(reset))
-
-
-@seen_by(
-    "tests/cells/test_linear.py::test_linear_module_sequence_equals_single_steps[s6-7]",
-    target=CELLS + "S6.convolve",
-)
-def s6_window_reversed(original: Any, self: Any, weights: Any, input_t: Tensor, previous: Any):
-    """s6: a single step convolves its window from the oldest input on."""
-    is_step = input_t.ndim == 2
-    return original(self, weights, input_t, previous[::-1] if is_step else previous)
-
-
-@seen_by(
-    "tests/cells/test_elman.py::test_rnn_module_with_weights_of_nn_rnn_equals_it[relu-True]",
-    target=CELLS + "Elman.pointwise",
-)
-def rnn_always_tanh(original: Any, self: Any, gates_x: Tensor, gates_h: Tensor, state: Any):
-    """rnn: the nonlinearity is tanh whatever was asked for."""
-    return ((gates_x + gates_h).tanh(),)
-
-
-@seen_by(
-    contract("loop-gru-float64").replace("plain", "three layers"),
-    target=BATCH + "Batch.unpack_states",
-)
-def layers_share_the_top_state(original: Any, self: Any, runs: Any, y: Tensor):
-    """The states of lower layers are those of the top layer."""
-    return original(self, runs[-1:] * len(runs), y)
 
 
 @seen_by(
@@ -343,17 +240,6 @@ def primer_of_another_dtype(original: Any, shapes: Any, dtype: Any = None, devic
 
 
 @seen_by(
-    "tests/objectives/test_targets.py::"
-    "test_next_values_equal_single_steps[DQN double delayed TD0-flat]",
-    target=STARTS + "set_next_flags",
-)
-def next_flags_not_set(original: Any, batch: Any, init_keys: Any):
-    """The next tensordict has no is_init flags, so it runs on from one segment to another."""
-    flagged = original(batch, init_keys)
-    return flagged.update({"next": batch.get("next").copy()})
-
-
-@seen_by(
     "tests/objectives/test_r2d2.py::test_r2d2_done_without_a_flag_ends_an_episode",
     target=STARTS + "find_segment_starts",
 )
@@ -368,14 +254,6 @@ def done_starts_no_segment(original: Any, tensordict: Any, init_key: Any):
 )
 def returns_not_cut(original: Any, *args: Any):
     """Returns are summed over the start of the next segment."""
-
-
-@seen_by(
-    "tests/objectives/test_targets.py::test_actor_loss_keeps_states_of_the_critic[TD3]",
-    target=LOSS_INPUTS + "keep_dropped_keys",
-)
-def critic_state_cut(original: Any, loss: Any):
-    """TD3 cuts the critic's state out of the batch."""
 
 
 @seen_by(
@@ -396,12 +274,6 @@ def r2d2_reads_padding(original: Any, batch: Any, mask: Tensor, **options: Any):
     return batch
 
 
-@seen_by(R2D2_IN_NUMPY, target=R2D2 + "R2D2Loss._compute_priorities")
-def priorities_over_padding(original: Any, self: Any, error: Tensor, mask: Tensor, *rest: Any):
-    """R2D2Loss: priorities include the errors of padding."""
-    return original(self, error, torch.ones_like(mask), *rest)
-
-
 @seen_by(R2D2_IN_NUMPY, target=R2D2 + "R2D2Loss._compute_values")
 def target_burned_in_online(original: Any, self: Any, parameters: Any, *rest: Any):
     """R2D2Loss: the target network runs with the online network's weights."""
@@ -417,16 +289,6 @@ def burned_in_state_unused(original: Any, network: Any, windows: Any, learned: A
 def returns_over_episodes(original: Any, rewards: Any, value: Any, ends: Tensor, *rest: Any):
     """R2D2Loss: rewards are summed over the end of an episode."""
     return original(rewards, value, torch.zeros_like(ends), *rest)
-
-
-@seen_by(
-    "tests/objectives/test_minibatches.py::test_minibatches_have_the_size_asked_for",
-    target=WINDOW_CUTS + "find_spans",
-)
-def sequences_cut_early(original: Any, *args: Any):
-    """SequenceMinibatches: sequences lack their last step."""
-    cut = original(*args)
-    return cut._replace(length=cut.length - 1)
 
 
 @seen_by(
@@ -503,18 +365,6 @@ def stateful_policy_shares_a_state(original: Any, self: Any, rows: Tensor, state
 
 
 @seen_by(
-    "tests/objectives/test_action_masks.py::test_dqn_with_action_masks_equals_numpy[one_hot-True]",
-    target=MASKS + "allow_where_empty",
-)
-def next_action_masks_are_open(original: Any, batch: Any, mask_keys: Any):
-    """Losses: a bootstrapped maximum takes actions that are not allowed."""
-    batch = batch.copy()
-    for key in mask_keys:
-        batch["next", key] = torch.ones_like(batch["next", key])
-    return original(batch, mask_keys)
-
-
-@seen_by(
     "tests/transforms/test_previous.py::"
     "test_previous_action_and_reward_are_those_of_the_step_before[Choice]",
     target="rnnkeys.transforms.previous:PreviousActionReward._reset",
@@ -527,47 +377,9 @@ def previous_reward_survives_a_reset(original: Any, self: Any, tensordict: Any, 
 
 
 @seen_by(
-    "tests/objectives/test_padded_losses.py::"
-    "test_off_policy_loss_of_a_padded_batch_reports_the_numbers_of_its_valid_steps[SAC]",
-    target="rnnkeys.objectives.padded_losses:masked_mean",
-)
-def figures_over_padding(original: Any, x: Tensor, mask: Tensor, *rest: Any, **options: Any):
-    """Losses: reported figures are means over padding, too."""
-    return original(x, torch.ones_like(mask), *rest, **options)
-
-
-@seen_by(
     "tests/collectors/test_remote.py::test_trajectories_of_all_actors_have_different_numbers",
     target=ACTORS + "_TrajectoryNumbers.renumber",
 )
 def actors_share_trajectories(original: Any, self: Any, actor: int, own: Tensor):
     """Actors: trajectories of two actors have the same number."""
     return original(self, 0, own)
-
-
-@seen_by(
-    "tests/collectors/test_remote.py::"
-    "test_batches_carry_the_version_of_the_weights_that_collected_them",
-    target=ACTORS + "Actors._label",
-)
-def batches_of_the_latest_version(original: Any, self: Any, batch: Any, actor: int, version: int):
-    """Actors: batches carry the version of the latest weights, not of those that collected them."""
-    return original(self, batch, actor, self.policy_version)
-
-
-@seen_by(
-    "tests/collectors/test_remote.py::"
-    "test_dead_actor_is_restarted_with_another_seed_and_the_latest_weights",
-    target="rnnkeys.collectors.remote:draw_seed",
-)
-def restarted_actor_repeats_its_seed(original: Any, seed: int, actor: int, restarts: int = 0):
-    """Actors: a restarted actor collects the same episodes again."""
-    return original(seed, actor)
-
-
-@seen_by(
-    "tests/collectors/test_local.py::test_local_actors_update_policy_copies_weights_of_another_module",
-    target="rnnkeys.collectors.worker:Source.load_weights",
-)
-def local_actors_keep_their_weights(original: Any, self: Any, weights: Any):
-    """Actors: new weights are not loaded."""
