@@ -175,7 +175,7 @@ def make_explorer(args: Args, policy: Any, floor: Tensor, actor: int) -> TensorD
 
 
 def make_actors(args: Args, learner: Learner, first_frame: int) -> collectors.Actors:
-    """Make what collects: this process, or others on one machine or on Ray."""
+    """Make the actors: this process, or others on one machine or on Ray."""
     make_env = partial(make_training_env, args, learner.policy)
     make_policy = partial(make_explorer, args, learner.policy, learner.epsilon_floor)
     options: dict[str, Any] = {

@@ -182,7 +182,7 @@ class Agent(nn.Module):
         return [module for layer in linear for module in (layer, activation())][:-1]
 
     def _make_body(self, name: str, cell: str) -> list[Any]:
-        """Make what turns observations into the entry ``name``: an encoder, a recurrent layer."""
+        """Make an encoder, if needed, and a recurrent layer that writes the entry ``name``."""
         size, encoder = self.shape[0], [] if self.norm is None else [self.norm]
         if len(self.shape) == 3:
             encoder = [ImageEncoder(self.shape, self.args.ortho_init)]

@@ -163,7 +163,7 @@ class StepStack(nn.ModuleList):
     ) -> None:
         super().__init__(modules)
         first = modules[0]
-        name = type(modules[0]).__name__
+        name = type(first).__name__
         given = input_size if input_size is not None else getattr(first, "input_size", None)
         self.input_size = _as_size("input_size", given)
         sizes = state_sizes if state_sizes is not None else getattr(first, "state_sizes", None)

@@ -66,7 +66,7 @@ from .loss_inputs import find_dropped_keys, keep_masks
 
 @dataclass
 class Wiring:
-    """What ``recurrent_loss`` adds to a loss: no parameters, nothing for a ``state_dict``.
+    """The state that ``recurrent_loss`` adds to a loss, without an entry of its ``state_dict``.
 
     Attributes:
         layers: the recurrent modules inside.

@@ -205,7 +205,7 @@ def wire_loss(loss: Any, init_key: Any = None) -> Any:
 
     Args:
         loss: a ``LossModule``, a ``ValueEstimatorBase``, or a function that returns one.
-        init_key: key of the flags, or a list of keys.
+        init_key: key of the flags; nested keys as lists.
 
     Returns:
         The wired loss, or a function that makes it.

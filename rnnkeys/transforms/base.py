@@ -1,4 +1,4 @@
-"""What transforms of batches of sequences share: their base, and the preparation of a batch."""
+"""The base of transforms of batches of sequences, and the preparation of a batch."""
 
 from __future__ import annotations
 
