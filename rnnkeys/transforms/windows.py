@@ -385,8 +385,8 @@ def _make_null(key: tuple[str, ...], value: Any, padding: Tensor) -> Any:
 
 def _drop_texts(steps: TensorDictBase) -> TensorDictBase:
     """Leave out entries that cannot be indexed by an empty index."""
-    texts = [key for key, value in _leaves(steps) if isinstance(value, NonTensorStack)]
-    return steps.exclude(*texts)
+    kept = (Tensor, UnbatchedTensor)
+    return steps.exclude(*(key for key, value in _leaves(steps) if not isinstance(value, kept)))
 
 
 def _leaves(tensordict: TensorDictBase) -> Iterator[tuple[tuple[str, ...], Any]]:

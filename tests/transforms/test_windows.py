@@ -397,6 +397,13 @@ def test_windows_keep_entries_that_are_no_tensors(kind):
             assert text == "left" or [list(row) for row in text] == 2 * [4 * ["left"]]
 
 
+@pytest.mark.parametrize("kind", ["NonTensorData", "MetaData", "UnbatchedTensor"])
+def test_windows_of_no_rows_with_entries_that_are_no_tensors_are_none(kind):
+    batch = episode(6).unsqueeze(0)[:0]
+    batch["text"] = TEXTS[kind](0)
+    assert Windows(4)(batch).shape == (0, 4)
+
+
 def test_windows_with_text_are_stored_and_sampled():
     buffer = TensorDictReplayBuffer(
         storage=LazyTensorStorage(10), transform=Windows(3, "null"), batch_size=4
