@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase, unravel_key
+from tensordict import TensorDictBase, is_non_tensor, unravel_key
 from tensordict.utils import NestedKey
 from torch import Tensor
 
@@ -106,7 +106,9 @@ def find_tensor_problems(batch: TensorDictBase, keys: Iterable[NestedKey]) -> It
     first = None
     for key in keys:
         value: Any = batch.get(key, None)
-        if value is None or isinstance(value, TensorDictBase):
+        # Texts of a batch are a kind of stacked tensordict.
+        is_nested = isinstance(value, TensorDictBase) and not is_non_tensor(value)
+        if value is None or is_nested:
             continue
         if not isinstance(value, Tensor):
             yield Problem(
@@ -356,7 +358,7 @@ def find_finite_problems(
 
     Args:
         batch: sequences ``[*, T]``.
-        keys: entries to read; missing ones and integers are left out.
+        keys: entries to read; missing ones, integers and those on the meta device are left out.
         mask: bool ``[*, T]``, False at padding.
 
     Examples:
@@ -368,7 +370,7 @@ def find_finite_problems(
     """
     for key in keys:
         value = batch.get(key, None)
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_meta:
             continue
         if value.isfinite().all():
             continue

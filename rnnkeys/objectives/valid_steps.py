@@ -74,7 +74,8 @@ def standardize(
     """Bring valid values to mean 0 and standard deviation 1; the others become 0.
 
     The standard deviation is the unbiased one, as of ``Tensor.std``. A single value, which has
-    none, is left as it is.
+    none, is left as it is. float16 and bfloat16 are computed in float32, where ``min_std`` is not
+    zero and a sum of squares does not overflow.
 
     Args:
         x: values.
@@ -95,11 +96,12 @@ def standardize(
     if not dims:
         return torch.where(mask, x, 0)
     number = mask.sum(dims, keepdim=True)
+    dtype, x = x.dtype, x.float() if x.dtype.itemsize < 4 else x
     kept = torch.where(mask, x, 0)
     mean = kept.sum(dims, keepdim=True) / number.clamp(min=1)
     centered = torch.where(mask, x - mean, 0)
     variance = centered.square().sum(dims, keepdim=True) / (number - 1).clamp(min=1)
-    return torch.where(number > 1, centered / variance.sqrt().clamp(min=min_std), kept)
+    return torch.where(number > 1, centered / variance.sqrt().clamp(min=min_std), kept).to(dtype)
 
 
 def effective_sample_size(log_weight: Tensor, mask: Tensor) -> Tensor:

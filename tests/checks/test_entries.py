@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict
+from tensordict import NonTensorData, TensorDict
 
 from rnnkeys.checks import (
     Problem,
@@ -19,6 +19,7 @@ from rnnkeys.checks import (
     find_multi_step_problems,
     find_next_problems,
     find_step_problems,
+    find_tensor_problems,
 )
 from rnnkeys.keys import MASK_KEY
 
@@ -165,6 +166,17 @@ def test_find_finite_problems_counts_valid_steps(value: float) -> None:
     assert "at 1 of 8 valid steps, first at [1, 2]" in problem.message
     mask[1, 2] = False
     assert names(find_finite_problems(batch, ["observation"], mask)) == []
+
+
+def test_find_finite_problems_on_the_meta_device_are_none() -> None:
+    batch = make_batch(observation=torch.zeros(2, 5, 3, device="meta"))
+    assert names(find_finite_problems(batch, ["observation"])) == []
+
+
+def test_find_tensor_problems_of_stacked_texts_names_the_entry() -> None:
+    batch = make_batch(note=NonTensorData("x", [2, 5])).unsqueeze(0)
+    [problem] = find_tensor_problems(batch, ["is_init", "next", "note"])
+    assert problem.check == "entry-type" and "'note' must be a tensor" in problem.message
 
 
 @pytest.mark.parametrize("is_next", [False, True])
