@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
 from torchrl.modules.models.exploration import gSDEModule
 
+from .checks import as_float, as_int
+
 
 class LastingNoise(TensorDictModuleBase):
     r"""Draw the actions of an actor again, from noise that is correlated over time.
@@ -82,10 +84,8 @@ class CorrelatedNoise(LastingNoise):
     """
 
     def __init__(self, actor: Any, correlation: float) -> None:
-        if not 0 <= correlation <= 1:
-            raise ValueError(f"correlation must be from 0 to 1. Got {correlation}.")
         super().__init__(actor)
-        self.correlation = correlation
+        self.correlation = as_float("correlation", correlation)
 
     def _deviate(self, tensordict: TensorDictBase) -> Tensor:
         scale = tensordict["scale"]
@@ -103,6 +103,9 @@ class StateDependentNoise(LastingNoise):
         actor: as for :class:`LastingNoise`; it has also written ``"features"``, ``[B, F]``.
         scale: the actor's module that computes ``"scale"`` from the features.
         sample_every: steps between two draws of the matrix; by default one draw per episode.
+
+    Raises:
+        ValueError: if ``sample_every`` is not an int of at least 1.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class StateDependentNoise(LastingNoise):
         super().__init__(actor)
         self.in_keys.append("features")
         self._scale = [scale]  # in a list: its weights are the actor's
-        self.sample_every = sample_every
+        self.sample_every = None if sample_every is None else as_int("sample_every", sample_every)
         self._calls = 0
 
     def _deviate(self, tensordict: TensorDictBase) -> Tensor:

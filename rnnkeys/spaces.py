@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.distributions import Categorical, Independent
 from torchrl.data import Composite
 from torchrl.modules import IndependentNormal, TanhNormal
 
+from .checks import as_float, as_int
 from .policies import ImageEncoder as ImageEncoder
 
 
@@ -207,7 +209,10 @@ class RunningNorm(nn.Module):
 
     Args:
         shape: shape of one observation.
-        limit: largest magnitude of a normalized value.
+        limit: largest magnitude of a normalized value, at least 0.
+
+    Raises:
+        ValueError: if ``shape`` is not a sequence of sizes, or ``limit`` is negative.
 
     Examples:
         >>> norm = RunningNorm((1,))
@@ -222,14 +227,22 @@ class RunningNorm(nn.Module):
 
     def __init__(self, shape: Sequence[int] = (), limit: float = 10.0) -> None:
         super().__init__()
-        self.limit = limit
-        self.register_buffer("mean", torch.zeros(tuple(shape)))
-        self.register_buffer("var", torch.ones(tuple(shape)))
+        if not isinstance(shape, Sequence) or isinstance(shape, str):
+            raise ValueError(f"shape must be a sequence of sizes, such as (4,). Got {shape!r}.")
+        sizes = [as_int("shape", size, minimum=0) for size in shape]
+        self.limit = as_float("limit", limit, maximum=math.inf)
+        self.register_buffer("mean", torch.zeros(sizes))
+        self.register_buffer("var", torch.ones(sizes))
         self.register_buffer("count", torch.zeros(()))
 
     @torch.no_grad()
     def update(self, values: Tensor) -> None:
-        """Update the statistics with values ``[*, *shape]``, between two rollouts."""
+        """Update the statistics with values ``[*, *shape]``, between two rollouts.
+
+        Raises:
+            ValueError: if the values have another shape.
+        """
+        self._check_shape(values)
         values = values.reshape(-1, *self.mean.shape)
         if not len(values):
             return  # of none, such as those that a mask leaves, the mean would be NaN
@@ -240,5 +253,18 @@ class RunningNorm(nn.Module):
         self.count.add_(len(values))
 
     def forward(self, values: Tensor) -> Tensor:
-        """Return values ``[*, *shape]`` of mean 0 and deviation 1."""
+        """Return values ``[*, *shape]`` of mean 0 and deviation 1.
+
+        Raises:
+            ValueError: if the values have another shape.
+        """
+        self._check_shape(values)
         return ((values - self.mean) / (self.var + 1e-8).sqrt()).clamp(-self.limit, self.limit)
+
+    def _check_shape(self, values: Tensor) -> None:
+        size = self.mean.ndim
+        if values.ndim < size or values.shape[values.ndim - size :] != self.mean.shape:
+            raise ValueError(
+                f"values must have the shape [*, {', '.join(map(str, self.mean.shape))}], that of "
+                f"RunningNorm(shape={tuple(self.mean.shape)}). Got {list(values.shape)}."
+            )

@@ -88,7 +88,7 @@ def test_correlated_noise_without_exploration_keeps_the_action() -> None:
 
 @pytest.mark.parametrize("correlation", [-0.1, 1.1])
 def test_correlated_noise_out_of_range_raises(correlation: float) -> None:
-    with pytest.raises(ValueError, match=f"from 0 to 1. Got {correlation}"):
+    with pytest.raises(ValueError, match=f"correlation={correlation}"):
         CorrelatedNoise(make_actor(TanhNormal), correlation)
 
 

@@ -193,3 +193,11 @@ def test_layers_with_a_missing_output_raises() -> None:
     data = TensorDict(a=torch.randn(2, 3), batch_size=[2])
     with pytest.raises(ValueError, match="shorter"):
         Layers(nn.Linear(3, 4), ["a"], ["loc", "scale"])(data)
+
+
+@pytest.mark.parametrize("method", ["update", "forward"])
+@pytest.mark.parametrize("shape", [(4,), (3, 1), ()])
+def test_running_norm_values_of_another_shape_raise(method: str, shape: tuple[int, ...]) -> None:
+    norm = RunningNorm((2,))
+    with pytest.raises(ValueError, match=r"values must have the shape \[\*, 2\]"):
+        getattr(norm, method)(torch.zeros(shape))

@@ -215,7 +215,7 @@ def linear_scan(
         The states after every step, ``[B, T, F]``.
 
     Raises:
-        ValueError: if a shape does not fit.
+        ValueError: if a shape does not fit, or if devices differ.
         TypeError: if dtypes differ or are integers, or if ``is_init`` is not bool.
 
     Examples:
@@ -271,6 +271,10 @@ def _check_types(**given: Any) -> None:
         is_missing = value is None and name in ("initial", "is_init")
         if not is_missing and not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor. Got a {type(value).__name__}.")
+    device = given["b"].device
+    for name, value in given.items():
+        if value is not None and value.device != device:
+            raise ValueError(f"{name} must be on the device of b, {device}. Got {value.device}.")
     dtype = given["b"].dtype
     if not (dtype.is_floating_point or dtype.is_complex):
         raise TypeError(f"b must be floating or complex. Got {dtype}: convert it with .float().")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,16 @@ from torch import Tensor, nn
 from torchrl.data import Categorical, OneHot, TensorSpec
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from ..checks import as_float
+from ..checks import (
+    Problem,
+    as_float,
+    as_int,
+    find_meta_problems,
+    find_tensor_problems,
+    find_type_problems,
+    raise_first,
+)
+from ..keys import as_key, entry_names
 from ..sequences import append_dims
 
 
@@ -34,10 +44,16 @@ def epsilon_ladder(count: int, base: float = 0.4, exponent: float = 7.0) -> Tens
     Returns:
         float32 ``[count]``.
 
+    Raises:
+        ValueError: if an argument is out of range.
+
     Examples:
         >>> epsilon_ladder(3, base=0.5, exponent=2.0)
         tensor([0.5000, 0.2500, 0.1250])
     """
+    count = as_int("count", count)
+    base = as_float("base", base)
+    exponent = as_float("exponent", exponent, maximum=math.inf)
     return base ** (1 + exponent * torch.arange(count) / max(count - 1, 1))
 
 
@@ -68,7 +84,9 @@ class EpsilonGreedy(TensorDictModuleBase):
         observation_key: key of the observation that is counted, ``[num_envs, ...]``.
 
     Raises:
-        ValueError: if there is an ``action_mask_key`` and ``spec`` is not of one discrete action.
+        TypeError: if ``spec`` is not a spec.
+        ValueError: if rates are not from 0 to 1, or if there is an ``action_mask_key`` and ``spec``
+            is not of one discrete action.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -90,30 +108,45 @@ class EpsilonGreedy(TensorDictModuleBase):
         observation_key: NestedKey = "observation",
     ) -> None:
         super().__init__()
+        if not isinstance(spec, TensorSpec):
+            raise TypeError(
+                f"spec must be a TensorSpec, that of one environment's action. Got {spec!r}."
+            )
         if action_mask_key is not None and type(spec) not in (OneHot, Categorical):
             raise ValueError(
                 "action_mask_key masks one discrete action: spec must be OneHot or Categorical. "
                 f"Got {spec}."
             )
-        out_keys: list[Any] = [action_key]
-        observed = observation_key if first_visits else None
-        keys = (action_key, action_mask_key, observed)
-        in_keys: list[Any] = [key for key in keys if key is not None]
-        self.in_keys = in_keys
-        self.out_keys = out_keys
-        self.action_key = action_key
-        self.action_mask_key = action_mask_key
         self.spec = spec
-        self.epsilons = torch.as_tensor(epsilons)
+        self.epsilons = _as_rates(epsilons)
         self.first_visits = as_float("first_visits", first_visits, maximum=math.inf)
-        self.observation_key = observation_key
+        self.action_key = as_key("action_key", action_key)
+        self.observation_key = as_key("observation_key", observation_key)
+        self.action_mask_key = action_mask_key
+        self.in_keys: list[Any] = [self.action_key]
+        if action_mask_key is not None:
+            self.action_mask_key = as_key("action_mask_key", action_mask_key)
+            self.in_keys.append(self.action_mask_key)
+        if self.first_visits:
+            self.in_keys.append(self.observation_key)
+        self.out_keys: list[Any] = [self.action_key]
         self._visits: defaultdict[bytes, int] = defaultdict(int)
         self.register_buffer("floor", torch.tensor(0.0))
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """See the class."""
+        """Draw some actions again while exploring.
+
+        Args:
+            tensordict: ``[num_envs]``, with the actions.
+
+        Raises:
+            KeyError: if an entry is missing.
+            TypeError: if an entry is not a tensor.
+            ValueError: if the action has not the shape of the spec.
+        """
         if exploration_type() is not ExplorationType.RANDOM:
             return tensordict
+        raise_first(self._find_problems(tensordict))
         epsilons = self.epsilons.to(self.floor.device).maximum(self.floor)
         action = tensordict.get(self.action_key)
         if self.first_visits:
@@ -122,6 +155,12 @@ class EpsilonGreedy(TensorDictModuleBase):
         draws = append_dims(draws, action.ndim)
         if self.action_mask_key is None:
             random = self.spec.rand(tensordict.shape).to(action.device)
+            if random.shape != action.shape:
+                raise ValueError(
+                    f"The action {self.action_key!r} must have the shape {list(random.shape)} of "
+                    f"the batch size and spec. Got {list(action.shape)}. Pass the spec of one "
+                    "environment's action."
+                )
         else:
             random, exists = _draw_allowed(tensordict.get(self.action_mask_key), action)
             draws = draws & exists
@@ -130,11 +169,36 @@ class EpsilonGreedy(TensorDictModuleBase):
     def _count(self, tensordict: TensorDictBase) -> Tensor:
         """Count the observations of this step, and return the rates that follow from the counts."""
         rates = []
-        for observation in tensordict.get(self.observation_key).unbind(0):
+        observations = tensordict.get(self.observation_key)
+        features = observations.shape[tensordict.ndim :]
+        for observation in observations.reshape(tensordict.numel(), *features).unbind(0):
             key = (observation + 0).cpu().numpy().tobytes()  # makes -0.0 the same as 0.0
             rates.append(self.first_visits / (self.first_visits + self._visits[key]))
             self._visits[key] += 1
-        return torch.tensor(rates)
+        return torch.tensor(rates).reshape(tensordict.shape)
+
+    def _find_problems(self, tensordict: Any) -> Iterator[Problem]:
+        yield from find_type_problems(tensordict, "EpsilonGreedy")
+        for key in self.in_keys:
+            if tensordict.get(key, None) is None:
+                yield Problem(
+                    "missing-entry",
+                    f"EpsilonGreedy reads {key!r}, which is not in the TensorDict: it has "
+                    f"{entry_names(tensordict)}.",
+                    "Run it after the policy, or name another key.",
+                    KeyError,
+                )
+        yield from find_tensor_problems(tensordict, self.in_keys)
+        yield from find_meta_problems(tensordict, self.in_keys[0], "EpsilonGreedy")
+
+
+def _as_rates(epsilons: Any) -> Tensor:
+    """Return rates as a tensor."""
+    if not isinstance(epsilons, Tensor):
+        return torch.tensor(as_float("epsilons", epsilons))
+    if not bool(((epsilons >= 0) & (epsilons <= 1)).all()):
+        raise ValueError(f"epsilons must be from 0 to 1. Got epsilons={epsilons.tolist()}.")
+    return epsilons
 
 
 def _draw_allowed(allowed: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -231,6 +231,7 @@ def test_linear_scan_starts_from_initial_states():
         ({"is_init": torch.zeros(3, 2).bool()}, ValueError, r"is_init must have the shape"),
         ({"b": [1.0]}, TypeError, r"b must be a tensor. Got a list"),
         ({"b": torch.zeros(2, 3, 4).bool()}, TypeError, r"b must be floating or complex.*bool"),
+        ({"a": torch.zeros(4, device="meta")}, ValueError, "a must be on the device of b, cpu"),
         ({"is_init": [True]}, TypeError, r"is_init must be a tensor. Got a list"),
     ],
 )

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict
+from tensordict import NonTensorData, TensorDict
 from torch import nn
 from torchrl.data import Categorical, MultiCategorical, OneHot
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -126,3 +126,29 @@ def test_epsilon_greedy_where_no_action_is_allowed_keeps_the_action() -> None:
 def test_epsilon_greedy_masks_of_several_choices_raise() -> None:
     with pytest.raises(ValueError, match="one discrete action.*MultiCategorical"):
         EpsilonGreedy(MultiCategorical([2, 3]), 1.0, action_mask_key="action_mask")
+
+
+def test_epsilon_greedy_first_visits_of_any_batch_has_a_rate_for_each_observation() -> None:
+    explore = EpsilonGreedy(OneHot(1000), 0.0, first_visits=1.0)
+    best = nn.functional.one_hot(torch.full((2, 3), 7), 1000)
+    data = TensorDict({"action": best, "observation": torch.arange(6).reshape(2, 3, 1)}, [2, 3])
+    with set_exploration_type(ExplorationType.RANDOM):
+        explore(data)  # every first visit is random
+    assert (data["action"].argmax(-1) != 7).sum() >= 5 and len(explore._visits) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (lambda b: None, TypeError, "EpsilonGreedy expects a TensorDict"),
+        (lambda b: b.exclude("action"), KeyError, "reads 'action'.*after the policy"),
+        (lambda b: b.set("action", NonTensorData("up", [2])), TypeError, "'action' must be a ten"),
+        (lambda b: b.set("action", b["action"][..., 0]), ValueError, r"\[2, 3\].*Got \[2\]"),
+        (lambda b: b.to("meta"), ValueError, "'action' is on the meta device"),
+    ],
+)
+def test_epsilon_greedy_of_a_wrong_batch_raises(change: Any, error: Any, text: str) -> None:
+    explore = EpsilonGreedy(OneHot(3), 1.0)
+    batch = TensorDict({"action": torch.zeros(2, 3, dtype=torch.int64)}, [2])
+    with set_exploration_type(ExplorationType.RANDOM), pytest.raises(error, match=text):
+        explore(change(batch))
