@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import linecache
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -50,7 +51,8 @@ class Change:
         return self.text
 
 
-def changes(keys: Iterable[Any]) -> st.SearchStrategy[list[Change]]:
+@cache
+def changes(keys: tuple[Any, ...]) -> st.SearchStrategy[list[Change]]:
     """Return a strategy of one or two changes of batches that have entries at ``keys``."""
     one = st.one_of(_changes_of_entries(list(keys)), _changes_of_batches())
     return st.lists(one, min_size=1, max_size=2)
@@ -176,13 +178,29 @@ def _set_mask(batch: Any, kind: str) -> Any:
 
 def _stack_lazily(batch: Any) -> Any:
     # An empty lazy stack can do nothing in tensordict itself.
-    return TensorDict.lazy_stack(list(batch.unbind(0))) if batch.numel() else batch
+    return TensorDict.lazy_stack(list(batch.unbind(0))) if batch.batch_size.numel() else batch
 
 
-def find_fault(
-    call: Callable[[Any], Any], make: Callable[[], Any], made: list[Change]
-) -> str | None:
-    """Return what a call does wrong with a changed batch; None if it does nothing wrong.
+class Outcome(NamedTuple):
+    """What a call makes of a changed batch.
+
+    Attributes:
+        kind: ``"result"``, ``"error"``, or ``"none"`` where the changes contradict each other, so
+            that there is no batch.
+        fault: what is wrong with that; None if nothing is.
+    """
+
+    kind: str
+    fault: str | None = None
+
+
+def seed(number: int) -> None:
+    """Seed the numbers of the CPU; ``torch.manual_seed`` takes milliseconds for other devices."""
+    torch.default_generator.manual_seed(number)
+
+
+def try_call(call: Callable[[Any], Any], make: Callable[[], Any], made: list[Change]) -> Outcome:
+    """Call with a changed batch and judge the outcome.
 
     Args:
         call: what is tested; it takes a batch and returns tensors or TensorDicts.
@@ -192,17 +210,18 @@ def find_fault(
     try:
         batch = _apply(make(), made)
     except Exception:  # the changes contradict each other
-        return None
-    if not isinstance(batch, TensorDictBase) and batch is not None:
-        return _judge_error(call, batch, made)
-    before = None if batch is None else _snapshot(batch)
-    torch.manual_seed(0)
+        return Outcome("none")
+    is_batch = isinstance(batch, TensorDictBase)
+    before = _snapshot(batch) if is_batch else None
+    seed(0)
     error, result = run(call, batch)
-    if error is not None:
-        if before is not None and not _equal(_snapshot(batch), before):
-            return f"the batch is changed although it was rejected: {error}"
-        return _fault_of_error(error, made)
-    return _fault_of_result(call, make, made, result)
+    if error is None:
+        is_compared = is_batch or batch is None
+        fault = _fault_of_result(call, make, made, result) if is_compared else None
+        return Outcome("result", fault)
+    if before is not None and not _equal(_snapshot(batch), before):
+        return Outcome("error", f"the batch is changed although it was rejected: {error}")
+    return Outcome("error", _fault_of_error(error, made))
 
 
 def _apply(batch: Any, made: list[Change]) -> Any:
@@ -219,11 +238,6 @@ def run(call: Callable[[Any], Any], batch: Any) -> tuple[Exception | None, Any]:
             return None, call(batch)
         except Exception as error:
             return error, None
-
-
-def _judge_error(call: Callable[[Any], Any], batch: Any, made: list[Change]) -> str | None:
-    error, _ = run(call, batch)
-    return None if error is None else _fault_of_error(error, made)
 
 
 def _fault_of_error(error: Exception, made: list[Change]) -> str | None:
@@ -259,7 +273,7 @@ def _fault_of_result(
     call: Callable[[Any], Any], make: Callable[[], Any], made: list[Change], result: Any
 ) -> str | None:
     """Compare with the result for the same numbers in plain memory, and of the batch as it was."""
-    torch.manual_seed(0)
+    seed(0)
     plain = _apply(make(), made)
     if plain is not None:
         plain = _as_plain(plain)
@@ -269,7 +283,7 @@ def _fault_of_result(
     if not _close(_entries(result), _entries(expected)):
         return "the result differs from that of the same numbers in plain memory"
     if all(change.is_harmless for change in made):
-        torch.manual_seed(0)
+        seed(0)
         _, unchanged = run(call, make())
         if not _close(_entries(result), _entries(unchanged)):
             return "the result differs although nothing that counts has changed"

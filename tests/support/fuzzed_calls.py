@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
+from torchrl.data import OneHot
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import OneHotCategorical, ProbabilisticActor, QValueModule
-from torchrl.objectives import ClipPPOLoss, DQNLoss, ValueEstimators
+from torchrl.objectives import A2CLoss, ClipPPOLoss, DQNLoss, ValueEstimators
 from torchrl.objectives.value import GAE
 
 import rnnkeys
 from rnnkeys import recurrent_module, set_recurrent_mode
+from rnnkeys.collectors import EpsilonGreedy
 from rnnkeys.objectives import R2D2Loss, SequenceMinibatches, recurrent_loss
 from rnnkeys.sequences import (
     find_sequence_problems,
@@ -26,6 +29,7 @@ from rnnkeys.sequences import (
     zero_masked,
 )
 from rnnkeys.transforms import BurnIn, RefreshStates, Windows, state_staleness
+from tests.support.bad_batches import seed
 
 B, T, OBS, H, ACTIONS = 3, 6, 4, 5, 2
 _Sequential: Any = TensorDictSequential
@@ -42,8 +46,13 @@ class Call(NamedTuple):
 
 
 def make_batch() -> TensorDict:
-    """Make episodes ``[3, 6]`` with states of an actor and a critic, as they are collected."""
-    torch.manual_seed(0)
+    """Return episodes ``[3, 6]`` with states of an actor and a critic, as they are collected."""
+    return _make_once().clone()
+
+
+@cache
+def _make_once() -> TensorDict:
+    seed(0)
     batch = TensorDict({"observation": torch.randn(B, T, OBS)}, [B, T])
     done = torch.zeros(B, T, 1, dtype=torch.bool)
     done[0, 2] = done[1, 4] = True
@@ -70,7 +79,7 @@ def recurrent(name: str = "actor", cell: str = "gru") -> Any:
 
 
 def network(name: str, out_key: str, size: int) -> Any:
-    torch.manual_seed(1)
+    seed(1)
     return _Sequential(recurrent(name), TensorDictModule(nn.Linear(H, size), [name], [out_key]))
 
 
@@ -84,7 +93,7 @@ def make_actor() -> Any:
 
 
 def call_module(cell: str, in_sequences: bool, batch: Any) -> Any:
-    torch.manual_seed(2)
+    seed(2)
     module = recurrent("actor", cell)
     with set_recurrent_mode(in_sequences):
         return module(batch.copy() if isinstance(batch, TensorDictBase) else batch)
@@ -102,6 +111,11 @@ def call_ppo(batch: Any) -> Any:
     return recurrent_loss(loss)(batch)
 
 
+def call_a2c(batch: Any) -> Any:
+    loss: Any = A2CLoss(make_actor(), network("critic", "state_value", 1))
+    return recurrent_loss(loss)(batch)
+
+
 def call_gae(batch: Any) -> Any:
     critic = network("critic", "state_value", 1)
     gae = recurrent_loss(GAE(gamma=0.9, lmbda=0.9, value_network=critic))
@@ -115,6 +129,12 @@ def call_r2d2(batch: Any) -> Any:
     )
     copy = batch.copy() if isinstance(batch, TensorDictBase) else batch
     return [loss(copy), copy.get("td_error")]
+
+
+def call_explore(batch: Any) -> Any:
+    explore = EpsilonGreedy(OneHot(ACTIONS), 0.5, first_visits=2)
+    with set_exploration_type(ExplorationType.RANDOM):
+        return explore(batch.copy() if isinstance(batch, TensorDictBase) else batch)
 
 
 def call_minibatches(batch: Any) -> Any:
@@ -159,8 +179,10 @@ CALLS: dict[str, Call] = {
     },
     "DQN": Call(call_dqn, _READ),
     "PPO": Call(call_ppo, [*_READ, "advantage", "value_target", "action_log_prob"]),
+    "A2C": Call(call_a2c, [*_READ, "advantage", "value_target", "action_log_prob"]),
     "GAE": Call(call_gae, _READ),
     "R2D2Loss": Call(call_r2d2, [*_READ, "priority_weight"]),
+    "EpsilonGreedy": Call(call_explore, ["action", "observation"]),
     "BurnIn": Call(lambda batch: BurnIn(network("actor", "x", 1), 2)(batch), _ACTOR),
     "RefreshStates": Call(lambda batch: RefreshStates(network("actor", "x", 1))(batch), _ACTOR),
     "Windows": Call(call_windows, _READ),
