@@ -1,5 +1,6 @@
 """Recurrent policies for TorchRL: exact at every time step, fast across episode boundaries."""
 
+from ._version import __version__ as __version__
 from .backends import linear_scan as linear_scan
 from .cells import Cell as Cell
 from .cells import GatedCell as GatedCell
@@ -38,5 +39,3 @@ from .precision import RecurrentMatmulPrecision as RecurrentMatmulPrecision
 from .precision import RecurrentMatmulPrecisionUserMode as RecurrentMatmulPrecisionUserMode
 from .precision import get_recurrent_matmul_precision as get_recurrent_matmul_precision
 from .precision import set_recurrent_matmul_precision as set_recurrent_matmul_precision
-
-__version__ = "0.2.0"

@@ -82,7 +82,11 @@ def exports(module: str) -> dict[str, str]:
     if _path(module).name != "__init__.py":
         definitions = _definitions(module)
         return {name: f"{module}.{name}" for name in definitions if not name.startswith("_")}
-    return {name: _follow(module, name) for name, (_, same) in _imports(module).items() if same}
+    return {
+        name: _follow(module, name)
+        for name, (_, same) in _imports(module).items()
+        if same and not name.startswith("_")
+    }
 
 
 def _follow(module: str, name: str) -> str:

@@ -14,6 +14,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.data import Categorical, OneHot
 
+from .._version import __version__
 from ..policies import drqn_policy
 from .model_card import write_model_card
 
@@ -84,7 +85,7 @@ def save_pretrained(
         "arguments": encoded,
         "result": dict(result or {}),
         "weights_sha256": hashlib.sha256(data).hexdigest(),
-        "versions": _read_versions(),
+        "versions": {"rnnkeys": __version__, "torch": torch.__version__},
     }
     text = json.dumps(config, indent=2) + "\n"
     _replace(folder / WEIGHTS, data)
@@ -240,12 +241,6 @@ def _check_same_weights(policy: nn.Module, other: nn.Module, name: str) -> None:
         f"shape: {', '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}. Pass the function and "
         "the arguments that made the policy."
     )
-
-
-def _read_versions() -> dict[str, str]:
-    import rnnkeys  # at import time the package has no version yet
-
-    return {"rnnkeys": rnnkeys.__version__, "torch": torch.__version__}
 
 
 def _name(function: Callable[..., Any]) -> str:

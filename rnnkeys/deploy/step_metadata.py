@@ -12,6 +12,7 @@ from tensordict import TensorDict
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from .._version import __version__
 from ..keys import join_key, next_key
 
 FORMAT = 1
@@ -39,8 +40,6 @@ def describe_step(
     Returns:
         A dict that JSON can hold. Its shapes have ``"batch"`` where any size may be.
     """
-    import rnnkeys  # at import time the package has no version yet
-
     state_keys = list(states.keys(include_nested=True, leaves_only=True))
     taken, returned = _find_values(program)
     before = iter(taken)
@@ -60,7 +59,7 @@ def describe_step(
         ],
         "outputs": _describe(outputs, after),
         "versions": {
-            "rnnkeys": rnnkeys.__version__,
+            "rnnkeys": __version__,
             "torch": torch.__version__,
             "torchrl": torchrl.__version__,
             "tensordict": tensordict.__version__,
