@@ -9,12 +9,8 @@ from functools import partial
 from importlib import import_module
 from typing import Any, Literal
 
-import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import Composite
@@ -27,6 +23,16 @@ from torchrl.envs import (
     TransformedEnv,
 )
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+try:
+    import gymnasium as gym
+    from gymnasium import spaces
+    from gymnasium.envs.registration import EnvSpec
+    from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+except ImportError as error:
+    raise ImportError(
+        "rnnkeys.environments needs gymnasium: pip install 'rnnkeys[tutorials]'."
+    ) from error
 
 from .gym_masks import (
     MASK_NAME,

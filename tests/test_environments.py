@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec, module_from_spec
 from typing import Any
 
 import gymnasium as gym
@@ -300,3 +302,11 @@ def test_make_simple_env_mask_of_a_wrong_size_raises() -> None:
     env = make_simple_env(action_id("Choice"), wrappers=(wrapper,))
     with pytest.raises(EnvError, match=r"one flag for each of the 2 choices.*Got 3"):
         env.reset()
+
+
+def test_environments_without_gymnasium_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    spec = find_spec("rnnkeys.environments")
+    assert spec is not None and spec.loader is not None
+    with pytest.raises(ImportError, match=r"needs gymnasium: pip install 'rnnkeys\[tutorials\]'"):
+        spec.loader.exec_module(module_from_spec(spec))
