@@ -50,7 +50,9 @@ ABLATIONS = {
             "first observation of this one. The task was chosen for that, and seed 100 was looked "
             "at before: with the default lambda of 0.95, whose targets are mostly rewards, both "
             "losses learn it alike. With right targets every seed learns the task and keeps it; "
-            f"with wrong ones each learns it in part and unlearns it. {CURVES} {BEST}"
+            "with wrong ones each learns it, or a part of it, and unlearns it. "
+            "Fresh episodes are those of the best weights, before they unlearn it. "
+            f"{CURVES} {BEST}"
         ),
         variants={
             name: ("--env", CUE, *SHORT_EPISODES[2:], "--lmbda", "0") for name in (WIRED, PLAIN)

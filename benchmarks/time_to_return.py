@@ -161,9 +161,14 @@ def train(name: str, seed: int) -> dict[str, Any]:
     return {"frames": frames, "seconds": seconds, "return": mean, "commit": find_commit()}
 
 
+def path_of(name: str, seed: int, folder: Path) -> Path:
+    """Return the file of a finished run."""
+    return folder / "time_to_return" / f"{name}_{seed}.json"
+
+
 def read_or_train(name: str, seed: int, folder: Path) -> dict[str, Any]:
     """Return the result of a finished run in ``folder``, or train and write it there."""
-    path = folder / "time_to_return" / f"{name}_{seed}.json"
+    path = path_of(name, seed, folder)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(train(name, seed)))
@@ -179,6 +184,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, help="run only these")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "learn")
+    parser.add_argument("--recorded", action="store_true", help="report finished runs, run nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("torchrl").setLevel(logging.WARNING)
@@ -186,6 +192,7 @@ def main() -> None:
         (name, seed, read_or_train(name, seed, options.runs))
         for seed in options.seeds
         for name in options.only or CONTESTANTS
+        if not options.recorded or path_of(name, seed, options.runs).exists()
     ]
     rows = [
         [
