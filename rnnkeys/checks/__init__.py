@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from .actions import find_action_mask_problems as find_action_mask_problems
 from .actions import find_action_problems as find_action_problems
+from .actions import find_action_shape_problems as find_action_shape_problems
 from .actions import find_one_hot_problems as find_one_hot_problems
 from .arguments import as_float as as_float
 from .arguments import as_int as as_int

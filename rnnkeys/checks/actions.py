@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +74,37 @@ def find_action_problems(
         wrong = (index < 0) | (index >= num_actions)
         yield from _find_value_problem(
             "action-range", wrong, mask, f"{key!r} is not an index from 0 to {num_actions - 1}"
+        )
+
+
+def find_action_shape_problems(
+    batch: TensorDictBase, action_key: NestedKey, step_shape: Sequence[int]
+) -> Iterator[Problem]:
+    """Yield a problem if actions have another shape than those of the actor.
+
+    Args:
+        batch: sequences ``[*, T]``.
+        action_key: key of the actions, ``[*, T, *step_shape]``.
+        step_shape: shape of the actor's action at one step, such as ``[3]``.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> batch = TensorDict({"action": torch.zeros(4, 4)}, [4, 4])
+        >>> [problem.check for problem in find_action_shape_problems(batch, "action", [1])]
+        ['action-shape']
+    """
+    shape = [*batch.batch_size, *step_shape]
+    action = batch.get(action_key)
+    if list(action.shape) != shape:
+        key = unravel_key(action_key)
+        fits = action.numel() == math.prod(shape)
+        yield Problem(
+            "action-shape",
+            f"The entry {key!r} must have the shape {shape} of the actor's actions, or both would "
+            f"broadcast. Got {list(action.shape)}.",
+            f"Reshape it: batch[{key!r}] = batch[{key!r}].reshape({shape})."
+            if fits
+            else "Make the actor by the action spec of the environment that the batch is from.",
         )
 
 

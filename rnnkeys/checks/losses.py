@@ -181,12 +181,20 @@ def find_batch_problems(
     if isinstance(loss, ON_POLICY):
         for layer in layers:
             yield from find_start_problems(batch, layer, name)
-    if _reads_stored_states(loss, batch):
-        for layer in layers:
-            yield from _find_next_state_problems(name, batch, layer)
-            if isinstance(loss, ON_POLICY):
-                yield from _find_primer_problems(name, batch, layer)
-                yield from _find_value_state_problems(loss, batch, layer)
+    for layer in layers:
+        yield from _find_stored_state_problems(loss, batch, layer)
+
+
+def _find_stored_state_problems(
+    loss: nn.Module, batch: TensorDictBase, layer: RecurrentLayer
+) -> Iterator[Problem]:
+    name = read_loss_name(loss)
+    reads_next = _reads_stored_states(loss, batch)
+    yield from _find_primer_problems(name, batch, layer, reads_next)
+    if reads_next:
+        yield from _find_next_state_problems(name, batch, layer)
+        if isinstance(loss, ON_POLICY):
+            yield from _find_value_state_problems(loss, batch, layer)
 
 
 def _find_gradient_problems(name: str, batch: TensorDictBase, keys: Any) -> Iterator[Problem]:
@@ -243,9 +251,13 @@ def _find_chunk_problems(estimator: ValueEstimatorBase, batch: TensorDictBase) -
 
 
 def _find_primer_problems(
-    name: str, batch: TensorDictBase, layer: RecurrentLayer
+    name: str, batch: TensorDictBase, layer: RecurrentLayer, reads_next: bool
 ) -> Iterator[Problem]:
-    """Yield a problem if the states after steps are stored, and those before them are not."""
+    """Yield a problem if the states after steps are stored, and those before them are not.
+
+    It is a warning for a loss that reads neither: the sequences may have been played with states
+    that were dropped from the root alone.
+    """
     missing = [key for key in layer.state_keys if batch.get(key, None) is None]
     if any(batch.get(next_key(key), None) is not None for key in missing):
         yield Problem(
@@ -253,8 +265,8 @@ def _find_primer_problems(
             f"The state {missing} is in the next tensordict of the batch and not at its root, "
             f"where {name} starts sequences. Without a primer every step is played from zeros.",
             "Append get_env_transforms_from_module(policy) to the environment, or store the state "
-            "before each step.",
-            KeyError,
+            "before each step. If it was dropped to start from zeros, drop that of next, too.",
+            KeyError if reads_next else UserWarning,
         )
 
 

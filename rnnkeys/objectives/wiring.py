@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,7 @@ from ..sequences.segment_starts import (
     reduce_agents,
     set_next_flags,
 )
+from .actor_actions import check_actor_actions, takes_cross_entropy
 from .loss_inputs import find_dropped_keys, keep_masks
 
 
@@ -152,8 +153,7 @@ class Wired:
         loss: Any = self
         wiring.active = True
         try:
-            # The batch has been checked; modules inside need not check it again.
-            with nullcontext() if is_compiling() else suspend_value_checks():
+            with nullcontext() if is_compiling() else _check_run(loss, batch):
                 with set_recurrent_mode(True), explain_network_errors(loss, batch):
                     result = method(self, batch, *args, **kwargs)
                 valid = wiring.valid
@@ -187,12 +187,14 @@ class Wired:
             batch = zero_masked(batch, mask, finite=False)
         batch = allow_where_empty(batch, self._wiring.action_masks)
         if batch.get("next", None) is None:
-            return batch.copy()
-        prepared = set_next_flags(batch, self._wiring.init_keys)
-        self._add_zero_states(prepared)
-        self._end_returns(prepared, mask)
-        self._drop_lone_value(prepared)
-        if isinstance(self, DistributionalDQNLoss) and prepared.ndim > 1:
+            prepared = batch.copy()
+        else:
+            prepared = set_next_flags(batch, self._wiring.init_keys)
+            self._add_zero_states(prepared)
+            self._end_returns(prepared, mask)
+            self._drop_lone_value(prepared)
+        takes_one_row = isinstance(self, DistributionalDQNLoss) or takes_cross_entropy(self, batch)
+        if takes_one_row and prepared.ndim > 1:
             return _lay_end_to_end(prepared, self._wiring.init_keys)
         return prepared
 
@@ -373,6 +375,13 @@ class Wired:
             if after.shape != batch.shape:
                 value = value.reshape(*batch.shape, *value.shape[1:])
             batch.set(key, value)
+
+
+@contextmanager
+def _check_run(loss: Any, batch: TensorDictBase) -> Iterator[None]:
+    """Check what the actor does in the block; modules inside need not check the batch again."""
+    with suspend_value_checks(), check_actor_actions(loss, batch):
+        yield
 
 
 def _share_group(one: tuple[str, ...], other: tuple[str, ...]) -> bool:

@@ -406,6 +406,18 @@ def test_wired_estimator_of_steps_without_a_primer_raises() -> None:
         setup.loss(batch.exclude(key))
 
 
+def test_wired_dqn_of_steps_without_a_primer_warns() -> None:
+    setup = wired(DQN)
+    batch = batch_of(DQN, setup)
+    states = [key for key, _ in setup.loss._wiring.state_keys]
+    whole = batch.exclude(*states, *(("next", key) for key in states))
+    setup.loss(whole)  # it starts from zeros, in both halves
+    with pytest.warns(
+        UserWarning, match=r"Without a primer.*drop that of next.*\[primer-missing\]"
+    ):
+        setup.loss(batch.exclude(*states))
+
+
 def test_wired_loss_transitions_out_of_order_raise() -> None:
     setup = wired(DQN)
     batch = batch_of(DQN, setup)
