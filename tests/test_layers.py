@@ -11,8 +11,9 @@ import rnnkeys
 ROOT = Path(rnnkeys.__file__).parent
 # From the bottom to the top: a module or folder imports only from those before it.
 LAYERS = (
-    *("_compat", "keys", "checks", "cells", "precision", "mode", "backends", "sequences"),
-    *("modules", "policies", "transforms", "objectives", "collectors", "diagnostics", "deploy"),
+    *("_version", "_compat", "keys", "checks", "cells", "precision", "mode", "backends"),
+    *("sequences", "modules", "policies", "transforms", "objectives", "collectors"),
+    *("diagnostics", "deploy"),
     *(
         "gym_masks",
         "environments",
