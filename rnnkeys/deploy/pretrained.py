@@ -15,6 +15,7 @@ from torch import nn
 from torchrl.data import Categorical, OneHot
 
 from .._version import __version__
+from ..checks import as_int
 from ..policies import drqn_policy
 from .model_card import write_model_card
 
@@ -77,7 +78,7 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     # Clones: entries may share their memory, which the file format does not allow.
     weights = {key: value.detach().clone() for key, value in policy.state_dict().items()}
-    data = safetensors.save(weights, metadata={"format": "pt"})
+    data = safetensors.torch.save(weights, metadata={"format": "pt"})
     config = {
         "library": "rnnkeys",
         "format": FORMAT,
@@ -133,8 +134,14 @@ def load_pretrained(
             "not the recorded one. Copy or download the folder again."
         )
     try:
+        weights = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise PretrainedError(
+            f"{Path(folder, WEIGHTS)} is damaged: it is not a file of safetensors ({error})."
+        ) from error
+    try:
         policy = make(**_decode(config["arguments"]))
-        policy.load_state_dict(safetensors.load(data))
+        policy.load_state_dict(weights)
     except (TypeError, ValueError, RuntimeError) as error:
         raise PretrainedError(
             f"{_name(make)} does not make the policy in {folder}, which was written by "
@@ -156,7 +163,13 @@ def read_arguments(folder: str | Path) -> dict[str, Any]:
     Raises:
         PretrainedError: as for :func:`load_pretrained`.
     """
-    return _decode(_read_config(folder)["arguments"])
+    arguments = _read_config(folder)["arguments"]
+    try:
+        return _decode(arguments)
+    except ValueError as error:
+        raise PretrainedError(
+            f"{Path(folder, CONFIG)} is damaged: it holds {arguments!r} as arguments: {error}"
+        ) from error
 
 
 def _read_config(folder: str | Path) -> dict[str, Any]:
@@ -225,8 +238,8 @@ def _decode(value: Any) -> Any:
     if isinstance(value, list):
         return [_decode(one) for one in value]
     if isinstance(value, dict):
-        if value.keys() == {"spec", "n"} and value["spec"] in _SPECS:
-            return _SPECS[value["spec"]](value["n"])
+        if value.keys() == {"spec", "n"} and value["spec"] in tuple(_SPECS):
+            return _SPECS[value["spec"]](as_int("n", value["n"]))
         return {key: _decode(one) for key, one in value.items()}
     return value
 
@@ -254,4 +267,4 @@ def _import_safetensors() -> ModuleType:
         raise ImportError(
             "Policies are saved as safetensors: pip install 'rnnkeys[hub]'."
         ) from error
-    return safetensors.torch
+    return safetensors

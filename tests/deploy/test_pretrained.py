@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,27 @@ def test_load_pretrained_arguments_of_another_version_raise(folder: Path) -> Non
         PretrainedError, match="(?s)drqn_policy does not make the policy.*size mism"
     ):
         load_pretrained(folder)
+
+
+def test_load_pretrained_weights_that_are_not_safetensors_raise(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"weights")
+    change_config(folder, weights_sha256=hashlib.sha256(b"weights").hexdigest())
+    with pytest.raises(PretrainedError, match="is damaged: it is not a file of safetensors"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("size", ["x", -1, None, 2.5, 2**70])
+def test_read_arguments_spec_of_no_size_raises(folder: Path, size: Any) -> None:
+    change_config(folder, arguments={"action_spec": {"spec": "OneHot", "n": size}})
+    for read in (read_arguments, load_pretrained):
+        with pytest.raises(PretrainedError, match="n must be "):
+            read(folder)
+
+
+def test_read_arguments_of_a_dict_that_is_not_a_spec_returns_it(folder: Path) -> None:
+    arguments = {"action_spec": {"spec": ["OneHot"], "n": 2}}
+    change_config(folder, arguments=arguments)
+    assert read_arguments(folder) == arguments
 
 
 def test_load_pretrained_builder_named_by_the_file_is_not_imported(folder: Path) -> None:
