@@ -286,7 +286,7 @@ def find_start_problems(
     flags = batch.get(layer.init_key, None)
     if not missing or flags is None or not batch.ndim or not batch.batch_size.numel():
         return
-    if not flags.select(batch.ndim - 1, 0).all():
+    if not flags.is_meta and not flags.select(batch.ndim - 1, 0).all():
         yield Problem(
             "state-missing",
             f"{reader} would run {layer.name} from zeros inside episodes: the state "

@@ -171,7 +171,7 @@ class EpsilonGreedy(TensorDictModuleBase):
         rates = []
         observations = tensordict.get(self.observation_key)
         features = observations.shape[tensordict.ndim :]
-        for observation in observations.reshape(tensordict.numel(), *features).unbind(0):
+        for observation in observations.reshape(tensordict.batch_size.numel(), *features).unbind(0):
             key = (observation + 0).cpu().numpy().tobytes()  # makes -0.0 the same as 0.0
             rates.append(self.first_visits / (self.first_visits + self._visits[key]))
             self._visits[key] += 1

@@ -75,6 +75,7 @@ def test_find_start_problems_needs_flags_and_steps_to_read() -> None:
     assert problem.check == "state-missing" and problem.error is KeyError
     stored = {layer.state_keys[0]: torch.zeros(2, 2, 1, 5)}
     rights: list[Any] = [batch[:1], batch[:0], batch[0, 0], batch.exclude("is_init")]
+    rights.append(batch.to("meta"))
     for right in (*rights, batch.clone().update(stored)):
         assert not list(find_start_problems(right, layer, "A loss"))
 

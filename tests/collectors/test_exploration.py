@@ -152,3 +152,12 @@ def test_epsilon_greedy_of_a_wrong_batch_raises(change: Any, error: Any, text: s
     batch = TensorDict({"action": torch.zeros(2, 3, dtype=torch.int64)}, [2])
     with set_exploration_type(ExplorationType.RANDOM), pytest.raises(error, match=text):
         explore(change(batch))
+
+
+def test_epsilon_greedy_first_visits_of_no_environment_counts_nothing() -> None:
+    explore = EpsilonGreedy(OneHot(3), 0.0, first_visits=1.0)
+    zeros = torch.zeros(0, 3)
+    data = TensorDict({"action": zeros.long(), "observation": zeros}, [0])
+    with set_exploration_type(ExplorationType.RANDOM):
+        assert explore(data)["action"].shape == (0, 3)
+    assert not explore._visits

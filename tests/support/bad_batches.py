@@ -301,7 +301,8 @@ def _as_plain(batch: TensorDictBase) -> TensorDictBase:
 
 def _is_finite(batch: Any, made: list[Change]) -> bool:
     batch = _apply(batch, made)
-    return batch is not None and _all_finite(_entries(batch), limit=1e30)
+    # The square of a larger number, an integer too, is nearly float32's largest.
+    return batch is not None and _all_finite(_entries(batch), limit=1e15)
 
 
 def _entries(result: Any) -> dict[Any, Any]:
@@ -351,5 +352,5 @@ def _all_finite(entries: dict[Any, Any], limit: float = float("inf")) -> bool:
     return all(
         bool(value.isfinite().all()) and bool((value.abs() < limit).all())
         for value in entries.values()
-        if (value.is_floating_point() or value.is_complex()) and not value.is_meta
+        if value.dtype != torch.bool and not value.is_meta
     )
