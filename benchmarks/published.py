@@ -210,8 +210,9 @@ PUBLISHED_EXTRAS = {
             "objects in it (benchmarks/tasks.py), and theirs pixels. Actions are theirs, the three "
             "moves. They have an LSTM of 256 and this one 64, and choose among 99 seeds of the "
             "environment where this one has all. Settings are those of POPGym's games "
-            "(benchmarks/popgym_tasks.py); none were chosen on this task. There are 512,000 "
-            "frames, a third of theirs. Rows *at N frames* are the mean return of the last 100 "
+            "(benchmarks/popgym_tasks.py); none were chosen on this task, and it is not solved: "
+            "the agent walks to one of the objects without comparing. There are 512,000 frames, a "
+            "third of theirs. Rows *at N frames* are the mean return of the last 100 "
             f"episodes while training. {LAST}"
         ),
         variants={
