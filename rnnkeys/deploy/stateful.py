@@ -222,6 +222,10 @@ class StatefulPolicy:
                 f"The observation {key!r} must be an array or a tensor of numbers. Got "
                 f"{type(value).__name__}: {error}"
             ) from error
+        if tensor.is_meta:
+            raise TypeError(
+                f"The observation {key!r} is on the meta device, which holds no values."
+            )
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def _possible_layouts(self, tensors: Mapping[Any, Tensor], number: int) -> list[bool]:

@@ -375,6 +375,11 @@ def test_call_with_wrong_arguments_is_rejected_by_name(case):
 WRONG_KINDS: dict[str, tuple[Any, type[Exception], str]] = {
     "no observation": (lambda p: p(None), TypeError, "'observation' must be an array.*NoneType"),
     "texts": (lambda p: p(["a", "b", "c"]), TypeError, "'observation' must be an array"),
+    "no values": (
+        lambda p: p(torch.zeros(3, 4, device="meta")),
+        TypeError,
+        "'observation' is on the meta device",
+    ),
     "observations of another size": (
         lambda p: p(torch.zeros(3, 5)),
         RuntimeError,
