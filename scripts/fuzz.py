@@ -40,6 +40,9 @@ neither outcome.
 |---|---|---|---|---|
 """
 
+FOUND = "## Found and mended\n"
+"""Title of a list that is written by hand, and stays when the table is written again."""
+
 Rows = dict[str, tuple[str, ...]]
 """Cells of the table by entry point."""
 
@@ -57,7 +60,10 @@ def write_table(rows: Rows, path: Path = TABLE) -> None:
     bad = sum(row[3] != "none" for row in rows.values())
     every = {**rows, "all": (*(f"{number:,}" for number in sums), str(bad or "none"))}
     lines = (f"| {' | '.join([name, *cells])} |\n" for name, cells in every.items())
-    path.write_text(HEAD + "".join(lines), encoding="utf-8")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    _, title, found = text.partition(FOUND)
+    found = f"\n{title}{found}" if title else ""
+    path.write_text(HEAD + "".join(lines) + found, encoding="utf-8")
 
 
 def fuzz_call(name: str, examples: int, number: int) -> tuple[Counter[str], str]:

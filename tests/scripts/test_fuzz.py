@@ -22,6 +22,16 @@ def test_read_table_returns_what_was_written(tmp_path: Path) -> None:
     assert fuzz.read_table(tmp_path / "absent.md") == {}
 
 
+def test_write_table_keeps_what_was_written_below_it(tmp_path: Path) -> None:
+    path = tmp_path / "table.md"
+    rows: fuzz.Rows = {"DQN": ("1,003", "1,000", "3", "none")}
+    fuzz.write_table(rows, path)
+    text = path.read_text() + f"\n{fuzz.FOUND}\n- One thing.\n"
+    path.write_text(text)
+    fuzz.write_table(fuzz.read_table(path), path)
+    assert path.read_text() == text
+
+
 def test_fuzz_call_counts_outcomes_and_returns_the_smallest_problem(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

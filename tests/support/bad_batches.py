@@ -350,7 +350,12 @@ def _near(one: Tensor, other: Tensor) -> bool:
 
 def _all_finite(entries: dict[Any, Any], limit: float = float("inf")) -> bool:
     return all(
-        bool(value.isfinite().all()) and bool((value.abs() < limit).all())
+        bool(value.isfinite().all()) and bool((_magnitude(value) < limit).all())
         for value in entries.values()
         if value.dtype != torch.bool and not value.is_meta
     )
+
+
+def _magnitude(value: Tensor) -> Tensor:
+    # The least int64 has no abs() of its own dtype.
+    return value.abs() if value.is_complex() else value.double().abs()
