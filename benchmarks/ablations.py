@@ -88,7 +88,9 @@ ABLATIONS = {
         title="PPO with sequences that start from stored states and from zeros",
         text=(
             f"CartPole. {HIDDEN} Sequences of a minibatch start from the states that were stored "
-            f"while collecting, or from zeros; there are 16 or 64 steps in each. {CURVES} {LAST}"
+            "while collecting, or from zeros; there are 16 or 64 steps in each. All four learn the "
+            "task, and no difference between stored states and zeros is larger than those between "
+            f"seeds. {CURVES} {LAST}"
         ),
         variants={
             "stored, 16 steps": ("--seq-len", "16"),

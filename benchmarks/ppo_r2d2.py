@@ -9,6 +9,7 @@ It runs nothing. The table goes to ``benchmarks/results/ppo_r2d2.md``, and shows
 from __future__ import annotations
 
 import argparse
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -73,7 +74,7 @@ experiment; neither was tuned for this comparison. R2D2's weights are those of i
 evaluation, PPO's those of its last step. The returns are those of fresh episodes without
 exploration; intervals are bootstrap intervals of the mean over seeds. *Goal reached* is the frame
 of the first regular evaluation that returned *goal* or more on average, for each seed; PPO is
-evaluated less often.
+evaluated less often. CPU minutes and goals are missing where the runs are older than this page.
 
 {table}
 
@@ -97,20 +98,48 @@ def read_runs(side: Side, folder: Path) -> list[Run]:
     return [run(one, side.experiment, folder) for one in finished]
 
 
-def show_row(task: Task, side: Side, runs: Sequence[Run]) -> list[str]:
-    """Return the row of one algorithm on one task."""
-    mean, each = show_values([float(np.mean(one.result["test_returns"])) for one in runs])
+def show_runs(goal: float, runs: Sequence[Run]) -> list[str]:
+    """Return the cells of an algorithm on a task: returns, frames, CPU minutes, goal reached."""
     return [
-        task.title,
-        side.algorithm,
-        f"[`{side.experiment}`]({side.experiment}.md), {side.variant}",
-        mean,
-        each,
+        *show_values([float(np.mean(one.result["test_returns"])) for one in runs]),
         f"{max(one.result['frames'] for one in runs):,}",
         f"{np.mean([one.cpu_seconds for one in runs]) / 60:.1f}",
-        f"{task.goal:g}",
-        "; ".join(find_goal(one, task.goal) for one in runs),
+        "; ".join(find_goal(one, goal) for one in runs),
     ]
+
+
+def show_table(side: Side, folder: Path) -> list[str]:
+    """Return the same cells from the table of an experiment, which has returns and frames alone.
+
+    Args:
+        side: the algorithm and its experiment.
+        folder: where NAME.csv is.
+
+    Returns:
+        The cells; none if the table does not exist or has no such variant.
+    """
+    path = folder / f"{side.experiment}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["variant"] == side.variant]
+    if not rows:
+        return []
+    returns = [float(row["fresh episodes: mean"]) for row in rows]
+    return [*show_values(returns), f"{max(int(row['frames']) for row in rows):,}", "", ""]
+
+
+def show_sides(task: Task, folder: Path) -> list[list[str]]:
+    """Return a row for each algorithm on a task; none where one of them has not run."""
+    rows = []
+    for side in task.sides:
+        runs = read_runs(side, folder)
+        cells = show_runs(task.goal, runs) if runs else show_table(side, RESULTS)
+        if not cells:
+            return []
+        page = f"[`{side.experiment}`]({side.experiment}.md), {side.variant}"
+        rows.append([task.title, side.algorithm, page, *cells[:-1], f"{task.goal:g}", cells[-1]])
+    return rows
 
 
 def main() -> None:
@@ -121,13 +150,7 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "learn")
     options = parser.parse_args()
-    found = [(task, {side: read_runs(side, options.runs) for side in task.sides}) for task in TASKS]
-    rows = [
-        show_row(task, side, runs)
-        for task, sides in found
-        if all(sides.values())
-        for side, runs in sides.items()
-    ]
+    rows = [row for task in TASKS for row in show_sides(task, options.runs)]
     header = ["task", "algorithm", "experiment", "return: mean [95 % interval]", "every seed"]
     header += ["frames", "CPU minutes", "goal", "goal reached, frames"]
     text = TEXT.format(table=table(header, rows), machine=describe_machine())

@@ -36,3 +36,14 @@ def test_main_shows_the_tasks_that_both_algorithms_have_finished(
     assert "GRU | 0.50 [0.25, 0.75] | 0.75, 0.25 | 30 | 1.5 | 0.5 | 20; - |" in text
     assert "LSTM | 0.50 [0.50, 0.50] | 0.50 | 10 | 1.5 | 0.5 | 10 |" in text
     assert "t_maze_50" not in text
+
+
+def test_show_table_reads_returns_and_frames_of_an_older_run(tmp_path: Path) -> None:
+    side = ppo_r2d2.Side("R2D2", "r2d2", "LSTM")
+    assert ppo_r2d2.show_table(side, tmp_path) == []
+    with (tmp_path / "r2d2.csv").open("w", newline="") as file:
+        header = ("variant", "seed", "fresh episodes: mean", "frames")
+        csv.writer(file).writerows([header, ("LSTM", 0, 100.0, 80), ("GRU", 0, 5.0, 90)])
+    cells = ["100.0 [100.0, 100.0]", "100.0", "80", "", ""]
+    assert ppo_r2d2.show_table(side, tmp_path) == cells
+    assert ppo_r2d2.show_table(side._replace(variant="FFM"), tmp_path) == []
