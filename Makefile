@@ -157,5 +157,5 @@ dist: $(DEV_READY)
 	$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf $(VENV) .cache .hypothesis .pytest_cache .ruff_cache build dist demo site *.egg-info
+	rm -rf $(VENV) .cache .hypothesis .pytest_cache .ruff_cache build dist demo outputs site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

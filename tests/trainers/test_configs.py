@@ -136,12 +136,13 @@ def test_yaml_trains_recurrent_ppo_and_evaluates_it() -> None:
     assert 1 <= load_script().run(compose()) <= 500
 
 
-def test_yaml_takes_another_layer_by_one_word() -> None:
-    trainer = hydra.utils.instantiate(compose("model@layers.actor=gru").trainer)
-    assert [type(one).__name__ for one in _layers(trainer.collector.policy)] == [
-        "GRUModule",
-        "LSTMModule",
-    ]
+def test_yaml_takes_another_layer_and_size_by_one_word_each() -> None:
+    config = compose("model@layers.actor=gru", "layers.actor.hidden_size=32")
+    trainer = hydra.utils.instantiate(config.trainer)
+    policy = trainer.collector.policy
+    assert [type(one).__name__ for one in _layers(policy)] == ["GRUModule", "LSTMModule"]
+    step = policy(trainer.collector.env.reset())
+    assert step["actor"].shape[-1] == 32 and step["logits"].shape[-1] == 2
 
 
 def _layers(policy: Any) -> list[Any]:
