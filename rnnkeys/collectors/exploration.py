@@ -172,7 +172,8 @@ class EpsilonGreedy(TensorDictModuleBase):
         observations = tensordict.get(self.observation_key)
         features = observations.shape[tensordict.ndim :]
         for observation in observations.reshape(tensordict.batch_size.numel(), *features).unbind(0):
-            key = (observation + 0).cpu().numpy().tobytes()  # makes -0.0 the same as 0.0
+            numbers = (observation + 0).flatten().cpu()  # makes -0.0 the same as 0.0
+            key = numbers.view(torch.uint8).numpy().tobytes()  # NumPy has no bfloat16
             rates.append(self.first_visits / (self.first_visits + self._visits[key]))
             self._visits[key] += 1
         return torch.tensor(rates).reshape(tensordict.shape)

@@ -161,3 +161,17 @@ def test_epsilon_greedy_first_visits_of_no_environment_counts_nothing() -> None:
     with set_exploration_type(ExplorationType.RANDOM):
         assert explore(data)["action"].shape == (0, 3)
     assert not explore._visits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2)])
+def test_epsilon_greedy_first_visits_counts_observations_of_any_dtype(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    explore = EpsilonGreedy(OneHot(3), 0.0, first_visits=1.0)
+    ones = torch.ones(2, *shape).to(dtype)
+    with set_exploration_type(ExplorationType.RANDOM):
+        for observation in (ones, torch.stack([ones[0], 0 * ones[0]])):
+            action = torch.zeros(2, 3, dtype=torch.int64)
+            explore(TensorDict({"action": action, "observation": observation}, [2]))
+    assert sorted(explore._visits.values()) == [1, 3]
