@@ -82,7 +82,7 @@ def test_make_env_of_cart_pole_hides_velocities_unless_all_is_observed() -> None
         )
         for env in (everything, positions):
             env.set_seed(seed)
-        expected = everything.reset()["observation"][:, [0, 2]] / torch.tensor([2.4, 0.2095])
+        expected = everything.reset()["observation"][:, [0, 2]] / torch.tensor([0.24, 0.02095])
         torch.testing.assert_close(positions.reset()["observation"], expected)
 
 
