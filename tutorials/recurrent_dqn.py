@@ -97,7 +97,7 @@ def make_env(args: Args, num_envs: int) -> TransformedEnv:
     limit = f"gymnasium.wrappers:TimeLimit(max_episode_steps={args.max_episode_steps})"
     hide, scale = args.hide, (1.0,)
     if args.env == "CartPole-v1" and args.observation == "auto" and not hide:
-        # Positions / a tenth of their limits: velocities are small changes of them, which must show.
+        # Positions / a tenth of their limits: velocities are small changes of them, and must show.
         hide, scale = (1, 3), (10 / 2.4, 10 / 0.2095)
     return make_gym_env(
         args.env,
