@@ -40,10 +40,10 @@ BSUITE = {
             f"episode that returns 1 or -1. A run has {EPISODES:,} episodes; a length is solved if "
             "less than .75 of the mistakes of guessing were made in all of them, exploration "
             f"included: a mean return of {SOLVED} or more. The environment is written anew and "
-            "equals bsuite's 0.3.6 (benchmarks/tasks.py). Every third length has run, one seed "
-            "each; the feed-forward network has the first four. Rows *while training* are the "
+            "equals bsuite's 0.3.6 (benchmarks/tasks.py). Every third length counts, with one "
+            "seed, and for the feed-forward network the first four. Rows *while training* are the "
             "mean of the last 100 episodes before each of the regular evaluations, of which there "
-            f"are 50, or one for each rollout if it is longer. Settings are the first that were "
+            f"are 50, or as many as rollouts if those are fewer. Settings are the first that were "
             f"tried, on seed 100 of N = 10. {LAST}"
         ),
         variants={
