@@ -256,11 +256,19 @@ def list_scenarios(kills: int, writes: int, seconds: float) -> Iterator[Scenario
 def disturb(
     name: str, base: Path, scenarios: Iterator[Scenario], is_script: bool
 ) -> Iterator[tuple[str, str]]:
-    """Run each scenario in a folder of its own; yields its name, and what is wrong."""
+    """Run each scenario in a folder of its own; yields its name, and what is wrong.
+
+    Numbers of a scenario come in order: after one that a run does not reach, it reaches none.
+    """
+    ended = set[str]()
     for number, (scenario, run) in enumerate(scenarios):
+        if scenario in ended:
+            continue
         folder = base / str(number)
         problem = run(Program(name, folder, is_script))
-        if problem != NOT_REACHED:
+        if problem == NOT_REACHED:
+            ended.add(scenario)
+        else:
             yield scenario, problem
         if not problem or problem == NOT_REACHED:
             shutil.rmtree(folder, ignore_errors=True)
