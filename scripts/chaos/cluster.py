@@ -22,7 +22,8 @@ def lose_node(program: Program) -> str:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     options = ("--actors", "ray", "--num-actors", "2", "--ray-address", address)
-    program.options = ("--frames", "384", *options)
+    # Enough rounds that the run notices the loss before it ends.
+    program.options = ("--frames", "1024", *options)
     head = ("--head", f"--port={address.split(':')[1]}", "--include-dashboard=false")
     with _run_node(program, *head), _run_node(program, f"--address={address}") as other:
         process = program.start()
