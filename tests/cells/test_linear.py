@@ -298,13 +298,17 @@ def test_recurrent_module_accepts_torchs_arguments_at_their_defaults():
 
 @pytest.mark.parametrize("cell", PLAIN, ids=NAMES[: len(PLAIN)])
 def test_linear_cell_in_float32_stays_close_over_4096_steps(cell: LinearCell):
-    """A state that lasts 1,000 steps multiplies a decay's rounding, 6e-8, by as much."""
+    """A state that lasts 1,000 steps multiplies a decay's rounding, 6e-8, by as much.
+
+    The norm of an output divides by what may be small, and so has no such bound.
+    """
     module = make_module(cell)
     x = torch.randn(2, 4096, 3)
     batch = TensorDict({"x": x, "is_init": torch.zeros(2, 4096, 1).bool()}, [2, 4096])
-    expected, *_ = run_sequence(module, batch)
-    actual, *_ = run_sequence(module.float(), batch.set("x", x.float()))
-    assert relative_error(actual.double(), expected) < 1000 * 2 * 6e-8
+    _, *expected = run_sequence(module, batch)
+    _, *actual = run_sequence(module.float(), batch.set("x", x.float()))
+    for state, right in zip(actual, expected, strict=True):
+        assert relative_error(state.double(), right) < 1000 * 2 * 6e-8
 
 
 @pytest.mark.parametrize("name", ["mingru", "minlstm", "lru", "s5", "s6", "ffm"])
