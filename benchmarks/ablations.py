@@ -22,8 +22,9 @@ ABLATIONS = {
         script="recurrent_dqn",
         title="DQN with right and with wrong targets",
         text=(
-            f"CartPole. {HIDDEN} {TARGETS} Right targets do not learn better on this task: at the "
-            f"last frame the runs with wrong ones are ahead. {CURVES} {BEST}"
+            f"CartPole. {HIDDEN} {TARGETS} Right targets do not learn better on this task: half "
+            "way the runs with wrong ones are ahead, and the best weights do alike. "
+            f"{CURVES} {BEST}"
         ),
         variants={WIRED: (), PLAIN: ()},
         without={PLAIN: "recurrent_loss"},
