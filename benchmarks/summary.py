@@ -52,7 +52,6 @@ each task by itself, as by R. Agarwal et al., arXiv:2108.13264.
 - `lunar_lander`, LunarLander without velocities: with the zoo's networks of 256 a run of 500,000
   frames takes 9 CPU minutes (924 frames per second of CPU).
 - `t_maze_500`: twice the frames of `t_maze_250`, of which a run takes about 3 CPU minutes.
-- `pendulum_velocity`: a run of 31,000 frames takes about 4 CPU minutes.
 - `targets_sac_cue`, the cue with SAC, and `targets_sac`, Pendulum, where few sequences contain the
   end of an episode.
 - POPGym's games have 200,000 frames here, and 15 million in the paper.
