@@ -26,7 +26,7 @@ from torchrl.objectives import (
 )
 from torchrl.objectives.value import ValueEstimatorBase, VTrace
 
-from ..keys import MASK_KEY, MULTI_STEP_KEY, as_tuple, next_key
+from ..keys import MASK_KEY, MULTI_STEP_KEY, TRAJECTORY_KEY, as_tuple, next_key
 from .entries import find_done_problems, find_finite_problems, find_multi_step_problems
 from .problem import Problem
 from .state_keys import RecurrentLayer
@@ -255,11 +255,13 @@ def _find_primer_problems(
 ) -> Iterator[Problem]:
     """Yield a problem if the states after steps are stored, and those before them are not.
 
-    It is a warning for a loss that reads neither: the sequences may have been played with states
-    that were dropped from the root alone.
+    It is a warning for a loss that reads neither, and for what a collector played alone: a network
+    that ran the batch in recurrent mode has written those after them, too. The sequences may have
+    been played with states that were dropped from the root alone.
     """
     missing = [key for key in layer.state_keys if batch.get(key, None) is None]
-    if any(batch.get(next_key(key), None) is not None for key in missing):
+    is_read = reads_next or batch.get(TRAJECTORY_KEY, None) is not None
+    if is_read and any(batch.get(next_key(key), None) is not None for key in missing):
         yield Problem(
             "primer-missing",
             f"The state {missing} is in the next tensordict of the batch and not at its root, "

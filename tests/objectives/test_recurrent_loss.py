@@ -412,6 +412,7 @@ def test_wired_dqn_of_steps_without_a_primer_warns() -> None:
     states = [key for key, _ in setup.loss._wiring.state_keys]
     whole = batch.exclude(*states, *(("next", key) for key in states))
     setup.loss(whole)  # it starts from zeros, in both halves
+    setup.loss(batch.exclude("collector", *states))  # as after a run in recurrent mode
     with pytest.warns(
         UserWarning, match=r"Without a primer.*drop that of next.*\[primer-missing\]"
     ):
