@@ -22,6 +22,7 @@ MAZE_TEXT = (
     "step; the agents of the paper see their last action. One set of settings, chosen on seeds "
     "that are not reported, serves every cell"
 )
+MARCOMETER = "MarcoMeter/recurrent-ppo-truncated-bptt, 10 seeds"
 PLAIN = ("--cell-options", "block", "plain")
 MAZE_CELLS = {
     "FFM": ("ffm", *PLAIN),
@@ -132,8 +133,8 @@ PUBLISHED = {
         success=0.0,
         scale=(0.5, 1.0),
         published={
-            "MarcoMeter/recurrent-ppo-truncated-bptt, 10 seeds, 14,336 steps": ".931 +- .064",
-            "MarcoMeter/recurrent-ppo-truncated-bptt, 10 seeds, 30,720 steps": "1.00",
+            f"{MARCOMETER}, 14,336 steps": ".931 +- .064",
+            f"{MARCOMETER}, 30,720 steps": "1.00",
         },
     ),
     "masked_cart_pole": Experiment(
@@ -157,9 +158,9 @@ PUBLISHED = {
         milestones=(102_400, 204_800, 409_600),
         seeds=range(10),
         published={
-            "MarcoMeter/recurrent-ppo-truncated-bptt, 10 seeds, 102,400 steps": "115.6 +- 18.0",
-            "MarcoMeter/recurrent-ppo-truncated-bptt, 10 seeds, 204,800 steps": "184.2 +- 4.7",
-            "MarcoMeter/recurrent-ppo-truncated-bptt, 10 seeds, 409,600 steps": "192.8 +- 2.9",
+            f"{MARCOMETER}, 102,400 steps": "115.6 +- 18.0",
+            f"{MARCOMETER}, 204,800 steps": "184.2 +- 4.7",
+            f"{MARCOMETER}, 409,600 steps": "192.8 +- 2.9",
         },
     ),
     "pendulum_velocity": Experiment(
@@ -230,9 +231,9 @@ PUBLISHED_EXTRAS = {
         seeds=(0, 1),
         few={"feed-forward": [0]},
         published={
-            "MarcoMeter/recurrent-ppo-truncated-bptt, 10 seeds, .51M steps": ".821 +- .094",
-            "MarcoMeter/recurrent-ppo-truncated-bptt, 10 seeds, 1.02M steps": ".861 +- .184",
-            "MarcoMeter/recurrent-ppo-truncated-bptt, 10 seeds, 1.54M steps": ".926 +- .051",
+            f"{MARCOMETER}, .51M steps": ".821 +- .094",
+            f"{MARCOMETER}, 1.02M steps": ".861 +- .184",
+            f"{MARCOMETER}, 1.54M steps": ".926 +- .051",
         },
     ),
     "lunar_lander": Experiment(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from importlib.util import find_spec, module_from_spec
 from typing import Any
 
 import gymnasium as gym
@@ -14,6 +12,7 @@ from tensordict import TensorDictBase
 from torchrl.envs.utils import check_env_specs
 
 from rnnkeys.environments import EnvError, make_gym_env, make_simple_env
+from tests.support.absent import import_without
 from tests.support.odd_environments import (
     ACTIONS,
     OBSERVATIONS,
@@ -305,8 +304,5 @@ def test_make_simple_env_mask_of_a_wrong_size_raises() -> None:
 
 
 def test_environments_without_gymnasium_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gymnasium", None)
-    spec = find_spec("rnnkeys.environments")
-    assert spec is not None and spec.loader is not None
     with pytest.raises(ImportError, match=r"needs gymnasium: pip install 'rnnkeys\[tutorials\]'"):
-        spec.loader.exec_module(module_from_spec(spec))
+        import_without(monkeypatch, "gymnasium", "rnnkeys.environments")

@@ -181,20 +181,19 @@ def find_batch_problems(
     if isinstance(loss, ON_POLICY):
         for layer in layers:
             yield from find_start_problems(batch, layer, name)
-    for layer in layers:
-        yield from _find_stored_state_problems(loss, batch, layer)
+    yield from _find_stored_state_problems(loss, name, batch, layers)
 
 
 def _find_stored_state_problems(
-    loss: nn.Module, batch: TensorDictBase, layer: RecurrentLayer
+    loss: nn.Module, name: str, batch: TensorDictBase, layers: Iterable[RecurrentLayer]
 ) -> Iterator[Problem]:
-    name = read_loss_name(loss)
     reads_next = _reads_stored_states(loss, batch)
-    yield from _find_primer_problems(name, batch, layer, reads_next)
-    if reads_next:
-        yield from _find_next_state_problems(name, batch, layer)
-        if isinstance(loss, ON_POLICY):
-            yield from _find_value_state_problems(loss, batch, layer)
+    for layer in layers:
+        yield from _find_primer_problems(name, batch, layer, reads_next)
+        if reads_next:
+            yield from _find_next_state_problems(name, batch, layer)
+            if isinstance(loss, ON_POLICY):
+                yield from _find_value_state_problems(loss, batch, layer)
 
 
 def _find_gradient_problems(name: str, batch: TensorDictBase, keys: Any) -> Iterator[Problem]:
@@ -255,9 +254,9 @@ def _find_primer_problems(
 ) -> Iterator[Problem]:
     """Yield a problem if the states after steps are stored, and those before them are not.
 
-    It is a warning for a loss that reads neither, and for what a collector played alone: a network
-    that ran the batch in recurrent mode has written those after them, too. The sequences may have
-    been played with states that were dropped from the root alone.
+    For a loss that does not read the states after steps it is a warning, since those before them
+    may have been dropped on purpose, and looks only at what a collector played: a network that ran
+    a batch in recurrent mode has written the states after steps, too.
     """
     missing = [key for key in layer.state_keys if batch.get(key, None) is None]
     is_read = reads_next or batch.get(TRAJECTORY_KEY, None) is not None

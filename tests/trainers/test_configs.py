@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +22,7 @@ from torchrl.trainers.algorithms import PPOTrainer
 
 from rnnkeys.cells import ResidualBlock
 from rnnkeys.trainers import configs
+from tests.support.absent import import_without
 from tests.support.odd_environments import HYBRID_ID, masked_id
 from tests.support.recurrent import chain
 
@@ -223,8 +223,5 @@ def test_yaml_makes_every_network_once() -> None:
 
 
 def test_configs_without_hydra_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "hydra.core.config_store", None)
-    spec = find_spec("rnnkeys.trainers.configs")
-    assert spec is not None and spec.loader is not None
     with pytest.raises(ImportError, match=r"needs hydra-core: pip install 'rnnkeys\[hydra\]'"):
-        spec.loader.exec_module(module_from_spec(spec))
+        import_without(monkeypatch, "hydra.core.config_store", "rnnkeys.trainers.configs")
