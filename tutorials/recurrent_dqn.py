@@ -160,8 +160,9 @@ class Learner:
             loss_function="smooth_l1",
         )
         # One-step targets carry the end of an episode back by one of up to 500 steps in a round.
-        kind = ValueEstimators.TDLambda if args.lmbda else ValueEstimators.TD0
-        options = {"lmbda": args.lmbda} if args.lmbda else {}
+        several = args.gamma * args.lmbda > 0  # steps in a target
+        kind = ValueEstimators.TDLambda if several else ValueEstimators.TD0
+        options = {"lmbda": args.lmbda} if several else {}
         loss.make_value_estimator(kind, gamma=args.gamma, **options)
         self.loss = recurrent_loss(loss)  # correct next values where episodes and sequences end
         self.target = SoftUpdate(self.loss, tau=args.tau)

@@ -196,7 +196,10 @@ def make_loss(args: Args, policy: TensorDictSequential) -> LossModule:
         out_keys=["chosen_action_value"],
     )
     loss = QMixerLoss(policy, mixer, action_space="categorical", delay_value=True)
-    loss.make_value_estimator(ValueEstimators.TDLambda, gamma=args.gamma, lmbda=args.lmbda)
+    several = args.gamma * args.lmbda > 0  # steps in a target
+    kind = ValueEstimators.TDLambda if several else ValueEstimators.TD0
+    options = {"lmbda": args.lmbda} if several else {}
+    loss.make_value_estimator(kind, gamma=args.gamma, **options)
     return recurrent_loss(loss)  # correct next values where episodes and sequences end
 
 

@@ -196,8 +196,9 @@ class Learner:
             loss_function="l2",
         )
         self.loss.loss_mask_key = "learned"  # False in the burn-in
-        kind = ValueEstimators.TDLambda if args.lmbda else ValueEstimators.TD0
-        options = {"lmbda": args.lmbda} if args.lmbda else {}
+        several = args.gamma * args.lmbda > 0  # steps in a target
+        kind = ValueEstimators.TDLambda if several else ValueEstimators.TD0
+        options = {"lmbda": args.lmbda} if several else {}
         self.loss.make_value_estimator(kind, gamma=args.gamma, **options)
         recurrent_loss(self.loss)
         self.target = SoftUpdate(self.loss, tau=args.tau)

@@ -225,6 +225,30 @@ def _find_advantage_problems(batch: TensorDictBase, keys: Any) -> Iterator[Probl
             )
 
 
+def find_advantage_rank_problems(
+    loss: nn.Module, batch: TensorDictBase, log_prob_ndim: int
+) -> Iterator[Problem]:
+    """Yield a problem if an advantage has more dimensions than log-probabilities and one more.
+
+    Args:
+        loss: a TorchRL loss, with or without advantages.
+        batch: sequences ``[*, T]``.
+        log_prob_ndim: number of dimensions of the log-probabilities, ``[*, T]`` or per agent.
+    """
+    if not isinstance(loss, (A2CLoss, PPOLoss, ReinforceLoss)):
+        return
+    for key in map(unravel_key, (loss.tensor_keys.advantage, loss.tensor_keys.value_target)):
+        value = batch.get(key, None)
+        if isinstance(value, Tensor) and value.ndim > log_prob_ndim + 1:
+            yield Problem(
+                "advantage-shape",
+                f"The entry {key!r} must have one number for each log-probability, in "
+                f"{log_prob_ndim + 1} dimensions. Got {list(value.shape)} for the batch "
+                f"{list(batch.batch_size)}.",
+                f"Remove a dimension of 1: batch[{key!r}] = batch[{key!r}].squeeze(-1).",
+            )
+
+
 def _find_padding_problems(name: str, batch: TensorDictBase) -> Iterator[Problem]:
     mask = batch.get(MASK_KEY, None)
     if mask is not None and not mask.all():

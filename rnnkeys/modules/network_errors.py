@@ -99,17 +99,29 @@ def _input_problem(network: Any, batch: TensorDictBase, error: Exception) -> Pro
         "network-input",
         f"{name} does not run on this batch {list(batch.batch_size)}. It reads {entries}. The "
         f"error was: {error}.",
-        _find_remedy(error, [key for key in keys if batch.get(key, None) is None]),
+        _find_remedy(network, error, [key for key in keys if batch.get(key, None) is None]),
         type(error) if type(error) in _DOCUMENTED else RuntimeError,
     )
 
 
-def _find_remedy(error: Exception, missing: list[NestedKey]) -> str:
+def _find_remedy(network: Any, error: Exception, missing: list[NestedKey]) -> str:
+    if isinstance(error, IndexError) and _has_zero_decay(network):
+        return (
+            "TorchRL's vectorized returns need gamma * lmbda above 0: pass vectorized=False to the "
+            "value estimator, also by make_value_estimator()."
+        )
     if "randomness" in str(error):
         return "To draw dropout for each critic: loss.set_vmap_randomness('different')."
     if isinstance(error, KeyError) and missing:
         return f"Give what is missing, {missing}, or name its key: by set_keys() to a loss."
     return "Compare the dtypes and shapes with those that its modules were made for."
+
+
+def _has_zero_decay(network: Any) -> bool:
+    """Return whether a value estimator, or that of a loss, weighs later steps by zero."""
+    estimator = getattr(network, "_value_estimator", network)
+    factors = (getattr(estimator, name, None) for name in ("gamma", "lmbda"))
+    return any(isinstance(one, Tensor) and not one.any() for one in factors)
 
 
 def _describe(entry: Any) -> str:

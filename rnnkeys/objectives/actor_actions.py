@@ -1,4 +1,4 @@
-"""Comparison of the actions in a batch with those of the actor, while a loss runs it."""
+"""Comparison of actions and advantages in a batch with the actor's, while a loss runs it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from torchrl.modules import MaskedOneHotCategorical, OneHotCategorical
 from torchrl.objectives import BCLoss, DDPGLoss, DiscreteSACLoss
 
 from ..checks import find_action_shape_problems, raise_first
+from ..checks.losses import find_advantage_rank_problems
 
-_Check = Callable[[NestedKey, TensorDictBase, torch.Size | None], None]
+# Gets the key of actions, who made them on what batch, and the shapes of their batch and of each.
+_Check = Callable[[NestedKey, TensorDictBase, torch.Size, torch.Size], None]
 
 
 @contextmanager
 def check_actor_actions(loss: Any, batch: TensorDictBase) -> Iterator[None]:
-    """Raise in the block if the actor's actions have another shape than those of the batch.
+    """Raise in the block if the actor's actions do not fit the actions or advantages of the batch.
 
     Losses combine both, or give both to a critic, and tensors of other shapes broadcast. The shape
     of an actor's actions shows only when it runs: in its output, or in the distribution it makes.
@@ -32,7 +34,7 @@ def check_actor_actions(loss: Any, batch: TensorDictBase) -> Iterator[None]:
         batch: sequences ``[*, T]`` with the actions that the loss reads.
 
     Raises:
-        ValueError: by the name ``action-shape``, from inside the loss.
+        ValueError: by the name ``action-shape`` or ``advantage-shape``, from inside the loss.
     """
     actor: Any = getattr(loss, "actor_network", None)
     actions = {key for key in _find_action_keys(loss) if _is_compared(loss, batch, key)}
@@ -40,9 +42,10 @@ def check_actor_actions(loss: Any, batch: TensorDictBase) -> Iterator[None]:
         yield
         return
 
-    def check(key: NestedKey, like: TensorDictBase, shape: torch.Size | None) -> None:
-        if key in actions and shape is not None and shape[: like.ndim] == like.batch_size:
-            raise_first(find_action_shape_problems(batch, key, shape[like.ndim :]))
+    def check(key: NestedKey, like: TensorDictBase, each: torch.Size, one: torch.Size) -> None:
+        if key in actions and each[: like.ndim] == like.batch_size:
+            raise_first(find_action_shape_problems(batch, key, each[like.ndim :] + one))
+            raise_first(find_advantage_rank_problems(loss, batch, len(each)))
 
     with ExitStack() as stack:
         stack.enter_context(_watch_output(actor, list(actions), check))
@@ -90,7 +93,7 @@ def _watch_output(actor: nn.Module, keys: list[NestedKey], check: _Check) -> Ite
         for key in keys if isinstance(out, TensorDictBase) else []:
             action = out.get(key, None)
             if isinstance(action, Tensor):
-                check(key, out, action.shape)
+                check(key, out, action.shape[: out.ndim], action.shape[out.ndim :])
 
     with actor.register_forward_hook(read):
         yield
@@ -105,7 +108,8 @@ def _watch_distribution(module: ProbabilisticTensorDictModule, check: _Check) ->
         made: Any = make(tensordict)
         several = isinstance(made, CompositeDistribution)
         for key, part in made.dists.items() if several else [(module.out_keys[0], made)]:
-            check(unravel_key(key), tensordict, _read_shape(part))
+            if _is_known(part):
+                check(unravel_key(key), tensordict, part.batch_shape, _read_event_shape(part))
         return made
 
     vars(module)["get_dist"] = read
@@ -115,10 +119,12 @@ def _watch_distribution(module: ProbabilisticTensorDictModule, check: _Check) ->
         del vars(module)["get_dist"]
 
 
-def _read_shape(made: Distribution) -> torch.Size | None:
-    """Return the shape of a sample; None if a distribution of the user may give another one."""
-    if type(made).__module__.partition(".")[0] not in ("tensordict", "torch", "torchrl"):
-        return None
+def _is_known(made: Distribution) -> bool:
+    """Return whether samples have the shapes that the distribution says; a user's may not."""
+    return type(made).__module__.partition(".")[0] in ("tensordict", "torch", "torchrl")
+
+
+def _read_event_shape(made: Distribution) -> torch.Size:
     if isinstance(made, (OneHotCategorical, MaskedOneHotCategorical)):
-        return made.batch_shape + (made.num_samples,)
-    return made.batch_shape + made.event_shape
+        return torch.Size([made.num_samples])
+    return made.event_shape

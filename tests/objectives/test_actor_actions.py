@@ -135,6 +135,21 @@ def test_wired_loss_rejects_another_form_of_discrete_actions(loss_kind: Any, kin
             loss(make_batch(action))
 
 
+@pytest.mark.parametrize("key", ["advantage", "value_target"])
+@pytest.mark.parametrize("kind", [Categorical, OneHotCategorical])
+@pytest.mark.parametrize("loss_kind", [ClipPPOLoss, A2CLoss, ReinforceLoss])
+def test_wired_loss_rejects_advantages_of_one_dimension_too_many(
+    loss_kind: Any, kind: Any, key: str
+) -> None:
+    index = torch.randint(3, (B, T))
+    loss = recurrent_loss(loss_kind(make_discrete_actor(kind), make_critic()))
+    batch = make_batch(index if kind is Categorical else one_hot(index, 3))
+    assert loss(batch.clone()) is not None
+    batch[key] = batch[key].unsqueeze(-1)
+    with pytest.raises(ValueError, match=rf"'{key}' must .*\[5, 5, 1, 1\].*\[advantage-shape\]"):
+        loss(batch)
+
+
 class UsersNormal(Independent):
     """A distribution of a user, whose shapes are not known to be those of its samples."""
 

@@ -23,6 +23,7 @@ from torchrl.objectives import (
     ReinforceLoss,
     SACLoss,
     SoftUpdate,
+    ValueEstimators,
 )
 from torchrl.objectives.value import GAE, MultiAgentGAE, TD1Estimator, TDLambdaEstimator
 
@@ -328,6 +329,17 @@ def test_wired_loss_of_critics_with_dropout_names_the_switch_of_its_randomness()
     check_raises(loss, batch, RuntimeError, r"set_vmap_randomness\('different'\)\. \[network-input")
     loss.set_vmap_randomness("different")
     assert loss(batch)["loss_qvalue"].isfinite()
+
+
+def test_wired_loss_with_lambda_zero_names_the_switch_that_gives_one_step_targets() -> None:
+    loss, batch = dqn()
+    values = {}
+    for kind, options in (("TD0", {}), ("TDLambda", {"lmbda": 0.0, "vectorized": False})):
+        loss.make_value_estimator(ValueEstimators[kind], gamma=0.9, **options)
+        values[kind] = loss(batch)["loss"]
+    torch.testing.assert_close(values["TD0"], values["TDLambda"])
+    loss.make_value_estimator(ValueEstimators.TDLambda, gamma=0.9, lmbda=0.0)
+    check_raises(loss, batch, RuntimeError, r"pass vectorized=False .* \[network-input")
 
 
 def test_recurrent_loss_of_gail_raises() -> None:

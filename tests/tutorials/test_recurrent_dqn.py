@@ -44,7 +44,7 @@ def count_gradient_steps(checkpoint: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize(
-    "options", ["", "--cell gru --lmbda 0", "--cell lstm_ln", "--cell feed_forward"]
+    "options", ["", "--cell gru --lmbda 0", "--cell lstm_ln --gamma 0", "--cell feed_forward"]
 )
 def test_run_with_each_cell_writes_all_files(
     run: Run, options: str, capsys: pytest.CaptureFixture[str]

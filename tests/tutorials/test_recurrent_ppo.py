@@ -61,7 +61,7 @@ def make_trainer(ppo: ModuleType, tmp_path: Path) -> Any:
     "options",
     [
         "--cell lstm --refresh",
-        "--cell gru --critic shared",
+        "--cell gru --critic shared --lmbda 0",
         "--cell lstm_ln --num-layers 2 --activation gelu",
         "--cell feed_forward",
         "--critic feed_forward --ortho-init --activation relu --net-arch 8 4",

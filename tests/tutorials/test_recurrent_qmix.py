@@ -89,7 +89,7 @@ def test_password_rewards_only_all_right_words(wrong: int) -> None:
     [
         [],
         ["--own"],
-        ["--cell", "lstm"],
+        ["--cell", "lstm", "--lmbda", "0"],
         ["--cell", "feed_forward"],
         ["--cell", "feed_forward", "--own"],
         ["--own", "--agents", "2", "--words", "3"],
