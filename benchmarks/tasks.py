@@ -180,6 +180,40 @@ class ShowObjectTypes(gym.ObservationWrapper[np.ndarray, np.int64, dict[str, Any
         return np.eye(self.KINDS, dtype=np.float32)[kinds].ravel()
 
 
+class ShowLastStep(gym.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray]):
+    """Show the last action and a tenth of the last reward after each observation, zeros at first.
+
+    Observations and actions are vectors of floats.
+    """
+
+    def __init__(self, env: gym.Env[np.ndarray, np.ndarray]) -> None:
+        super().__init__(env)
+        reward = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+        boxes: list[Any] = [env.observation_space, env.action_space, reward]
+        low, high = (
+            np.concatenate([getattr(box, limit).astype(np.float32) for box in boxes])
+            for limit in ("low", "high")
+        )
+        self.observation_space = spaces.Box(low, high, dtype=np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        observation, info = self.env.reset(seed=seed, options=options)
+        action: Any = self.action_space
+        return self._join(observation, np.zeros(action.shape), 0.0), info
+
+    def step(
+        self, action: np.ndarray
+    ) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
+        observation, reward, *ends, info = self.env.step(action)
+        return self._join(observation, action, 0.1 * float(reward)), reward, *ends, info
+
+    @staticmethod
+    def _join(observation: np.ndarray, action: np.ndarray, reward: float) -> np.ndarray:
+        return np.concatenate([observation, action, [reward]]).astype(np.float32)
+
+
 gym.register("PassiveTMaze-v0", PassiveTMaze)
 gym.register("MemoryChain-v0", MemoryChain)
 gym.register("TwoGoals-v0", TwoGoals, max_episode_steps=32)

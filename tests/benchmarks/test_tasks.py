@@ -128,3 +128,18 @@ def test_show_object_types_shows_the_kind_on_each_square_and_keeps_three_actions
     assert np.flatnonzero(observation).tolist() == [2, 11 + 10]
     assert env.observation_space.contains(observation)
     assert env.action_space == gym.spaces.Discrete(3)
+
+
+def test_show_last_step_appends_the_action_and_a_tenth_of_the_reward() -> None:
+    env = benchmarks.tasks.ShowLastStep(gym.make("Pendulum-v1"))
+    first, _ = env.reset(seed=0)
+    plain = gym.make("Pendulum-v1")
+    expected, _ = plain.reset(seed=0)
+    assert first.tolist() == [*expected.tolist(), 0, 0]
+    action = np.array([1.5], np.float32)
+    observation, reward, *_ = env.step(action)
+    expected, wanted, *_ = plain.step(action)
+    assert float(reward) == float(wanted) < 0
+    assert observation[:4].tolist() == [*expected.tolist(), 1.5]
+    assert observation[4] == pytest.approx(0.1 * float(reward))
+    assert env.observation_space.contains(observation)
