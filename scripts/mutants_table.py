@@ -33,7 +33,7 @@ operator or constant, an inverted condition, exchanged arguments, a dropped keyw
 Changes are drawn by a fixed seed, {count} from each folder and {inside} more inside the positional
 arguments of a call, which have a row of their own; {ran} of these {drawn} have run. For each, tests
 that run its lines are run, for some seconds only, until one fails. One that survived ran again
-after a test was added; for eight of these, that test alone ran, with the change in the source.
+after a test was added; for twelve of these, that test alone ran, with the change in the source.
 Where a change was expected to survive, from reading it, the test was written before its first run,
 so that the numbers "at first" are better than those of the tests before. A mutant that no measured
 test runs is not counted.
