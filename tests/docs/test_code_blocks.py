@@ -6,10 +6,12 @@ import ast
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.support.tutorials import ROOT
+from tests.support.tutorials import ROOT, load_tutorial
 
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.py"))
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"])
@@ -50,3 +52,13 @@ def test_command_of_a_tutorial_has_options_that_exist(tutorial, arguments):
     for option in re.findall(r"(?<= )--([\w-]+)", arguments.partition("#")[0]):
         name = option.replace("-", "_")
         assert name in fields or name.removeprefix("no_") in fields, option
+
+
+def test_readme_shows_a_deployed_policy_what_the_tutorial_showed_it() -> None:
+    [expression] = re.findall(r"^    positions = (.*)$", (ROOT / "README.md").read_text(), re.M)
+    tutorial: Any = load_tutorial("recurrent_dqn")
+    env = tutorial.make_env(tutorial.Args(), 2)
+    seen = env.reset()["observation"]
+    states = np.stack([one.unwrapped.state for one in env.base_env._env.envs])
+    expected = eval(expression, {"observations": states.astype(np.float32)})
+    np.testing.assert_allclose(seen.numpy(), expected, rtol=1e-6)
