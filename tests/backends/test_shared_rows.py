@@ -169,11 +169,13 @@ def test_gradients_that_are_not_finite_do_not_pass_a_gap(bad, calls):
     assert_equal(after.grads["x"][others], before.grads["x"][others], F32)
 
 
-@pytest.mark.parametrize("factor", [1e6, 1e25])
+@pytest.mark.parametrize("factor", [2.0**20, 2.0**83])
 def test_inputs_far_from_zero_do_not_open_gaps(factor, calls):
     problem = _in_a_row()
     with torch.no_grad():
-        problem.x.mul_(factor)
+        # Products and sums are exact: rounding a sum that nearly cancels would move a gate.
+        problem.x.sign_().mul_(factor)
+        problem.rnn.weight_ih_l0.mul_(4).round_().div_(4)
     assert_equals_reference(problem)
     assert calls == ["shared"]
 
