@@ -20,8 +20,15 @@ from .experiments import LAST, Experiment
 # Chosen on seed 100 of RepeatPreviousEasy with a GRU, and the same for all games and cells.
 PPO = ("--num-envs", "32", "--steps", "64", "--seq-len", "64", "--minibatch-steps", "1024")
 PPO += ("--epochs", "5", "--learning-rate", "0.003")
-SETTINGS = (*PPO, "--frames", "200000", "--reward-scale", "5", "--eval-every", "20000")
-CELLS = {"GRU": "gru", "minGRU": "mingru", "feed-forward": "feed_forward"}
+PPO_GAMES = (*PPO, "--reward-scale", "5")
+SHORT = ("--frames", "200000", "--eval-every", "20000")
+LONG = ("--frames", "1000000", "--eval-every", "50000")
+VARIANTS = {
+    "GRU": (*SHORT, "--cell", "gru"),
+    "GRU, 1M frames": (*LONG, "--cell", "gru"),
+    "minGRU": (*SHORT, "--cell", "mingru"),
+    "feed-forward": (*SHORT, "--cell", "feed_forward"),
+}
 
 
 @dataclass(frozen=True)
@@ -91,10 +98,13 @@ def make_experiment(game: Game) -> Experiment:
         title=f"PPO on POPGym's {game.name}",
         text=(
             f"{game.text} One set of settings serves all games and cells; it is the first that was "
-            "tried, on seed 100 of RepeatPreviousEasy with a GRU. There are 200,000 frames. "
-            f"{LAST}"
+            "tried, on seed 100 of RepeatPreviousEasy with a GRU. There are 200,000 frames if "
+            "nothing else is said. Rows *at N frames* are the mean return of the last 100 episodes "
+            f"while training, with exploration. {LAST}"
         ),
-        variants={name: (*env, *SETTINGS, "--cell", cell) for name, cell in CELLS.items()},
+        variants={name: (*env, *PPO_GAMES, *words) for name, words in VARIANTS.items()},
+        y="training_return",
+        milestones=(200_000, 1_000_000),
         seeds=range(3),
         references={"random actions": game.random, "best possible": 1.0},
         scale=(game.random, 1.0),

@@ -174,9 +174,9 @@ PUBLISHED = {
             "that of the published numbers does (configs/pomdp/pendulum/v/rnn.yml of "
             "twni2016/pomdp-baselines). That one learns from sequences of whole episodes, with a "
             "gradient step for each step of the environment; this one from 32 steps, with one for "
-            "six. Settings are those of `recurrent_sac`, whose agent sees the angle alone; seed 100 "
-            "was looked at for 12,000 frames. Rows "
-            f"*at N frames* are the regular evaluations, of 20 episodes. {BEST}"
+            "six. Settings are those of `recurrent_sac`, whose agent sees the angle alone; seed "
+            "100 was looked at for 12,000 frames. Rows *at N frames* are the regular evaluations, "
+            f"of 20 episodes. {BEST}"
         ),
         variants={
             "recurrent": VELOCITY,

@@ -157,7 +157,8 @@ def summarize(experiment: Experiment, runs: Sequence[Any]) -> str:
             f"{np.mean([run.result['seconds'] for run in group]) / 60:.1f}",
             f"{np.mean([run.cpu_seconds for run in group]) / 60:.1f}",
         ]
-        for at in experiment.milestones:
+        last = min(run.curve[-1][experiment.x] for run in group)
+        for at in (one for one in experiment.milestones if one <= last):
             values = [read_milestone(experiment, run.curve, at) for run in group]
             rows.append([variant, f"at {at:,} frames", *show_values(values), *costs])
         if experiment.solved is not None:
@@ -232,6 +233,8 @@ def find_feed_forward(values: Mapping[str, Sequence[float]]) -> Sequence[float]:
 def needs_recurrence(values: Mapping[str, Sequence[float]]) -> str:
     """Return whether the feed-forward network does worse: ``yes``, ``no``, or nothing.
 
+    Variants that name their frames have more of them, and are not compared.
+
     Args:
         values: values of every seed, by variant.
 
@@ -240,11 +243,17 @@ def needs_recurrence(values: Mapping[str, Sequence[float]]) -> str:
         'yes'
         >>> needs_recurrence({"GRU": [5.0, 6.0], "feed-forward": [5.0, 7.0]})
         'no'
+        >>> needs_recurrence({"GRU": [5.0], "GRU, 1M frames": [9.0], "feed-forward": [5.0, 7.0]})
+        'no'
         >>> needs_recurrence({"GRU": [5.0, 6.0]})
         ''
     """
     baseline = find_feed_forward(values)
-    others = [np.mean(each) for variant, each in values.items() if FEED_FORWARD not in variant]
+    others = [
+        np.mean(each)
+        for variant, each in values.items()
+        if FEED_FORWARD not in variant and "frames" not in variant
+    ]
     if not baseline or not others:
         return ""
     return "yes" if bootstrap_interval(baseline)[1] < max(others) else "no"
