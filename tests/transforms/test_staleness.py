@@ -84,7 +84,7 @@ def test_measure_staleness_of_a_buffer_is_the_mean_over_its_windows(storage):
     buffer.extend(data)
     before = [buffer.storage[i]["recurrent_state"].clone() for i in range(len(buffer))]
     assert measure_staleness(policy, buffer)["last"] < 1e-5
-    assert measure_staleness(policy, buffer, zero_states=True)["first"] > 0.01
+    assert measure_staleness(policy, buffer, zero_states=True)["first"] > 1e-4
     disturb(policy)
     inside: Any = Windows(8, "null")(data)
     inside = inside[inside["window", "first"][:, 0] > 0]
@@ -92,7 +92,7 @@ def test_measure_staleness_of_a_buffer_is_the_mean_over_its_windows(storage):
     expected = state_staleness(policy, inside, true[true["window", "first"][:, 0] > 0], 2)
     found = measure_staleness(policy, buffer, 2)
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value.mean().item(), rel=1e-4) and value.mean() > 0.01
+        assert found[name] == pytest.approx(value.mean().item(), rel=1e-4) and value.mean() > 1e-4
     after = [buffer.storage[i]["recurrent_state"] for i in range(len(buffer))]
     assert all(map(torch.equal, before, after))
     one = measure_staleness(policy, buffer, 2, max_episodes=1)
