@@ -18,8 +18,8 @@ def write_run(folder: Path, returns: list[float], evaluations: list[float]) -> N
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "cpu_seconds.txt").write_text("90.0\n")
     with (folder / "learning_curve.csv").open("w", newline="") as file:
-        rows = [(10 * (i + 1), value) for i, value in enumerate(evaluations)]
-        csv.writer(file).writerows([("frames", "evaluation"), *rows])
+        rows = [(10 * (i + 1), value, -1.0) for i, value in enumerate(evaluations)]
+        csv.writer(file).writerows([("frames", "evaluation", "training_return"), *rows])
 
 
 def test_main_shows_the_tasks_that_both_algorithms_have_finished(
