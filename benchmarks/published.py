@@ -33,10 +33,9 @@ MAZE_CELLS = {
     "feed-forward": ("feed_forward",),
 }
 NOT_RUN: dict[str, Sequence[int]] = {"LRU": (), "minGRU": (), "LSTM": ()}
+VELOCITY = ("--hide", "0", "1", "--frames", "31000")
+VELOCITY_AND_STEP = ("--wrappers", "benchmarks.tasks:ShowLastStep", *VELOCITY)
 THIRD_PARTY_GRU = {20: ".98", 50: ".88", 100: ".68", 250: ".53", 500: ".51"}
-
-
-VELOCITY = ("--wrappers", "benchmarks.tasks:ShowLastStep", "--hide", "0", "1", "--frames", "31000")
 
 
 def describe_maze(length: int) -> str:
@@ -179,9 +178,9 @@ PUBLISHED = {
             f"of 20 episodes. {BEST}"
         ),
         variants={
-            "recurrent": VELOCITY,
-            "feed-forward": (*VELOCITY, "--cell", "feed_forward", "--burn-in", "0"),
-            "recurrent, velocity alone": ("--hide", "0", "1", "--frames", "31000"),
+            "recurrent": VELOCITY_AND_STEP,
+            "feed-forward": (*VELOCITY_AND_STEP, "--cell", "feed_forward", "--burn-in", "0"),
+            "recurrent, velocity alone": VELOCITY,
         },
         seeds=range(3),
         few={"feed-forward": [0]},

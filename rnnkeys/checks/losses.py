@@ -37,8 +37,11 @@ READS_OWN_STATES = (DQNLoss, QMixerLoss)
 # Their targets take the best action, or all actions, of the next observation.
 TAKES_BEST_ACTION = (DQNLoss, DistributionalDQNLoss, QMixerLoss, DiscreteSACLoss)
 
+# They weigh log-probabilities by advantages.
+POLICY_GRADIENT = (A2CLoss, PPOLoss, ReinforceLoss)
+
 # They learn from data that their own policy has just collected.
-ON_POLICY = (A2CLoss, PPOLoss, ReinforceLoss, ValueEstimatorBase)
+ON_POLICY = (*POLICY_GRADIENT, ValueEstimatorBase)
 
 # Alternatives that remedies name.
 LONGER_RETURNS = "loss.make_value_estimator(ValueEstimators.TDLambda, gamma=..., lmbda=...)"
@@ -175,7 +178,7 @@ def find_batch_problems(
         yield from _find_chunk_problems(loss, batch)
     else:
         yield from _find_gradient_problems(name, batch, keys)
-    if isinstance(loss, (A2CLoss, PPOLoss, ReinforceLoss)):
+    if isinstance(loss, POLICY_GRADIENT):
         yield from _find_advantage_problems(batch, keys)
     layers = list(layers)
     if isinstance(loss, ON_POLICY):
@@ -214,9 +217,8 @@ def _find_gradient_problems(name: str, batch: TensorDictBase, keys: Any) -> Iter
 
 def _find_advantage_problems(batch: TensorDictBase, keys: Any) -> Iterator[Problem]:
     """Yield a problem if an advantage has no last dimension: products would mix the steps."""
-    for key in map(unravel_key, (keys.advantage, keys.value_target)):
-        value = batch.get(key, None)
-        if isinstance(value, Tensor) and value.ndim <= batch.ndim:
+    for key, value in _read_advantages(batch, keys):
+        if value.ndim <= batch.ndim:
             yield Problem(
                 "advantage-shape",
                 f"The entry {key!r} must have the shape [*batch, 1], as GAE writes it. Got "
@@ -235,11 +237,10 @@ def find_advantage_rank_problems(
         batch: sequences ``[*, T]``.
         log_prob_ndim: number of dimensions of the log-probabilities, ``[*, T]`` or per agent.
     """
-    if not isinstance(loss, (A2CLoss, PPOLoss, ReinforceLoss)):
+    if not isinstance(loss, POLICY_GRADIENT):
         return
-    for key in map(unravel_key, (loss.tensor_keys.advantage, loss.tensor_keys.value_target)):
-        value = batch.get(key, None)
-        if isinstance(value, Tensor) and value.ndim > log_prob_ndim + 1:
+    for key, value in _read_advantages(batch, loss.tensor_keys):
+        if value.ndim > log_prob_ndim + 1:
             yield Problem(
                 "advantage-shape",
                 f"The entry {key!r} must have one number for each log-probability, in "
@@ -247,6 +248,14 @@ def find_advantage_rank_problems(
                 f"{list(batch.batch_size)}.",
                 f"Remove a dimension of 1: batch[{key!r}] = batch[{key!r}].squeeze(-1).",
             )
+
+
+def _read_advantages(batch: TensorDictBase, keys: Any) -> Iterator[tuple[NestedKey, Tensor]]:
+    """Yield the advantage and the value target of a batch, where they are stored."""
+    for key in map(unravel_key, (keys.advantage, keys.value_target)):
+        value = batch.get(key, None)
+        if isinstance(value, Tensor):
+            yield key, value
 
 
 def _find_padding_problems(name: str, batch: TensorDictBase) -> Iterator[Problem]:

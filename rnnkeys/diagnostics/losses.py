@@ -7,11 +7,17 @@ from typing import Any
 
 from tensordict import TensorDictBase
 from torch import nn
-from torchrl.objectives import A2CLoss, LossModule, PPOLoss, ReinforceLoss
+from torchrl.objectives import LossModule
 from torchrl.objectives.value import ValueEstimatorBase
 
 from ..checks import Problem, find_shared_key_problems
-from ..checks.losses import ON_POLICY, find_batch_problems, find_loss_problems, read_loss_name
+from ..checks.losses import (
+    ON_POLICY,
+    POLICY_GRADIENT,
+    find_batch_problems,
+    find_loss_problems,
+    read_loss_name,
+)
 from ..keys import MULTI_STEP_KEY, next_key
 from ..mode import recurrent_mode
 from ..modules.network import RecurrentLayer, RecurrentNetwork
@@ -21,8 +27,6 @@ from ..objectives.wiring import Wired
 from .batches import is_next_flagged
 
 WIRE = "loss = rnnkeys.objectives.recurrent_loss(loss)"
-# Only their value estimator runs the next tensordict, and estimators flag segment starts there.
-_LEAVE_IT_TO_ESTIMATORS = (A2CLoss, PPOLoss, ReinforceLoss)
 # Networks that act, or that value every action, and so collect; others are critics.
 _ACTING = ("actor_network", "value_network", "local_value_network", "policy")
 
@@ -93,7 +97,8 @@ def _find_unwired_problems(
             f"the states {dropped} of the others: their next values start from zeros.",
             WIRE,
         )
-    if not isinstance(loss, _LEAVE_IT_TO_ESTIMATORS):
+    # Of policy gradients only the value estimator runs the next tensordict, and flags starts there.
+    if not isinstance(loss, POLICY_GRADIENT):
         yield from _find_next_flag_problems(name, layers, batch)
 
 

@@ -12,13 +12,7 @@ from tensordict import TensorDictBase, unravel_key
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torch.compiler import is_compiling
-from torchrl.objectives import (
-    A2CLoss,
-    DistributionalDQNLoss,
-    IQLLoss,
-    PPOLoss,
-    ReinforceLoss,
-)
+from torchrl.objectives import DistributionalDQNLoss, IQLLoss
 from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS
 from torchrl.objectives.value import ValueEstimatorBase
 
@@ -36,6 +30,7 @@ from ..checks import (
     suspend_value_checks,
 )
 from ..checks.losses import (
+    POLICY_GRADIENT,
     TAKES_BEST_ACTION,
     find_batch_problems,
     find_estimator_problems,
@@ -322,7 +317,7 @@ class Wired:
         if isinstance(loss, ValueEstimatorBase):
             computes = loss.value_network is not None and not loss.skip_existing
         else:
-            has_advantage = isinstance(loss, (A2CLoss, PPOLoss, ReinforceLoss))
+            has_advantage = isinstance(loss, POLICY_GRADIENT)
             computes = has_advantage and batch.get(keys.advantage, None) is None
         if computes:
             stored = [key for key in _value_keys(loss) if batch.get(key, None) is not None]
