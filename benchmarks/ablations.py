@@ -14,7 +14,6 @@ TARGETS = (
 SHORT_EPISODES = ("--env", "benchmarks.tasks:TwoGoals-v0", "--frames", "30000")
 SHORT_EPISODES += ("--reward-scale", "1")
 CUE = "benchmarks.tasks:TwoGoals-v0(shown=1)"
-CUE_WITH_NUMBERS = "benchmarks.tasks:TwoGoals-v0(shown=1,continuous=True)"
 CURVES = "Rows *at N frames* are the regular evaluations, of 32 episodes."
 
 ABLATIONS = {
@@ -60,20 +59,6 @@ ABLATIONS = {
         },
         without={PLAIN: "recurrent_loss"},
         milestones=(10_000, 20_000, 30_000),
-    ),
-    "targets_sac_cue": Experiment(
-        script="recurrent_sac",
-        title="SAC with right and with wrong targets, a cue in the first observation",
-        text=(
-            "The same line, with a number as action, whose sign is the direction. "
-            f"{TARGETS} {CURVES} {BEST}"
-        ),
-        variants={
-            name: ("--env", CUE_WITH_NUMBERS, "--frames", "16000", "--reward-scale", "1")
-            for name in (WIRED, PLAIN)
-        },
-        without={PLAIN: "recurrent_loss"},
-        milestones=(4_000, 8_000, 12_000, 16_000),
     ),
     "targets_sac": Experiment(
         script="recurrent_sac",

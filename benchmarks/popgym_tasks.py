@@ -23,11 +23,11 @@ PPO += ("--epochs", "5", "--learning-rate", "0.003")
 PPO_GAMES = (*PPO, "--reward-scale", "5")
 SHORT = ("--frames", "200000", "--eval-every", "20000")
 LONG = ("--frames", "1000000", "--eval-every", "50000")
+CELLS = {"GRU": "gru", "LSTM": "lstm", "minGRU": "mingru", "LRU": "lru"}
+CELLS["feed-forward"] = "feed_forward"
 VARIANTS = {
-    "GRU": (*SHORT, "--cell", "gru"),
-    "GRU, 1M frames": (*LONG, "--cell", "gru"),
-    "minGRU": (*SHORT, "--cell", "mingru"),
-    "feed-forward": (*SHORT, "--cell", "feed_forward"),
+    **{name: (*SHORT, "--cell", cell) for name, cell in CELLS.items()},
+    **{f"{name}, 1M frames": (*LONG, "--cell", CELLS[name]) for name in ("GRU", "feed-forward")},
 }
 
 
@@ -114,6 +114,7 @@ def make_experiment(game: Game) -> Experiment:
         y="training_return",
         milestones=(200_000, 1_000_000),
         seeds=range(3),
+        few={"feed-forward, 1M frames": [0]},
         references={"random actions": game.random, "best possible": 1.0},
         scale=(game.random, 1.0),
     )

@@ -68,7 +68,7 @@ class PassiveTMaze(gym.Env[np.ndarray, np.int64]):
         return self._observe(self.y, reward), reward, done, False, {}
 
 
-class TwoGoals(gym.Env[np.ndarray, Any]):
+class TwoGoals(gym.Env[np.ndarray, np.int64]):
     """Walk along a line to the one of its two ends that is good.
 
     The observation is ``[left end, position, right end]``. The ends are -1 (bad) or 1 (good) in
@@ -84,15 +84,12 @@ class TwoGoals(gym.Env[np.ndarray, Any]):
 
     Args:
         shown: number of observations that show the ends.
-        continuous: an action is a number from -1 to 1, whose sign is the direction.
     """
 
-    def __init__(self, shown: int = 3, continuous: bool = False) -> None:
+    def __init__(self, shown: int = 3) -> None:
         self.shown = shown
         self.observation_space = spaces.Box(-1.0, 1.0, (3,), np.float32)
         self.action_space = spaces.Discrete(2)
-        if continuous:
-            self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -108,7 +105,7 @@ class TwoGoals(gym.Env[np.ndarray, Any]):
         return np.array([-shown, self.place / 5, shown], np.float32)
 
     def step(
-        self, action: np.int64 | np.ndarray
+        self, action: np.int64
     ) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
         self.time += 1
         if self.time <= 2:
