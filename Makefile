@@ -131,7 +131,7 @@ demo: $(RUN_READY)
 learn: $(RUN_READY)
 	$(BIN)/python -m benchmarks.learn $(ARGS)
 
-# Tasks whose results others have published: make results ARGS="t_maze_50 --seeds 0"
+# Tasks whose results others have published: make results ARGS="t_maze --seeds 0"
 results: $(RUN_READY)
 	$(BIN)/python -m benchmarks.learn --suite results $(ARGS)
 

@@ -3,12 +3,13 @@
     python -m benchmarks.learn                                # all experiments: hours
     python -m benchmarks.learn recurrent_dqn --seeds 0 1 --jobs 1
     python -m benchmarks.learn recurrent_dqn --variants LSTM
+    python -m benchmarks.learn t_maze --seeds 0               # all whose names start with t_maze_
     python -m benchmarks.learn recurrent_ppo --recorded       # report the finished runs
     python -m benchmarks.learn --suite results                # tasks with published numbers
 
 Each run is a process. A finished run in ``--runs`` is not repeated, and an interrupted one
-continues, so that this program can be stopped and started again. The table and the picture of each
-experiment go to ``benchmarks/results/`` and contain every run.
+continues, so that this program can be stopped (Ctrl-C, once) and started again. The table and the
+picture of each experiment go to ``benchmarks/results/`` and contain every run.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ import csv
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ import matplotlib
 import torch
 import torchrl
 from PIL import Image
+from tqdm import tqdm
 
 import rnnkeys
 from benchmarks.ablations import ABLATIONS
@@ -41,6 +45,7 @@ from benchmarks.experiments import EXPERIMENTS, EXTRAS, Experiment
 from benchmarks.popgym_tasks import POPGYM
 from benchmarks.published import PUBLISHED, PUBLISHED_EXTRAS
 from benchmarks.summary import score, summarize, write_overview
+from rnnkeys.runs import catch_signals
 
 matplotlib.use("Agg")  # a picture in a file: no display is needed
 from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen before pyplot loads)
@@ -107,22 +112,46 @@ def shorten(value: float) -> float:
     return round(value, 1 if abs(value) >= 10 else 3)
 
 
-def run(variant_and_seed: tuple[str, int], name: str, runs: Path) -> Run:
-    """Run a tutorial unless it has finished before, and read its files."""
+class Stopped(Exception):
+    """A run has no result: it ended because a signal came."""
+
+
+def run(
+    variant_and_seed: tuple[str, int],
+    name: str,
+    runs: Path,
+    stop: threading.Event | None = None,
+) -> Run:
+    """Run a tutorial unless it has finished before, and read its files.
+
+    Args:
+        variant_and_seed: what to run of the experiment.
+        name: name of the experiment.
+        runs: folder of all runs.
+        stop: ends the run, which saves a checkpoint, when it is set.
+
+    Raises:
+        Stopped: ``stop`` was set before the run finished.
+    """
     variant, seed = variant_and_seed
+    stop = threading.Event() if stop is None else stop
     experiment, folder = ALL[name], folder_of(variant_and_seed, name, runs)
     if not (folder / "result.json").exists():
+        if stop.is_set():
+            raise Stopped
         argv = [*experiment.program(variant), "--seed", str(seed), "--output", str(folder)]
         if (folder / "checkpoint.pt").exists():  # the run was interrupted
             argv += ["--resume", str(folder / "checkpoint.pt")]
-        seconds = run_tutorial(argv) + read_cpu_seconds(folder)
+        seconds = run_tutorial(argv, stop) + read_cpu_seconds(folder)
         (folder / "cpu_seconds.txt").write_text(f"{seconds:.1f}\n")
         (folder / "commit.txt").write_text(find_commit())
+        if not (folder / "result.json").exists():
+            raise Stopped
     with (folder / "learning_curve.csv").open(newline="") as file:
         curve = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     result = json.loads((folder / "result.json").read_text())
     commit = folder / "commit.txt"
-    done = Run(
+    return Run(
         experiment,
         variant,
         seed,
@@ -132,8 +161,6 @@ def run(variant_and_seed: tuple[str, int], name: str, runs: Path) -> Run:
         read_cpu_seconds(folder),
         commit.read_text().strip() if commit.exists() else "unknown",
     )
-    print("  ".join(f"{k} {v}" for k, v in done.row().items()), flush=True)
-    return done
 
 
 def folder_of(variant_and_seed: tuple[str, int], name: str, runs: Path) -> Path:
@@ -154,8 +181,11 @@ def read_cpu_seconds(folder: Path) -> float:
     return float(path.read_text()) if path.exists() else 0.0
 
 
-def run_tutorial(argv: list[str]) -> float:
-    """Run Python with the words of a tutorial, and return its CPU time in seconds."""
+def run_tutorial(argv: list[str], stop: threading.Event) -> float:
+    """Run Python with the words of a tutorial, and return its CPU time in seconds.
+
+    The tutorial has a session of its own, so that Ctrl-C reaches it once, when ``stop`` is set.
+    """
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             [sys.executable, *argv],
@@ -163,13 +193,26 @@ def run_tutorial(argv: list[str]) -> float:
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL,
             stderr=errors,
+            start_new_session=True,
         )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        process.returncode, seconds = wait_for(process, stop)
         if process.returncode:
             errors.seek(0)
             raise RuntimeError(f"python {' '.join(argv)} fails:\n{errors.read()[-2000:]}")
-    return usage.ru_utime + usage.ru_stime
+    return seconds
+
+
+def wait_for(process: subprocess.Popen[bytes], stop: threading.Event) -> tuple[int, float]:
+    """Return a program's exit code and its seconds of CPU; interrupt it once ``stop`` is set."""
+    told = False
+    while True:
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+        if stop.is_set() and not told:
+            process.send_signal(signal.SIGINT)
+            told = True
+        time.sleep(0.1)
 
 
 def write_csv(runs: list[Run], path: Path) -> None:
@@ -286,6 +329,57 @@ def find_wanted(name: str, options: argparse.Namespace) -> list[tuple[str, int]]
     return [one for one in wanted if (folders[one] / "result.json").exists()]
 
 
+def find_names(words: Sequence[str]) -> list[str]:
+    """Return the experiments with these names, and all of each family that a word names.
+
+    Raises:
+        ValueError: a word names no experiment.
+
+    Examples:
+        >>> find_names(["r2d2", "start_states"])
+        ['r2d2', 'start_states_ppo']
+    """
+    names: list[str] = []
+    for word in words:
+        found = [word] if word in ALL else [name for name in ALL if name.startswith(f"{word}_")]
+        if not found:
+            raise ValueError(f"no experiment is called {word}: expected {', '.join(ALL)}")
+        names += found
+    return names
+
+
+def run_all(wanted: dict[str, list[tuple[str, int]]], jobs: int, runs: Path) -> bool:
+    """Run what is wanted of each experiment, and report each that is done.
+
+    Args:
+        wanted: variants and seeds, by the name of their experiment.
+        jobs: runs at the same time.
+        runs: folder of all runs.
+
+    Returns:
+        Whether all is done; a signal stops the runs, which go on with the next call.
+    """
+    bar = tqdm(total=sum(map(len, wanted.values())), unit=" runs")
+    with bar, catch_signals() as stop, ThreadPoolExecutor(jobs) as pool:
+        futures = {
+            name: [pool.submit(run, one, name, runs, stop) for one in each]
+            for name, each in wanted.items()
+        }
+        try:
+            for name, each in futures.items():
+                bar.set_description(name)
+                for future in as_completed(each):
+                    bar.write("  ".join(f"{k} {v}" for k, v in future.result().row().items()))
+                    bar.update()
+                report(name, [future.result() for future in each])
+        except Stopped:
+            return False
+        finally:
+            stop.set()  # after an error the other runs save a checkpoint and end
+            pool.shutdown(wait=False, cancel_futures=True)
+    return True
+
+
 def report(name: str, runs: list[Run]) -> None:
     RESULTS.mkdir(exist_ok=True)
     write_csv(runs, RESULTS / f"{name}.csv")
@@ -308,15 +402,14 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "learn")
     parser.add_argument("--recorded", action="store_true", help="report finished runs, run nothing")
     options = parser.parse_args()
-    for name in options.names:
-        if name not in ALL:
-            parser.error(f"no experiment is called {name}: expected {', '.join(ALL)}")
-    for name in options.names or SUITES[options.suite]:
-        with ThreadPoolExecutor(options.jobs) as pool:
-            wanted = find_wanted(name, options)
-            runs = list(pool.map(partial(run, name=name, runs=options.runs), wanted))
-        if runs:
-            report(name, runs)
+    try:
+        names = find_names(options.names) or list(SUITES[options.suite])
+    except ValueError as error:
+        parser.error(str(error))
+    wanted = {name: each for name in names if (each := find_wanted(name, options))}
+    if not run_all(wanted, options.jobs, options.runs):
+        print("Stopped. Finished runs are kept; the same command continues the others.")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

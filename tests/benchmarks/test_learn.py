@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import doctest
+import threading
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,6 +118,91 @@ def test_list_missing_names_the_seeds_without_a_run() -> None:
     runs = [make_run("LSTM", seed, [0.0]) for seed in (0, 2)]
     assert learn.list_missing(one, runs)[0] == "Seeds that have not run yet: LSTM: 1."
     assert learn.list_missing(one, [*runs, make_run("LSTM", 1, [0.0])]) == []
+
+
+def test_find_names_takes_a_family_by_its_first_word_and_names_by_themselves() -> None:
+    mazes = learn.find_names(["t_maze"])
+    assert {"t_maze_20", "t_maze_500", "t_maze_50_ppo"} <= set(mazes)
+    assert learn.find_names(["r2d2"]) == ["r2d2"]
+    with pytest.raises(ValueError, match="no experiment is called t_m: expected recurrent_dqn, "):
+        learn.find_names(["t_m"])
+
+
+WANTED = {"r2d2": [("LSTM", 0), ("LSTM", 1)], "targets_dqn": [("recurrent_loss", 0)]}
+
+
+def finish_run(one: tuple[str, int], name: str, runs: Path, stop: threading.Event) -> Any:
+    return SimpleNamespace(row=lambda: {"variant": one[0], "seed": one[1]}, name=name)
+
+
+def test_run_all_reports_each_experiment_with_all_its_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reports: dict[str, int] = {}
+    monkeypatch.setattr(learn, "run", finish_run)
+    monkeypatch.setattr(learn, "report", lambda name, runs: reports.update({name: len(runs)}))
+    assert learn.run_all(WANTED, 2, tmp_path)
+    assert reports == {"r2d2": 2, "targets_dqn": 1}
+
+
+def test_run_all_stopped_run_reports_nothing_of_its_experiment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def run(one: tuple[str, int], name: str, runs: Path, stop: threading.Event) -> Any:
+        if name == "targets_dqn":
+            raise learn.Stopped
+        return finish_run(one, name, runs, stop)
+
+    reports: list[str] = []
+    monkeypatch.setattr(learn, "run", run)
+    monkeypatch.setattr(learn, "report", lambda name, runs: reports.append(name))
+    assert not learn.run_all(WANTED, 1, tmp_path)
+    assert reports == ["r2d2"]
+
+
+def test_run_all_failing_run_stops_the_others_and_raises(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stopped: list[int] = []
+    both = threading.Barrier(2)
+
+    def run(one: tuple[str, int], name: str, runs: Path, stop: threading.Event) -> Any:
+        both.wait(30)
+        if one == ("LSTM", 0):
+            raise RuntimeError("it fails")
+        if stop.wait(30):
+            stopped.append(one[1])
+        raise learn.Stopped
+
+    monkeypatch.setattr(learn, "run", run)
+    with pytest.raises(RuntimeError, match="it fails"):
+        learn.run_all({"r2d2": WANTED["r2d2"]}, 2, tmp_path)
+    assert stopped == [1]
+
+
+def test_run_stopped_tutorial_keeps_its_cpu_time_and_raises(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stop = threading.Event()
+
+    def run_tutorial(argv: list[str], event: threading.Event) -> float:
+        Path(argv[-1]).mkdir(parents=True)
+        event.set()
+        return 3.0
+
+    monkeypatch.setattr(learn, "run_tutorial", run_tutorial)
+    with pytest.raises(learn.Stopped):
+        learn.run(("LSTM", 0), "r2d2", tmp_path, stop)
+    assert learn.read_cpu_seconds(tmp_path / "r2d2" / "LSTM_0") == 3.0
+
+
+def test_run_tutorial_stop_interrupts_the_program_once() -> None:
+    waits = "import signal\nsignal.signal(signal.SIGINT, lambda *_: exit(0))\nsignal.pause()"
+    stop = threading.Event()
+    threading.Timer(1.0, stop.set).start()
+    assert learn.run_tutorial(["-c", waits], stop) > 0
+    with pytest.raises(RuntimeError, match="ValueError: no"):
+        learn.run_tutorial(["-c", "raise ValueError('no')"], threading.Event())
 
 
 @pytest.mark.parametrize("game", ["BattleshipEasy", "PositionOnlyCartPoleEasy"])
