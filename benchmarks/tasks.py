@@ -177,6 +177,26 @@ class ShowObjectTypes(gym.ObservationWrapper[np.ndarray, np.int64, dict[str, Any
         return np.eye(self.KINDS, dtype=np.float32)[kinds].ravel()
 
 
+class DrawSeed(gym.Wrapper[Any, Any, Any, Any]):
+    """Start each episode from one of the seeds 0 to ``count - 1`` of the environment.
+
+    Args:
+        env: the environment.
+        count: number of seeds.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], count: int) -> None:
+        super().__init__(env)
+        self.count, self.generator = count, np.random.default_rng()
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        if seed is not None:
+            self.generator = np.random.default_rng(seed)
+        return self.env.reset(seed=int(self.generator.integers(self.count)), options=options)
+
+
 class ShowLastStep(gym.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray]):
     """Show the last action and a tenth of the last reward after each observation, zeros at first.
 

@@ -128,3 +128,15 @@ def test_show_last_step_appends_the_action_and_a_tenth_of_the_reward() -> None:
     assert observation[:4].tolist() == [*expected.tolist(), 1.5]
     assert observation[4] == pytest.approx(0.1 * float(reward))
     assert env.observation_space.contains(observation)
+
+
+def test_draw_seed_episodes_are_those_of_few_seeds_in_the_order_of_its_own_seed() -> None:
+    def starts(env: Any, seed: int) -> list[float]:
+        first, _ = env.reset(seed=seed)
+        return [float(one[1]) for one in (first, *(env.reset()[0] for _ in range(40)))]
+
+    plain = gym.make("TwoGoals-v0")
+    few = {float(plain.reset(seed=seed)[0][1]) for seed in range(3)}
+    env = benchmarks.tasks.DrawSeed(plain, count=3)
+    assert set(starts(env, 7)) == few
+    assert starts(env, 7) == starts(env, 7) != starts(env, 8)
