@@ -20,7 +20,8 @@ class Experiment:
         variants: name of each variant, with its arguments.
         x: column of learning_curve.csv for the horizontal axis of the picture.
         y: column for the vertical axis.
-        also: columns for more panels, with a logarithmic axis.
+        also: columns for more panels, with a logarithmic axis; the summary shows their mean over
+            the second half of a run.
         seeds: seeds of each variant.
         few: seeds of single variants whose runs take too long for all seeds.
         published: results of others on the same task: a name with its source, and the result.
@@ -183,7 +184,9 @@ EXPERIMENTS = {
             "Windows of 40 steps start from the stored state, from the state that the last refresh "
             "has recomputed, or from zeros. Staleness is the effect of that state on the values, "
             "in windows that start inside an episode: at the first learned step, and at the last "
-            f"one (see docs/r2d2.md). {HIDDEN} {BEST}"
+            "one (see docs/r2d2.md). Stored and refreshed states are less stale than zeros, and no "
+            "difference between returns is larger than those between seeds: CartPole's pole is "
+            f"found again within some steps of any state. {HIDDEN} {BEST}"
         ),
         variants={
             "zero": (*BRIEF, "--state", "zero"),

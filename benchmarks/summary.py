@@ -121,13 +121,32 @@ def read_milestone(experiment: Experiment, curve: Sequence[dict[str, float]], at
     return next(row[experiment.y] for row in curve if row[experiment.x] >= at)
 
 
+def mean_of_second_half(
+    experiment: Experiment, curve: Sequence[dict[str, float]], column: str
+) -> float:
+    """Return the mean of a column over the second half of a learning curve.
+
+    Examples:
+        >>> one = Experiment("r2d2", "", "", {})
+        >>> curve = [{"frames": at, "lag": at + 1.0} for at in (4, 6, 10)]
+        >>> mean_of_second_half(one, curve, "lag")
+        9.0
+    """
+    half = curve[-1][experiment.x] / 2
+    return float(np.mean([row[column] for row in curve if row[experiment.x] >= half]))
+
+
 def show_values(values: Sequence[float]) -> list[str]:
-    """Return the mean with its 95 % interval, and every value."""
+    """Return the mean with its 95 % interval, and every value.
+
+    Examples:
+        >>> show_values([12.0, 14.0]), show_values([0.00512])
+        (['13.0 [12.0, 14.0]', '12.0, 14.0'], ['0.0051 [0.0051, 0.0051]', '0.0051'])
+    """
     low, high = bootstrap_interval(values)
-    digits = 2 if max(map(abs, values)) < 10 else 1
-    mean, low, high, *each = (
-        f"{value:.{digits}f}" for value in (np.mean(values), low, high, *values)
-    )
+    largest = max(map(abs, values))
+    form = ".2g" if 0 < largest < 0.01 else ".2f" if largest < 10 else ".1f"
+    mean, low, high, *each = (f"{value:{form}}" for value in (np.mean(values), low, high, *values))
     return [f"{mean} [{low}, {high}]", ", ".join(each)]
 
 
@@ -161,6 +180,10 @@ def summarize(experiment: Experiment, runs: Sequence[Any]) -> str:
         for at in (one for one in experiment.milestones if one <= last):
             values = [read_milestone(experiment, run.curve, at) for run in group]
             rows.append([variant, f"at {at:,} frames", *show_values(values), *costs])
+        for column in experiment.also:
+            values = [mean_of_second_half(experiment, run.curve, column) for run in group]
+            label = f"{column.replace('_', ' ')}, second half"
+            rows.append([variant, label, *show_values(values), *costs])
         if experiment.solved is not None:
             values = [float(np.mean([row[experiment.y] for row in run.curve])) for run in group]
             solved.append(bool(np.mean(values) > experiment.solved))
