@@ -24,8 +24,17 @@ intervals of the mean over seeds. The column *needs recurrence* compares the bes
 of an experiment with the feed-forward one: *yes* if the whole interval of the feed-forward network
 is below the mean of the recurrent one, *no* if it is not, and nothing where none was run: a task
 with *no* tests no memory. Rows named *reference* are returns of random actions, or the best
-possible ones. What others published is on the same task, but not always with the same settings or
-number of seeds.
+possible ones.
+
+## Beside published numbers
+
+What others published is on the same task, but not always with the same settings or number of seeds;
+each page says what differs, and has values at the frames that were published. Means of the fresh
+episodes, with the number of seeds:
+
+{published}
+
+## All tasks
 
 {table}
 
@@ -302,6 +311,22 @@ def _aggregate(results: Mapping[str, tuple[Experiment, dict[str, list[float]]]])
     return table(["networks", "interquartile mean [95 % interval]", "tasks", "runs"], rows)
 
 
+def _compare(results: Mapping[str, tuple[Experiment, dict[str, list[float]]]]) -> str:
+    """Return a table of what others published and of what was reached here."""
+    rows = []
+    for name, (experiment, values) in results.items():
+        if experiment.published:
+            theirs = "; ".join(
+                f"{source}: {value}" for source, value in experiment.published.items()
+            )
+            ours = [
+                f"{variant} {show_values(each)[0].split()[0]} ({len(each)})"
+                for variant, each in values.items()
+            ]
+            rows.append([f"[{experiment.title}]({name}.md)", theirs, "; ".join(ours)])
+    return table(["task", "published", "rnnkeys"], rows)
+
+
 def write_overview(experiments: Mapping[str, Experiment], folder: Path) -> None:
     """Write ``README.md``: a table of every experiment that has results in ``folder``.
 
@@ -321,8 +346,6 @@ def write_overview(experiments: Mapping[str, Experiment], folder: Path) -> None:
             rows.append([title, variant, *show_values(each), mark, f"`{name}`"])
         for reference, value in experiment.references.items():
             rows.append([title, f"reference: {reference}", f"{value:.2f}", "", mark, f"`{name}`"])
-        for source, value in experiment.published.items():
-            rows.append([title, f"published: {source}", value, "", mark, f"`{name}`"])
     header = [
         "task",
         "network",
@@ -331,5 +354,7 @@ def write_overview(experiments: Mapping[str, Experiment], folder: Path) -> None:
         "needs recurrence",
         "experiment",
     ]
-    text = OVERVIEW.format(table=table(header, rows), aggregates=_aggregate(results))
+    text = OVERVIEW.format(
+        published=_compare(results), table=table(header, rows), aggregates=_aggregate(results)
+    )
     (folder / "README.md").write_text(text)

@@ -101,9 +101,9 @@ def test_write_overview_shows_published_numbers_and_what_the_feed_forward_networ
     )
     write_overview(dict.fromkeys(tables, one), tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "| [Title](hard.md) | published: others | 31 |  | yes | `hard` |" in text
+    assert "| [Title](hard.md) | others: 31 | GRU 75.0 (2); feed-forward 25.0 (2) |" in text
     assert "| [Title](hard.md) | reference: random | 1.00 |  | yes | `hard` |" in text
-    assert "| [Title](easy.md) | published: others | 31 |  | no | `easy` |" in text
+    assert "| [Title](easy.md) | reference: random | 1.00 |  | no | `easy` |" in text
     # Of 50, 100, 50, 100 and of 0, 50, 50, 100, without the lowest and the highest value.
     assert "| recurrent | 0.75 [" in text
     assert "| feed-forward | 0.50 [" in text
