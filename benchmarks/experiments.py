@@ -260,7 +260,6 @@ EXPERIMENTS = {
             "recurrent": (),
             "feed-forward": ("--cell", "feed_forward", "--burn-in", "0"),
         },
-        seeds=range(3),
         few={"feed-forward": [0]},
         scale=SWING,
     ),
