@@ -299,7 +299,8 @@ def draw(runs: list[Run], path: Path) -> None:
 
 def draw_curves(ax: Any, runs: list[Run], column: str) -> None:
     experiment = runs[0].experiment
-    colors = dict(zip(experiment.variants, plt.get_cmap("tab10").colors, strict=False))  # pyright: ignore[reportAttributeAccessIssue]
+    palette = plt.get_cmap("tab10" if len(experiment.variants) <= 10 else "tab20")
+    colors = dict(zip(experiment.variants, palette.colors, strict=False))  # pyright: ignore[reportAttributeAccessIssue]
     for variant in dict.fromkeys(run.variant for run in runs):
         curves = [run.curve for run in runs if run.variant == variant]
         color, label = colors[variant], f"{variant}: {len(curves)} seeds"

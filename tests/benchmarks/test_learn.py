@@ -120,6 +120,17 @@ def test_list_missing_names_the_seeds_without_a_run() -> None:
     assert learn.list_missing(one, [*runs, make_run("LSTM", 1, [0.0])]) == []
 
 
+@pytest.mark.parametrize("count", [1, 12])
+def test_draw_has_a_color_for_each_variant(count: int, tmp_path: Path) -> None:
+    names = [f"N = {one}" for one in range(count)]
+    experiment = Experiment("recurrent_ppo", "Title", "", dict.fromkeys(names, ()))
+    runs = [make_run(name, 0, [0.0]) for name in names]
+    for run in runs:
+        run.experiment = experiment
+    learn.draw(runs, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 0
+
+
 def test_find_names_takes_a_family_by_its_first_word_and_names_by_themselves() -> None:
     mazes = learn.find_names(["t_maze"])
     assert {"t_maze_20", "t_maze_500", "t_maze_50_ppo"} <= set(mazes)
