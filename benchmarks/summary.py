@@ -34,6 +34,13 @@ episodes, with the number of seeds:
 
 {published}
 
+## Cells side by side
+
+Means of the fresh episodes, with the number of seeds. The settings of a task are the same for every
+cell, but for those that its page names:
+
+{cells}
+
 ## All tasks
 
 {table}
@@ -58,15 +65,14 @@ each task by itself, as by R. Agarwal et al., arXiv:2108.13264.
 
 ## Not run yet
 
-- `lunar_lander`, LunarLander without velocities: with the zoo's networks of 256 a run of 500,000
-  frames takes 9 CPU minutes (924 frames per second of CPU).
-- `t_maze_500`: twice the frames of `t_maze_250`, of which a run takes about 3 CPU minutes.
-- `targets_sac_cue`, the cue with SAC, and `targets_sac`, Pendulum, where few sequences contain the
-  end of an episode.
-- POPGym's games have 200,000 frames here, and 15 million in the paper.
-- MiniGrid-MemoryS9 has a third of the published frames.
+- LunarLander without velocities has 500,000 frames; the zoo's settings are for 5 million.
+- POPGym's games have 200,000 frames, and some a million; in the paper they have 15 million.
+- The T-maze of 500 with an LSTM, a minGRU or an LRU, and more seeds of a GRU.
+- MiniGrid-MemoryS9 has fewer seeds than the ten that were published.
+- bsuite's `memory_len` has one seed and every third length.
 """
 FEED_FORWARD = "feed-forward"
+CELLS = (FEED_FORWARD, "LSTM", "GRU", "minGRU", "LRU", "FFM")
 
 
 def bootstrap_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
@@ -319,12 +325,23 @@ def _compare(results: Mapping[str, tuple[Experiment, dict[str, list[float]]]]) -
             theirs = "; ".join(
                 f"{source}: {value}" for source, value in experiment.published.items()
             )
-            ours = [
-                f"{variant} {show_values(each)[0].split()[0]} ({len(each)})"
-                for variant, each in values.items()
-            ]
+            ours = [f"{variant} {_show_mean(each)}" for variant, each in values.items()]
             rows.append([f"[{experiment.title}]({name}.md)", theirs, "; ".join(ours)])
     return table(["task", "published", "rnnkeys"], rows)
+
+
+def _compare_cells(results: Mapping[str, tuple[Experiment, dict[str, list[float]]]]) -> str:
+    """Return a table of the tasks that more than two recurrent cells have run on."""
+    rows = []
+    for name, (experiment, values) in results.items():
+        if len(set(values) & set(CELLS)) > 3:
+            means = [_show_mean(values[cell]) if cell in values else "" for cell in CELLS]
+            rows.append([f"[{experiment.title}]({name}.md)", *means])
+    return table(["task", *CELLS], rows)
+
+
+def _show_mean(values: Sequence[float]) -> str:
+    return f"{show_values(values)[0].split()[0]} ({len(values)})"
 
 
 def write_overview(experiments: Mapping[str, Experiment], folder: Path) -> None:
@@ -355,6 +372,9 @@ def write_overview(experiments: Mapping[str, Experiment], folder: Path) -> None:
         "experiment",
     ]
     text = OVERVIEW.format(
-        published=_compare(results), table=table(header, rows), aggregates=_aggregate(results)
+        published=_compare(results),
+        cells=_compare_cells(results),
+        table=table(header, rows),
+        aggregates=_aggregate(results),
     )
     (folder / "README.md").write_text(text)

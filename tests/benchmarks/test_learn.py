@@ -109,6 +109,24 @@ def test_write_overview_shows_published_numbers_and_what_the_feed_forward_networ
     assert "| feed-forward | 0.50 [" in text
 
 
+def test_write_overview_shows_cells_side_by_side_where_more_than_two_have_run(
+    tmp_path: Path,
+) -> None:
+    tables = {
+        "few": ["feed-forward", "GRU", "LSTM"],
+        "many": ["GRU", "FFM", "feed-forward", "LSTM"],
+    }
+    for name, cells in tables.items():
+        rows = [(cell, 0, f"{len(cell)}") for cell in cells]
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("variant", "seed", "fresh episodes: mean"), *rows])
+    write_overview(dict.fromkeys(tables, make_experiment()), tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| task | feed-forward | LSTM | GRU | minGRU | LRU | FFM |" in text
+    assert "| [Title](many.md) | 12.0 (1) | 4.00 (1) | 3.00 (1) |  |  | 3.00 (1) |" in text
+    assert "| [Title](few.md) | 12.0 (1)" not in text
+
+
 def test_stratified_interval_draws_the_seeds_of_each_task_by_itself() -> None:
     assert stratified_interval([[0.0], [0.0], [1.0], [1.0]]) == (0.5, 0.5)
 
