@@ -143,6 +143,8 @@ def run(
         if (folder / "checkpoint.pt").exists():  # the run was interrupted
             argv += ["--resume", str(folder / "checkpoint.pt")]
         seconds = run_tutorial(argv, stop) + read_cpu_seconds(folder)
+        if not folder.exists():  # it ended before its first file
+            raise Stopped
         (folder / "cpu_seconds.txt").write_text(f"{seconds:.1f}\n")
         (folder / "commit.txt").write_text(find_commit())
         if not (folder / "result.json").exists():
@@ -196,7 +198,7 @@ def run_tutorial(argv: list[str], stop: threading.Event) -> float:
             start_new_session=True,
         )
         process.returncode, seconds = wait_for(process, stop)
-        if process.returncode:
+        if process.returncode and not stop.is_set():
             errors.seek(0)
             raise RuntimeError(f"python {' '.join(argv)} fails:\n{errors.read()[-2000:]}")
     return seconds

@@ -209,6 +209,14 @@ def test_run_all_failing_run_stops_the_others_and_raises(
     assert stopped == [1]
 
 
+def test_run_tutorial_stopped_before_its_first_file_raises_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(learn, "run_tutorial", lambda *_: 1.0)
+    with pytest.raises(learn.Stopped):
+        learn.run(("LSTM", 0), "r2d2", tmp_path)
+
+
 def test_run_stopped_tutorial_keeps_its_cpu_time_and_raises(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -225,11 +233,18 @@ def test_run_stopped_tutorial_keeps_its_cpu_time_and_raises(
     assert learn.read_cpu_seconds(tmp_path / "r2d2" / "LSTM_0") == 3.0
 
 
-def test_run_tutorial_stop_interrupts_the_program_once() -> None:
-    waits = "import signal\nsignal.signal(signal.SIGINT, lambda *_: exit(0))\nsignal.pause()"
+HANDLES = "import signal\nsignal.signal(signal.SIGINT, lambda *_: exit(0))\nsignal.pause()"
+IMPORTS = "import time\ntime.sleep(60)"  # a tutorial that has not come to its loop yet
+
+
+@pytest.mark.parametrize("program", [HANDLES, IMPORTS], ids=["in its loop", "before its loop"])
+def test_run_tutorial_stop_interrupts_the_program(program: str) -> None:
     stop = threading.Event()
     threading.Timer(1.0, stop.set).start()
-    assert learn.run_tutorial(["-c", waits], stop) > 0
+    assert learn.run_tutorial(["-c", program], stop) > 0
+
+
+def test_run_tutorial_failing_program_raises_with_its_error() -> None:
     with pytest.raises(RuntimeError, match="ValueError: no"):
         learn.run_tutorial(["-c", "raise ValueError('no')"], threading.Event())
 
