@@ -178,7 +178,7 @@ def summarize(experiment: Experiment, runs: Sequence[Any]) -> str:
         "",
         f"{what}: mean [95 % interval]",
         "every seed",
-        "frames",
+        f"{experiment.x.removesuffix('s')}s",
         "minutes",
         "CPU minutes",
     ]
@@ -187,7 +187,7 @@ def summarize(experiment: Experiment, runs: Sequence[Any]) -> str:
     for variant in dict.fromkeys(run.variant for run in runs):
         group = [run for run in runs if run.variant == variant]
         costs = [
-            f"{max(run.result['frames'] for run in group)}",
+            f"{max(run.curve[-1][experiment.x] for run in group):.0f}",
             f"{np.mean([run.result['seconds'] for run in group]) / 60:.1f}",
             f"{np.mean([run.cpu_seconds for run in group]) / 60:.1f}",
         ]

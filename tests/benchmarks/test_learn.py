@@ -53,6 +53,15 @@ def test_summarize_shows_the_mean_over_seeds_each_seed_and_the_published_number(
     assert published == "| others | published | 31 |  |  |  |  |"
 
 
+def test_summarize_counts_in_the_unit_of_the_learning_curve() -> None:
+    run = make_run("LSTM", 0, [1.0])
+    run.curve = [{"episode": 1.0, "evaluation": 0.0}, {"episode": 4.0, "evaluation": 1.0}]
+    del run.result["frames"]
+    header, _, row = summarize(make_experiment(x="episode"), [run]).splitlines()
+    assert header.endswith("| every seed | episodes | minutes | CPU minutes |")
+    assert row.endswith("| 1.00 | 4 | 1.0 | 0.5 |")
+
+
 def test_summarize_with_success_shows_shares() -> None:
     text = summarize(make_experiment(success=0.5), [make_run("LSTM", 0, [1.0, 0.0, 1.0, 0.9])])
     assert "| 0.75 [0.75, 0.75] | 0.75 |" in text
