@@ -79,7 +79,16 @@ class Experiment:
         return [*words, *self.variants[variant]]
 
 
-FEED_FORWARD = ("--cell", "feed_forward")
+# The cells that are compared, and the option of the tutorials for each.
+CELLS = {
+    "feed-forward": "feed_forward",
+    "LSTM": "lstm",
+    "GRU": "gru",
+    "minGRU": "mingru",
+    "LRU": "lru",
+    "FFM": "ffm",
+}
+FEED_FORWARD = ("--cell", CELLS["feed-forward"])
 POSITIONS = ("--observation", "auto")
 SHORT = ("--episodes", "2000")  # for variants that do not learn; the others need fewer
 BRIEF = ("--frames", "40000", "--burn-in", "0")
@@ -154,10 +163,7 @@ EXPERIMENTS = {
         text=f"{HIDDEN} Settings are the tutorial's, for every cell. {LAST}",
         variants={
             "LSTM": (),
-            **{
-                name: ("--cell", cell)
-                for name, cell in (("GRU", "gru"), ("minGRU", "mingru"), ("LRU", "lru"))
-            },
+            **{name: ("--cell", CELLS[name]) for name in ("GRU", "minGRU", "LRU")},
             "feed-forward": FEED_FORWARD,
         },
         published={f"{ZOO}, CartPoleNoVel, 100k steps": "500.0 +- 0.0"},

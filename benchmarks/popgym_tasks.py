@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from .experiments import LAST, Experiment
+from .experiments import CELLS, LAST, Experiment
 
 # Chosen on seed 100 of RepeatPreviousEasy with a GRU, and the same for all games and cells.
 PPO = ("--num-envs", "32", "--steps", "64", "--seq-len", "64", "--minibatch-steps", "1024")
@@ -23,10 +23,9 @@ PPO += ("--epochs", "5", "--learning-rate", "0.003")
 PPO_GAMES = (*PPO, "--reward-scale", "5")
 SHORT = ("--frames", "200000", "--eval-every", "20000")
 LONG = ("--frames", "1000000", "--eval-every", "50000")
-CELLS = {"GRU": "gru", "LSTM": "lstm", "minGRU": "mingru", "LRU": "lru"}
-CELLS["feed-forward"] = "feed_forward"
+NAMES = ("GRU", "LSTM", "minGRU", "LRU", "feed-forward")
 VARIANTS = {
-    **{name: (*SHORT, "--cell", cell) for name, cell in CELLS.items()},
+    **{name: (*SHORT, "--cell", CELLS[name]) for name in NAMES},
     **{f"{name}, 1M frames": (*LONG, "--cell", CELLS[name]) for name in ("GRU", "feed-forward")},
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .experiments import BEST, LAST, SWING, Experiment
+from .experiments import BEST, CELLS, LAST, SWING, Experiment
 from .popgym_tasks import PPO as POPGYM_PPO
 from .zoo_ppo_lstm import command_line
 
@@ -103,9 +103,9 @@ MAZE_WITH_PPO = Experiment(
             *("--reward-scale", "1", "--gamma", "0.999", "--entropy", "0.01", "--epochs", "6"),
             *("--learning-rate", "0.003", "--frames", "1000000", "--steps", "204"),
             *("--seq-len", "51", "--minibatch-steps", "1632", "--eval-every", "50000"),
-            *("--cell", cell),
+            *("--cell", CELLS[name]),
         )
-        for name, cell in (("LRU", "lru"), ("GRU", "gru"), ("feed-forward", "feed_forward"))
+        for name in ("LRU", "GRU", "feed-forward")
     },
     seeds=range(3),
     few={"feed-forward": [0]},
@@ -133,9 +133,9 @@ PUBLISHED = {
             name: (
                 *("--env", "benchmarks.tasks:TwoGoals-v0", "--num-envs", "16", "--steps", "32"),
                 *("--seq-len", "32", "--minibatch-steps", "128", "--reward-scale", "1"),
-                *("--frames", "30720", "--eval-every", "2048", "--cell", cell),
+                *("--frames", "30720", "--eval-every", "2048", "--cell", CELLS[name]),
             )
-            for name, cell in (("GRU", "gru"), ("LSTM", "lstm"), ("feed-forward", "feed_forward"))
+            for name in ("GRU", "LSTM", "feed-forward")
         },
         seeds=range(10),
         few={"feed-forward": range(3)},
@@ -160,9 +160,9 @@ PUBLISHED = {
         variants={
             name: (
                 *("--env", "benchmarks.tasks:CartPole200-v0", "--hide", "1", "3", *POPGYM_PPO),
-                *("--frames", "409600", "--eval-every", "51200", "--cell", cell),
+                *("--frames", "409600", "--eval-every", "51200", "--cell", CELLS[name]),
             )
-            for name, cell in (("LSTM", "lstm"), ("feed-forward", "feed_forward"))
+            for name in ("LSTM", "feed-forward")
         },
         few={"feed-forward": range(3)},
         y="training_return",
@@ -232,9 +232,9 @@ PUBLISHED_EXTRAS = {
                 *("--env", "minigrid:MiniGrid-MemoryS9-v0(agent_view_size=3)"),
                 *("--wrappers", "benchmarks.tasks:DrawSeed(count=99)"),
                 *("benchmarks.tasks:ShowObjectTypes", *MARCOMETER_MINIGRID),
-                *("--frames", "1540096", "--eval-every", "102400", "--cell", cell),
+                *("--frames", "1540096", "--eval-every", "102400", "--cell", CELLS[name]),
             )
-            for name, cell in (("LSTM", "lstm"), ("feed-forward", "feed_forward"))
+            for name in ("LSTM", "feed-forward")
         },
         y="training_return",
         milestones=(512_000, 1_024_000, 1_540_000),
@@ -258,9 +258,9 @@ PUBLISHED_EXTRAS = {
             name: (
                 *command_line("LunarLanderNoVel"),
                 *("--frames", "500000", "--eval-every", "50000", "--eval-episodes", "8"),
-                *("--cell", cell),
+                *("--cell", CELLS[name]),
             )
-            for name, cell in (("LSTM", "lstm"), ("feed-forward", "feed_forward"))
+            for name in ("LSTM", "feed-forward")
         },
         seeds=(0, 1),
         few={"feed-forward": [0]},

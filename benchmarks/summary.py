@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .experiments import Experiment
+from .experiments import CELLS, Experiment
 from .tables import table
 
 DRAWS = 10_000
@@ -72,7 +72,6 @@ each task by itself, as by R. Agarwal et al., arXiv:2108.13264.
 - bsuite's `memory_len` has one seed and every third length.
 """
 FEED_FORWARD = "feed-forward"
-CELLS = (FEED_FORWARD, "LSTM", "GRU", "minGRU", "LRU", "FFM")
 
 
 def bootstrap_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
@@ -159,10 +158,19 @@ def show_values(values: Sequence[float]) -> list[str]:
         (['13.0 [12.0, 14.0]', '12.0, 14.0'], ['0.0051 [0.0051, 0.0051]', '0.0051'])
     """
     low, high = bootstrap_interval(values)
-    largest = max(map(abs, values))
-    form = ".2g" if 0 < largest < 0.01 else ".2f" if largest < 10 else ".1f"
+    form = _choose_format(values)
     mean, low, high, *each = (f"{value:{form}}" for value in (np.mean(values), low, high, *values))
     return [f"{mean} [{low}, {high}]", ", ".join(each)]
+
+
+def _show_mean(values: Sequence[float]) -> str:
+    """Return the mean, and the number of values."""
+    return f"{np.mean(values):{_choose_format(values)}} ({len(values)})"
+
+
+def _choose_format(values: Sequence[float]) -> str:
+    largest = max(map(abs, values))
+    return ".2g" if 0 < largest < 0.01 else ".2f" if largest < 10 else ".1f"
 
 
 def summarize(experiment: Experiment, runs: Sequence[Any]) -> str:
@@ -338,10 +346,6 @@ def _compare_cells(results: Mapping[str, tuple[Experiment, dict[str, list[float]
             means = [_show_mean(values[cell]) if cell in values else "" for cell in CELLS]
             rows.append([f"[{experiment.title}]({name}.md)", *means])
     return table(["task", *CELLS], rows)
-
-
-def _show_mean(values: Sequence[float]) -> str:
-    return f"{show_values(values)[0].split()[0]} ({len(values)})"
 
 
 def write_overview(experiments: Mapping[str, Experiment], folder: Path) -> None:
